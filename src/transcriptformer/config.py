@@ -1,0 +1,385 @@
+"""What can be set: one dataclass per section, documented field by field, and `load_config`, which fills them.
+
+Values are layered, later ones winning: the defaults below, the checkpoint's `config.json` (what was trained),
+`conf/inference_config.yaml` (what we run by default), options, overrides. The dotted paths
+(`model.data_config.clip_counts`, …) are those of the published package.
+"""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigIndexError, MissingMandatoryValue, OmegaConfBaseException
+
+from transcriptformer.errors import CheckpointError, UsageError
+
+logger = logging.getLogger(__name__)
+
+LINK_FUNCTIONS = ("exp", "log", "relu", "sigmoid", "softplus", "linear", "softmax")
+ACTIVATIONS = ("gelu", "relu")
+
+
+def _require(condition: bool, key: str, message: str) -> None:
+    if not condition:
+        raise UsageError(f"{key}: {message}")
+
+
+def _require_one_of(value: object, allowed: Sequence[object], key: str) -> None:
+    _require(value in allowed, key, f"{value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+@dataclass
+class DataConfig:
+    """From counts to tokens (`model.data_config`)."""
+
+    gene_col_name: str = "ensembl_id"
+    """Column of `var` that holds the gene ids; `index` means the index of `var`."""
+    use_raw: bool | str | None = None
+    """True: `.raw.X`; False: `.X`; None or "auto": `.raw.X` where there is one, else `.X`."""
+    remove_duplicate_genes: bool = False
+    """Keep the first column of each gene id instead of refusing a file with duplicates."""
+    filter_to_vocabs: bool = True
+    """Drop genes outside the vocabulary; otherwise they become the token `unknown`."""
+    filter_outliers: float = 0.0
+    """Keep cells whose total lies within this many standard deviations of the file's mean; 0: keep all."""
+    min_expressed_genes: int = 0
+    """Keep cells that express at least this many genes of the vocabulary."""
+    normalize_to_scale: float = 0.0
+    """Scale the counts of every cell to this sum before clipping; 0: leave them."""
+    clip_counts: float = 30
+    """Counts above this are set to it."""
+    sort_genes: bool = False
+    """Order a cell's genes by count, descending, instead of the file's column order."""
+    randomize_genes: bool = False
+    """Shuffle a cell's genes (the same shuffle for the same `seed` and cell)."""
+    seed: int = 0
+    """Seed of `randomize_genes`."""
+    n_data_workers: int = 0
+    """Worker processes that prepare batches; 0: the main process does."""
+    aux_cols: list[str] = field(default_factory=list)
+    """Columns of `obs` that become auxiliary tokens, one vocabulary each."""
+    esm2_mappings: list[str] = field(default_factory=list)
+    """Protein-embedding files in `vocabs/`, in the order of the gene vocabulary."""
+    special_tokens: list[str] = field(
+        default_factory=lambda: ["unknown", "[PAD]", "[START]", "[END]", "[RD]", "[CELL]", "[MASK]"]
+    )
+    """First tokens of the gene vocabulary, in the order of their ids."""
+    gene_pad_token: str = "[PAD]"
+    """Special token after a cell's last gene."""
+    aux_pad_token: str = "unknown"
+    """Auxiliary token of a value outside its vocabulary."""
+
+    def __post_init__(self) -> None:
+        key = "model.data_config."
+        if isinstance(self.use_raw, str):
+            _require(self.use_raw == "auto", key + "use_raw", f"{self.use_raw!r} is not one of true, false, auto")
+            self.use_raw = None
+        _require(self.filter_outliers >= 0, key + "filter_outliers", "must be 0 (keep all) or more")
+        _require(self.normalize_to_scale >= 0, key + "normalize_to_scale", "must be 0 (leave the counts) or more")
+        _require(self.clip_counts > 0, key + "clip_counts (--clip-counts)", "must be more than 0")
+        _require(self.n_data_workers >= 0, key + "n_data_workers (--n-data-workers)", "must be 0 or more")
+        _require(
+            not (self.sort_genes and self.randomize_genes),
+            key + "sort_genes",
+            "cannot be combined with randomize_genes",
+        )
+
+
+@dataclass
+class ModelConfig:
+    """The architecture, as trained (`model.model_config`)."""
+
+    num_layers: int
+    """Transformer blocks."""
+    num_heads: int
+    """Attention heads per block."""
+    embed_dim: int
+    """Width of a token's state, D."""
+    model_dim: int
+    """Width of the feed-forward layer."""
+    seq_len: int
+    """Most gene positions of a cell, L."""
+    aux_len: int = 0
+    """Auxiliary tokens in front of the genes, A."""
+    dropout: float = 0.1
+    """Dropout of the feed-forward layer and the MLPs while training."""
+    activation: str = "gelu"
+    """Activation of the feed-forward layer."""
+    fw_bias: bool = False
+    """Biases in the feed-forward layer."""
+    attn_bias: bool = False
+    """Biases in the projections of the attention."""
+    softcap: float = 10.0
+    """Scores and gene logits s become softcap · tanh(s / softcap); 0: left alone."""
+    log_counts_eps: float = 1e-6
+    """Added to counts before a logarithm."""
+    mu_link_fn: str = "softmax"
+    """From the count head's output to expected counts."""
+    gene_head_hidden_dim: int = 2048
+    """Width of the gene head's hidden layer."""
+
+    def __post_init__(self) -> None:
+        key = "model.model_config."
+        for name in ("num_layers", "num_heads", "embed_dim", "model_dim", "seq_len", "gene_head_hidden_dim"):
+            _require(getattr(self, name) > 0, key + name, "must be more than 0")
+        _require(self.embed_dim % self.num_heads == 0, key + "embed_dim", "must be a multiple of num_heads")
+        _require(self.softcap >= 0, key + "softcap", "must be 0 (no cap) or more")
+        _require_one_of(self.activation, ACTIVATIONS, key + "activation")
+        _require_one_of(self.mu_link_fn, LINK_FUNCTIONS, key + "mu_link_fn")
+
+
+@dataclass
+class LossConfig:
+    """The training losses (`model.loss_config`)."""
+
+    gene_id_loss_weight: float = 1.0
+    """Weight of the gene cross-entropy; a checkpoint trained with 0 has no gene head."""
+    softplus_approx: bool = True
+    """Compute the zero-truncated Poisson's log(eˣ − 1) as x − softplus(−x)."""
+
+
+@dataclass
+class InferenceConfig:
+    """A run of `transcriptformer inference` (`model.inference_config`)."""
+
+    batch_size: int = 8
+    """Most cells in a batch."""
+    precision: str = "16-mixed"
+    """32; bf16-mixed; or 16-mixed: fp16 on a GPU, on a CPU bf16 where it has bf16 matrix instructions, else 32."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there."""
+    attention: str = "fast"
+    """fast, or plain: the slower path that defines the numbers."""
+    embedding_layer_index: int = -1
+    """Block whose output is the embedding, from 0; negative from the end."""
+    emb_type: str = "cell"
+    """cell: one mean vector per cell."""
+    output_keys: list[str] = field(default_factory=lambda: ["embeddings"])
+    """What to compute: embeddings, llh."""
+    obs_keys: list[str] = field(default_factory=lambda: ["all"])
+    """Columns of `obs` to keep in the output; `all`: every one."""
+    output_path: str = "./inference_results"
+    """Folder of the output file."""
+    output_filename: str = "embeddings.h5ad"
+    """Name of the output file."""
+    pretrained_embedding: list[str] = field(default_factory=list)
+    """Protein-embedding files of a new species (not available yet)."""
+    oom_dataloader: bool = False
+    """Read files larger than memory (not available yet)."""
+    num_gpus: int = 1
+    """Devices to run on (more than one is not available yet)."""
+
+    def __post_init__(self) -> None:
+        key = "model.inference_config."
+        _require(self.batch_size > 0, key + "batch_size (--batch-size)", f"must be at least 1, not {self.batch_size}")
+        _require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
+        _require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
+        _require_one_of(self.attention, ("fast", "plain"), key + "attention")
+        _require_one_of(self.emb_type, ("cell", "cge"), key + "emb_type (--emb-type)")
+        for output_key in self.output_keys:
+            _require_one_of(output_key, ("embeddings", "llh"), key + "output_keys")
+        _require(len(self.output_keys) > 0, key + "output_keys", "must name at least one of embeddings, llh")
+        _require(
+            Path(self.output_filename).name == self.output_filename and self.output_filename.endswith(".h5ad"),
+            key + "output_filename (--output-filename)",
+            f"{self.output_filename!r} is not a file name that ends in .h5ad (the folder goes into --output-path)",
+        )
+        for not_yet, name in (
+            (self.emb_type != "cell", "--emb-type cge"),
+            (self.pretrained_embedding, "--pretrained-embedding"),
+            (self.oom_dataloader, "--oom-dataloader"),
+            (self.num_gpus != 1, "--num-gpus other than 1"),
+        ):
+            if not_yet:
+                raise UsageError(f"{name} is not available yet")
+
+
+@dataclass
+class ModelSection:
+    """Everything below `model.`."""
+
+    model_config: ModelConfig
+    data_config: DataConfig = field(default_factory=DataConfig)
+    loss_config: LossConfig = field(default_factory=LossConfig)
+    inference_config: InferenceConfig = field(default_factory=InferenceConfig)
+    model_type: str = "transcriptformer"
+    """transcriptformer; esm2ce, the mean of raw protein embeddings, is not available yet."""
+
+    def __post_init__(self) -> None:
+        _require_one_of(self.model_type, ("transcriptformer", "esm2ce"), "model.model_type (--model-type)")
+        if self.model_type == "esm2ce":
+            raise UsageError("--model-type esm2ce is not available yet")
+        layer, num_layers = self.inference_config.embedding_layer_index, self.model_config.num_layers
+        _require(
+            -num_layers <= layer < num_layers,
+            "model.inference_config.embedding_layer_index (--embedding-layer-index)",
+            f"the checkpoint has {num_layers} layers, {layer} is outside {-num_layers}…{num_layers - 1}",
+        )
+
+
+@dataclass
+class Config:
+    """The whole configuration."""
+
+    model: ModelSection
+
+    def to_json(self) -> str:
+        """Every value, as JSON."""
+        return json.dumps(asdict(self))
+
+
+# Keys of a published config.json that say nothing we need: class names, paths of the machine it was trained on,
+# and how the reference lays out its batches.
+_UNUSED_CHECKPOINT_KEYS = frozenset(
+    {"_target_", "aux_vocab_path", "esm2_mappings_path", "pin_memory", "pad_zeros", "block_len"}
+)
+
+
+def conf_dir() -> Path:
+    """Folder of the YAML files: inside an installed package, or beside `src` in a checkout."""
+    here = Path(__file__).resolve()
+    for folder in (here.parent / "conf", here.parents[2] / "conf"):
+        if (folder / "inference_config.yaml").is_file():
+            return folder
+    raise RuntimeError("inference_config.yaml is missing: the installation of transcriptformer is damaged")
+
+
+def read_checkpoint_config(checkpoint_path: Path) -> dict[str, Any]:
+    """Read the parts of a checkpoint's `config.json` that we use, as a nested dict that fits `Config`.
+
+    This is the one place that knows the published format: nulls mean "not set here", `aux_cols` may be a
+    comma-separated string, unknown keys are reported and left out.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder or the file is missing, is not JSON, or has no `model` section.
+    """
+    if not checkpoint_path.is_dir():
+        raise UsageError(f"--checkpoint-path {checkpoint_path}: no such folder")
+    path = checkpoint_path / "config.json"
+    try:
+        published = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; is {checkpoint_path} a checkpoint folder?") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    sections = published.get("model") if isinstance(published, dict) else None
+    if not isinstance(sections, dict):
+        raise CheckpointError(f"{path}: the key 'model' is missing")
+
+    known = {"model_config": ModelConfig, "data_config": DataConfig, "loss_config": LossConfig}
+    used: dict[str, Any] = {}
+    for section, schema in known.items():
+        values = sections.get(section)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: the key 'model.{section}' is missing")
+        names = {f.name for f in fields(schema)}
+        for key in values.keys() - names - _UNUSED_CHECKPOINT_KEYS:
+            logger.warning("%s: unknown key model.%s.%s is left out", path, section, key)
+        used[section] = {key: value for key, value in values.items() if key in names and value is not None}
+    for key in sections.keys() - known.keys() - {"_target_", "inference_config"}:
+        logger.warning("%s: unknown key model.%s is left out", path, key)
+
+    aux_cols = used["data_config"].get("aux_cols")
+    if isinstance(aux_cols, str):
+        used["data_config"]["aux_cols"] = [column.strip() for column in aux_cols.split(",") if column.strip()]
+    return {"model": used}
+
+
+def load_config(
+    checkpoint_path: Path, options: Mapping[str, object] | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Layer defaults, checkpoint, YAML, options and overrides into one checked configuration.
+
+    Parameters
+    ----------
+    checkpoint_path
+        Folder whose `config.json` says what was trained.
+    options
+        Dotted path → value; None means "not given".
+    overrides
+        `dotted.path=value` in Hydra's grammar, applied last; a list takes an index as a key
+        (`model.inference_config.obs_keys.0=cell_type`) or a whole list (`…output_keys=[embeddings,llh]`).
+
+    Raises
+    ------
+    UsageError
+        If an option or override has an unknown key, a wrong type or an impossible value.
+    CheckpointError
+        If `config.json` is missing, damaged, or lacks a needed key.
+    """
+    config = OmegaConf.structured(Config)
+    config_path = checkpoint_path / "config.json"
+    try:
+        config = OmegaConf.merge(config, read_checkpoint_config(checkpoint_path))
+    except OmegaConfBaseException as error:
+        raise CheckpointError(f"{config_path}: {_full_key(error)}: {_first_line(error)}") from error
+    config = OmegaConf.merge(config, OmegaConf.load(conf_dir() / "inference_config.yaml"))
+    assert isinstance(config, DictConfig)
+
+    for key, value in (options or {}).items():
+        if value is not None:
+            _update(config, key, value)
+    for override in overrides:
+        _update(config, *_parse_override(override))
+    try:
+        checked = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise CheckpointError(f"{config_path}: the needed key {_full_key(error)} is missing") from error
+    assert isinstance(checked, Config)
+    return checked
+
+
+def _parse_override(override: str) -> tuple[str, object]:
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UsageError(
+            f"--config-override {override!r}: not of the form key.path=value ({_first_line(error)})"
+        ) from error
+    if parsed.is_add() or parsed.is_delete() or parsed.is_sweep_override():
+        raise UsageError(f"--config-override {override!r}: give one plain key.path=value (a list as [a,b])")
+    return parsed.key_or_group, parsed.value()
+
+
+def _update(config: DictConfig, key: str, value: object) -> None:
+    try:
+        OmegaConf.update(config, key, value)
+    except ConfigIndexError as error:
+        parent, _, index = key.rpartition(".")
+        items = OmegaConf.select(config, parent)
+        if not (isinstance(items, ListConfig) and index == str(len(items))):
+            raise UsageError(f"{key}: {_first_line(error)}") from error
+        items.append(value)
+    except (AttributeError, KeyError) as error:
+        values = OmegaConf.to_container(config)
+        assert isinstance(values, dict)
+        close = difflib.get_close_matches(key, list(_leaf_keys(values)), n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"{key}: no such configuration key{hint}") from error
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{key}: {_first_line(error)}") from error
+
+
+def _leaf_keys(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaf_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _full_key(error: OmegaConfBaseException) -> str:
+    return repr(error.full_key)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", maxsplit=1)[0]

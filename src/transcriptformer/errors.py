@@ -1,0 +1,25 @@
+"""What can go wrong for a user: every such error derives from `TranscriptFormerError`."""
+
+
+class TranscriptFormerError(Exception):
+    """Something the user can put right; the message says what, where and how."""
+
+    exit_code = 1
+
+
+class UsageError(TranscriptFormerError):
+    """An option, an override or a path that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(TranscriptFormerError):
+    """Counts, gene ids or cell metadata that cannot be used."""
+
+
+class CheckpointError(TranscriptFormerError):
+    """A checkpoint folder that is incomplete, damaged or of another kind."""
+
+
+class OutputError(TranscriptFormerError):
+    """A result that cannot be written where it should go."""

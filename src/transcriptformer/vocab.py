@@ -1,0 +1,127 @@
+"""Vocabularies: gene ids and cell metadata to token ids, and the protein-embedding files that list the genes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from transcriptformer.errors import CheckpointError
+
+UNKNOWN, START, END = "unknown", "[START]", "[END]"
+
+
+@dataclass(frozen=True)
+class GeneVocab:
+    """Token ids of genes: the special tokens first, then the genes.
+
+    Attributes
+    ----------
+    special_tokens
+        Names of the special tokens; their ids are 0, 1, ….
+    genes
+        Token of each gene id; the first is `len(special_tokens)`.
+    pad_token
+        Name of the special token after a cell's last gene.
+    """
+
+    special_tokens: tuple[str, ...]
+    genes: dict[str, int]
+    pad_token: str = "[PAD]"
+
+    def __len__(self) -> int:
+        return len(self.special_tokens) + len(self.genes)
+
+    def lookup(self, gene_ids: np.ndarray) -> np.ndarray:
+        """Tokens of `gene_ids` (n,), int64; -1 where a gene is not in the vocabulary."""
+        return np.fromiter((self.genes.get(gene, -1) for gene in gene_ids), dtype=np.int64, count=len(gene_ids))
+
+    @property
+    def pad(self) -> int:
+        """Token after a cell's last gene."""
+        return self._special(self.pad_token)
+
+    @property
+    def start(self) -> int:
+        """Token in front of a cell's first gene."""
+        return self._special(START)
+
+    @property
+    def end(self) -> int:
+        """Target of the last position of a cell that fills the sequence."""
+        return self._special(END)
+
+    @property
+    def unknown(self) -> int:
+        """Token of genes outside the vocabulary, where they are not dropped."""
+        return self._special(UNKNOWN)
+
+    def _special(self, name: str) -> int:
+        if name not in self.special_tokens:
+            raise CheckpointError(f"config.json: model.data_config.special_tokens lacks {name!r}")
+        return self.special_tokens.index(name)
+
+
+@dataclass(frozen=True)
+class AuxVocab:
+    """Token ids of one column of cell metadata, such as the assay."""
+
+    column: str
+    ids: dict[str, int]
+    unknown: int
+
+    def __len__(self) -> int:
+        return max(self.ids.values()) + 1
+
+    def lookup(self, values: pd.Series) -> np.ndarray:
+        """Tokens of `values` (n,), int64; `unknown` where a value is not in the vocabulary."""
+        codes, distinct = pd.factorize(values)  # one look-up per distinct value; missing values have code -1
+        tokens = np.array([self.ids.get(str(value), self.unknown) for value in distinct] + [self.unknown])
+        return tokens[codes].astype(np.int64)
+
+
+def read_gene_ids(path: Path) -> list[str]:
+    """Gene ids of a protein-embedding file, in its order; the embeddings themselves are not read.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, is not HDF5 or has no dataset `keys`.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: vocabulary file missing")
+    try:
+        with h5py.File(path) as file:
+            keys = file["keys"][:]
+    except (OSError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a protein-embedding file with a dataset 'keys' ({error})") from error
+    return [key.decode() if isinstance(key, bytes) else str(key) for key in keys]
+
+
+def read_gene_vocab(paths: Sequence[Path], special_tokens: Sequence[str], pad_token: str) -> GeneVocab:
+    """Join the genes of `paths` in their order; a gene seen twice keeps its first token."""
+    distinct = dict.fromkeys(gene for path in paths for gene in read_gene_ids(path))
+    genes = {gene: token for token, gene in enumerate(distinct, start=len(special_tokens))}
+    return GeneVocab(tuple(special_tokens), genes, pad_token)
+
+
+def read_aux_vocab(path: Path, column: str, unknown: str) -> AuxVocab:
+    """Read `<column>_vocab.json`.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, is not a JSON object of ids, or lacks the token `unknown`.
+    """
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: vocabulary file missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()) or unknown not in ids:
+        raise CheckpointError(f"{path}: not a JSON object of token ids with an entry {unknown!r}")
+    return AuxVocab(column, ids, ids[unknown])
