@@ -1,0 +1,194 @@
+"""A file or an AnnData becomes counts: a CSR matrix, the gene id of each column, and the cells' metadata."""
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from transcriptformer.errors import DataError, UsageError
+
+logger = logging.getLogger(__name__)
+
+# Ensembl (ENSG…, ENSMUSG…), FlyBase, WormBase and the systematic names of yeast.
+_GENE_ID = re.compile(r"(ENS[A-Z]*G\d{6,}|FBgn\d{6,}|WBGene\d{6,}|Y[A-P][LR]\d{3}[WC](-[A-Z])?)(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of one file or AnnData.
+
+    Attributes
+    ----------
+    matrix
+        Counts (cells, genes), float32, finite and not negative; rows are sorted by column and hold no zeros.
+    gene_ids
+        Gene id of each column (genes,), without versions, unique.
+    obs
+        Metadata of the cells, as found.
+    name
+        The file, for messages.
+    """
+
+    matrix: sparse.csr_array
+    gene_ids: np.ndarray
+    obs: pd.DataFrame
+    name: str
+
+
+def read_counts(
+    source: Path | anndata.AnnData,
+    gene_col_name: str = "ensembl_id",
+    use_raw: bool | None = None,
+    remove_duplicate_genes: bool = False,
+) -> Counts:
+    """Read counts, gene ids and cell metadata, and check that a model can use them.
+
+    Parameters
+    ----------
+    source
+        An h5ad file, of which only `obs` and one matrix with its `var` are read; or an AnnData, which is left as it is.
+    gene_col_name
+        Column of `var` with the gene ids; `index` for the index of `var`.
+    use_raw
+        True: `.raw`; False: `.X`; None: `.raw` where there is one. Names and counts come from the same place.
+    remove_duplicate_genes
+        Keep the first column of each gene id instead of refusing duplicates.
+
+    Raises
+    ------
+    UsageError
+        If the file does not exist.
+    DataError
+        If it cannot be read, has no cells, no such column, duplicate genes, or counts that are negative or not finite.
+    """
+    if isinstance(source, anndata.AnnData):
+        name = "the AnnData"
+        values, var, obs = _from_anndata(source, use_raw, name)
+    else:
+        name = str(source)
+        values, var, obs = _from_h5ad(source, use_raw)
+    if len(obs) == 0:
+        raise DataError(f"{name}: there are no cells in it")
+    gene_ids = _without_versions(_gene_column(var, gene_col_name, name))
+    matrix = to_canonical_csr(values)
+    _check_counts(matrix, obs, gene_ids, name)
+    matrix, gene_ids = _without_duplicates(matrix, gene_ids, remove_duplicate_genes, name)
+    return Counts(matrix, gene_ids, obs, name)
+
+
+def to_canonical_csr(values: Any) -> sparse.csr_array:
+    """Bring a matrix to float32 CSR with sorted columns, no repeated entries and no stored zeros.
+
+    `values`, CSR, CSC or dense, stays as it is.
+    """
+    is_matrix = sparse.issparse(values) or isinstance(values, np.ndarray)
+    if not is_matrix:
+        raise DataError(f"counts of type {type(values).__name__} cannot be read: expected CSR, CSC or a dense array")
+    matrix = sparse.csr_array(values, dtype=np.float32)
+    if not matrix.has_canonical_format:
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
+    if not matrix.data.all():
+        matrix = matrix.copy()
+        matrix.eliminate_zeros()
+    return matrix
+
+
+def _from_anndata(adata: anndata.AnnData, use_raw: bool | None, name: str) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
+    if _choose_raw(adata.raw is not None, use_raw, name):
+        return adata.raw.X, adata.raw.var, adata.obs
+    if adata.X is None:
+        raise DataError(f"{name}: has no matrix X")
+    return adata.X, adata.var, adata.obs
+
+
+def _from_h5ad(path: Path, use_raw: bool | None) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
+    if not path.is_file():
+        raise UsageError(f"--data-file {path}: no such file")
+    if not h5py.is_hdf5(path):
+        raise DataError(f"{path}: not an HDF5 file; an h5ad is needed (anndata's write_h5ad makes one)")
+    try:
+        with h5py.File(path) as file:
+            if not {"obs", "var"} <= file.keys():
+                raise DataError(f"{path}: HDF5, but not an AnnData (h5ad) file: 'obs' and 'var' are not in it")
+            place = "raw/" if _choose_raw("raw" in file, use_raw, str(path)) else ""
+            if f"{place}X" not in file:
+                raise DataError(f"{path}: has no matrix {place}X")
+            read = anndata.io.read_elem
+            return read(file[f"{place}X"]), read(file[f"{place}var"]), read(file["obs"])
+    except DataError:
+        raise
+    except Exception as error:  # h5py and anndata raise whatever a damaged file leads them to
+        raise DataError(f"{path}: truncated or damaged ({_one_line(error)}); copy or download it again") from error
+
+
+def _choose_raw(has_raw: bool, use_raw: bool | None, name: str) -> bool:
+    if use_raw and not has_raw:
+        raise DataError(f"{name}: has no .raw; leave out --use-raw true (or give false) to use .X")
+    return has_raw if use_raw is None else use_raw
+
+
+def _gene_column(var: pd.DataFrame, column: str, name: str) -> Iterable[object]:
+    if column in var.columns:
+        return var[column]
+    if column in ("index", var.index.name):
+        return var.index
+    candidates = [c for c in var.columns if looks_like_gene_ids(var[c])]
+    if looks_like_gene_ids(var.index):
+        candidates.append("index")
+    columns = ", ".join(map(str, var.columns)) or "none"
+    hint = f"; {candidates[0]!r} looks like gene ids: add --gene-col-name {candidates[0]}" if candidates else ""
+    raise DataError(f"{name}: var has no column {column!r}, its columns are: {columns}{hint}")
+
+
+def looks_like_gene_ids(values: Iterable[object]) -> bool:
+    """Whether most of the first hundred `values` have the form of a gene id, such as ENSG00000139618.19."""
+    first = [str(value) for value in islice(values, 100)]
+    return sum(_GENE_ID.fullmatch(value) is not None for value in first) > len(first) / 2
+
+
+def _without_versions(gene_ids: Iterable[object]) -> np.ndarray:
+    return np.array([str(gene).partition(".")[0] for gene in gene_ids], dtype=object)
+
+
+def _check_counts(matrix: sparse.csr_array, obs: pd.DataFrame, gene_ids: np.ndarray, name: str) -> None:
+    counts = matrix.data
+    for is_bad, kind in ((~np.isfinite(counts), "NaN or infinite"), (counts < 0, "negative")):
+        if is_bad.any():
+            entry = int(is_bad.argmax())
+            cell = obs.index[int(np.searchsorted(matrix.indptr, entry, side="right")) - 1]
+            raise DataError(
+                f"{name}: {int(is_bad.sum())} counts are {kind}, the first in cell {cell!r}, "
+                f"gene {gene_ids[matrix.indices[entry]]}: {counts[entry]}; raw counts are needed"
+            )
+    if (counts != np.rint(counts)).any():
+        logger.warning("%s: counts are not whole numbers; the model expects raw counts, not normalized ones", name)
+
+
+def _without_duplicates(
+    matrix: sparse.csr_array, gene_ids: np.ndarray, remove: bool, name: str
+) -> tuple[sparse.csr_array, np.ndarray]:
+    if len(set(gene_ids)) == len(gene_ids):
+        return matrix, gene_ids
+    repeated = pd.Index(gene_ids).duplicated()
+    if not remove:
+        some = ", ".join(pd.unique(gene_ids[repeated])[:5])
+        raise DataError(
+            f"{name}: {int(repeated.sum())} columns repeat a gene id (versions dropped), such as {some}; "
+            "add --remove-duplicate-genes to keep the first of each"
+        )
+    logger.warning("%s: dropped %d columns that repeat a gene id", name, int(repeated.sum()))
+    return sparse.csr_array(matrix[:, np.flatnonzero(~repeated)]), gene_ids[~repeated]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,157 @@
+"""Counts become tokens: pure functions on CSR arrays and on ragged rows; no matrix is ever made dense."""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+
+from transcriptformer.config import DataConfig
+from transcriptformer.data.counts import Counts, looks_like_gene_ids
+from transcriptformer.errors import DataError
+from transcriptformer.vocab import GeneVocab
+
+logger = logging.getLogger(__name__)
+
+LOW_COVERAGE = 0.1
+"""Below this share of a file's genes in the vocabulary, something is likely to be wrong: warn."""
+
+
+class Tokens(NamedTuple):
+    """Ragged rows: cell i owns the entries `offsets[i]:offsets[i + 1]`.
+
+    Attributes
+    ----------
+    genes
+        Gene tokens (entries,), int32.
+    counts
+        Their counts (entries,), float32.
+    offsets
+        (cells + 1,), int64.
+    """
+
+    genes: np.ndarray
+    counts: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Entries of each cell (cells,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Cell of each entry (entries,)."""
+        return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
+
+    def totals(self) -> np.ndarray:
+        """Sum of counts of each cell (cells,), float64."""
+        return np.bincount(self.rows, weights=self.counts, minlength=len(self.offsets) - 1)
+
+    def keep(self, entries: np.ndarray) -> "Tokens":
+        """Only the entries where the mask `entries` (entries,) is true; every cell stays."""
+        kept = np.flatnonzero(entries)  # taking indices is several times faster than indexing by a mask
+        return Tokens(self.genes.take(kept), self.counts.take(kept), np.searchsorted(kept, self.offsets))
+
+    def reorder(self, order: np.ndarray) -> "Tokens":
+        """Entries in another order (entries,), which must keep every entry within its cell."""
+        return Tokens(self.genes.take(order), self.counts.take(order), self.offsets)
+
+    def take(self, cells: np.ndarray) -> "Tokens":
+        """The rows of `cells`, an array of indices, in that order."""
+        starts = self.offsets[cells]
+        lengths = self.offsets[cells + 1] - starts
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        entries = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Tokens(self.genes.take(entries), self.counts.take(entries), offsets)
+
+
+def tokens_of_columns(gene_ids: np.ndarray, vocab: GeneVocab, filter_to_vocabs: bool, name: str) -> np.ndarray:
+    """Token of each column (genes,), int32; -1 where the column is to be dropped.
+
+    Raises
+    ------
+    DataError
+        If none of the genes is in the vocabulary.
+    """
+    tokens = vocab.lookup(gene_ids)
+    found = int((tokens >= 0).sum())
+    if found == 0:
+        raise DataError(_no_gene_found(gene_ids, vocab, name))
+    if found < LOW_COVERAGE * len(tokens):
+        logger.warning(
+            "%s: only %d of %d genes (%.1f %%) are in the checkpoint's vocabulary; is it the right species?",
+            name, found, len(tokens), 100 * found / len(tokens),
+        )  # fmt: skip
+    if not filter_to_vocabs:
+        tokens[tokens < 0] = vocab.unknown
+    return tokens.astype(np.int32)
+
+
+def _no_gene_found(gene_ids: np.ndarray, vocab: GeneVocab, name: str) -> str:
+    vocab_ids = list(vocab.genes)
+    message = (
+        f"{name}: none of its {len(gene_ids)} genes is in the checkpoint's vocabulary: "
+        f"the file has {', '.join(gene_ids[:3])}, …; the vocabulary has {', '.join(vocab_ids[:3])}, …"
+    )
+    if looks_like_gene_ids(vocab_ids) and not looks_like_gene_ids(gene_ids):
+        return message + "; these look like gene symbols: name a column of var with Ensembl ids by --gene-col-name"
+    return message + "; they look like another species' genes: choose a checkpoint trained on it"
+
+
+def select_genes(counts: Counts, column_tokens: np.ndarray) -> Tokens:
+    """Replace columns by tokens and drop the columns whose token is -1; column order stays."""
+    matrix = counts.matrix
+    tokens = Tokens(column_tokens.take(matrix.indices), matrix.data, matrix.indptr.astype(np.int64))
+    return tokens if (column_tokens >= 0).all() else tokens.keep(tokens.genes >= 0)
+
+
+def cells_to_keep(tokens: Tokens, filter_outliers: float, min_expressed_genes: int) -> np.ndarray:
+    """Indices of the cells that pass both filters, which look at the whole file.
+
+    Parameters
+    ----------
+    tokens
+        All cells of a file, with genes selected and counts as read.
+    filter_outliers
+        Keep totals strictly within this many standard deviations of the mean total; 0: all.
+    min_expressed_genes
+        Keep cells with at least this many genes.
+    """
+    keep = np.ones(len(tokens.lengths), dtype=bool)
+    if filter_outliers > 0:
+        totals = tokens.totals()
+        keep &= np.abs(totals - totals.mean()) < filter_outliers * totals.std()
+    keep &= tokens.lengths >= min_expressed_genes
+    return np.flatnonzero(keep)
+
+
+def tokenize(tokens: Tokens, config: DataConfig, seq_len: int, cell_indices: np.ndarray) -> Tokens:
+    """Order, shorten, scale and clip the selected genes of each cell, as the model was trained to see them.
+
+    Parameters
+    ----------
+    tokens
+        Selected genes in column order, counts as read.
+    seq_len
+        Most genes of a cell; scaling looks at the counts of these alone.
+    cell_indices
+        Number of each cell in its file (cells,): seeds the shuffle, so that it depends on nothing else.
+    """
+    if config.sort_genes:
+        tokens = tokens.reorder(np.lexsort((-tokens.counts, tokens.rows)))  # stable: ties stay in column order
+    elif config.randomize_genes:
+        tokens = tokens.reorder(_shuffle(tokens.offsets, config.seed, cell_indices))
+    if tokens.lengths.max(initial=0) > seq_len:
+        position = np.arange(len(tokens.genes)) - np.repeat(tokens.offsets[:-1], tokens.lengths)
+        tokens = tokens.keep(position < seq_len)
+    counts = tokens.counts
+    if config.normalize_to_scale > 0:
+        counts = counts / tokens.totals().astype(np.float32)[tokens.rows] * np.float32(config.normalize_to_scale)
+    return tokens._replace(counts=np.minimum(counts, np.float32(config.clip_counts)))
+
+
+def _shuffle(offsets: np.ndarray, seed: int, cell_indices: np.ndarray) -> np.ndarray:
+    order = np.arange(offsets[-1])
+    for cell, start, end in zip(cell_indices, offsets[:-1], offsets[1:], strict=True):
+        np.random.default_rng([seed, int(cell)]).shuffle(order[start:end])
+    return order

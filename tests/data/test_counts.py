@@ -1,0 +1,131 @@
+import logging
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from tests.h5ad_files import GENES, make_adata, random_adata
+from transcriptformer.data.counts import looks_like_gene_ids, read_counts, to_canonical_csr
+from transcriptformer.errors import DataError
+
+MATRIX = np.array([[0, 3, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0]], dtype=np.float32)
+
+
+def unsorted_csr_with_zeros_and_repeats() -> sparse.csr_matrix:
+    return sparse.csr_matrix(
+        (np.array([1, 1, 0, 2, 2], np.float32), np.array([3, 1, 2, 1, 0]), np.array([0, 4, 5, 5])), shape=(3, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        MATRIX,
+        MATRIX.astype(np.int64),
+        MATRIX.astype(np.float64),
+        sparse.csr_matrix(MATRIX),
+        sparse.csc_matrix(MATRIX),
+        sparse.csr_array(MATRIX),
+        sparse.csc_array(MATRIX),
+        unsorted_csr_with_zeros_and_repeats(),
+    ],
+    ids=lambda values: f"{type(values).__name__}-{values.dtype}",
+)
+def test_every_kind_of_matrix_becomes_the_same_csr(values: object) -> None:
+    matrix = to_canonical_csr(values)
+    assert matrix.dtype == np.float32
+    np.testing.assert_array_equal(matrix.indptr, [0, 2, 3, 3])
+    np.testing.assert_array_equal(matrix.indices, [1, 3, 0])
+    np.testing.assert_array_equal(matrix.data, [3, 1, 2])
+
+
+def test_the_input_matrix_is_left_as_it_is() -> None:
+    values = unsorted_csr_with_zeros_and_repeats()
+    before = values.data.copy(), values.indices.copy(), values.indptr.copy()
+    to_canonical_csr(values)
+    for now, then in zip((values.data, values.indices, values.indptr), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def with_raw() -> anndata.AnnData:
+    """`.raw` has three genes and other counts than `.X`, which has the last two of them."""
+    adata = make_adata([[1, 2, 3], [4, 5, 6]])
+    raw = adata.copy()
+    raw.X = raw.X * 10
+    adata.raw = raw
+    return adata[:, 1:].copy()
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize(("use_raw", "scale", "n_genes"), [(True, 10, 3), (None, 10, 3), (False, 1, 2)])
+def test_counts_and_gene_ids_come_from_the_same_place(
+    tmp_path: Path, use_raw: bool | None, scale: int, n_genes: int, from_file: bool
+) -> None:
+    adata = with_raw()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    counts = read_counts(tmp_path / "cells.h5ad" if from_file else adata, use_raw=use_raw)
+    assert list(counts.gene_ids) == GENES[3 - n_genes : 3]
+    np.testing.assert_array_equal(counts.matrix.toarray(), scale * np.array([[1, 2, 3], [4, 5, 6]])[:, 3 - n_genes :])
+
+
+def test_auto_takes_x_where_there_is_no_raw() -> None:
+    np.testing.assert_array_equal(read_counts(make_adata([[1, 2]]), use_raw=None).matrix.toarray(), [[1, 2]])
+
+
+@pytest.mark.parametrize("column", ["index", "gene"])
+def test_gene_ids_may_be_the_index_of_var(column: str) -> None:
+    adata = make_adata([[1, 2]])
+    adata.var = pd.DataFrame(index=pd.Index(GENES[:2], name="gene"))
+    assert list(read_counts(adata, gene_col_name=column).gene_ids) == GENES[:2]
+
+
+def test_versions_of_gene_ids_are_dropped() -> None:
+    adata = make_adata([[1, 2]], genes=[f"{GENES[0]}.12", GENES[1]])
+    assert list(read_counts(adata).gene_ids) == GENES[:2]
+
+
+def test_first_of_duplicate_genes_is_kept_on_request(caplog: pytest.LogCaptureFixture) -> None:
+    adata = make_adata([[1, 2, 3]], genes=[f"{GENES[0]}.1", GENES[1], f"{GENES[0]}.2"])
+    with pytest.raises(DataError, match=rf"repeat a gene id.*{GENES[0]}.*--remove-duplicate-genes"):
+        read_counts(adata)
+    counts = read_counts(adata, remove_duplicate_genes=True)
+    assert list(counts.gene_ids) == GENES[:2]
+    np.testing.assert_array_equal(counts.matrix.toarray(), [[1, 2]])
+    assert "dropped 1 columns" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"), [(-1.0, "negative"), (np.nan, "NaN or infinite"), (np.inf, "NaN or infinite")]
+)
+def test_impossible_counts_are_refused_with_cell_and_gene(bad: float, kind: str) -> None:
+    with pytest.raises(DataError, match=f"1 counts are {kind}, the first in cell 'c1', gene {GENES[2]}"):
+        read_counts(make_adata([[1, 0, 2], [0, 3, bad]]))
+
+
+def test_counts_that_are_not_whole_numbers_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    read_counts(make_adata([[1, 2.5]]))
+    assert "counts are not whole numbers" in caplog.text
+
+
+def test_whole_numbers_pass_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        read_counts(random_adata(5))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["ENSG00000139618.19", "ENSMUSG00000024798"], True),
+        (["FBgn0031208", "WBGene00000001"], True),
+        (["YAL001C", "YBR024W-A"], True),
+        (["TP53", "BRCA1", "MALAT1"], False),
+        (["1", "2"], False),
+        ([], False),
+    ],
+)
+def test_gene_ids_are_told_from_symbols(values: list[str], expected: bool) -> None:
+    assert looks_like_gene_ids(values) is expected
