@@ -1,0 +1,146 @@
+"""`transcriptformer inference`: options become a configuration, and the work is done elsewhere."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class UseRaw(StrEnum):
+    """Values of `--use-raw`."""
+
+    true = "true"
+    false = "false"
+    auto = "auto"
+
+
+def inference(
+    checkpoint_path: Annotated[Path, typer.Option(help="Folder of the checkpoint.", show_default=False)],
+    data_file: Annotated[
+        list[Path], typer.Option(help="h5ad file with raw counts; may be given several times.", show_default=False)
+    ],
+    output_path: Annotated[
+        Path | None, typer.Option(help="Folder of the result.", show_default="./inference_results")
+    ] = None,
+    output_filename: Annotated[
+        str | None, typer.Option(help="Name of the result.", show_default="embeddings.h5ad")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Most cells in a batch.", show_default="8")] = None,
+    gene_col_name: Annotated[
+        str | None,
+        typer.Option(help="Column of var with Ensembl gene ids; 'index' for its index.", show_default="ensembl_id"),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="16-mixed (fp16 on a GPU; bf16 on a CPU that has it, else 32), bf16-mixed or 32.",
+            metavar="16-mixed|bf16-mixed|32",
+            show_default="16-mixed",
+        ),
+    ] = None,
+    pretrained_embedding: Annotated[
+        list[Path] | None, typer.Option(help="Protein embeddings of a new species (not available yet).")
+    ] = None,
+    clip_counts: Annotated[
+        float | None, typer.Option(help="Counts above this are set to it.", show_default="30")
+    ] = None,
+    filter_to_vocabs: Annotated[
+        bool | None,
+        typer.Option(
+            "--filter-to-vocabs/--no-filter-to-vocabs",
+            help="Drop genes outside the vocabulary, or take them as unknown.",
+            show_default="filter",
+        ),
+    ] = None,
+    use_raw: Annotated[
+        UseRaw | None,
+        typer.Option(
+            help="Counts from .raw.X (true), .X (false), or .raw.X where there is one (auto).",
+            case_sensitive=False,
+            show_default="auto",
+        ),
+    ] = None,
+    embedding_layer_index: Annotated[
+        int | None,
+        typer.Option(help="Layer whose output is the embedding, from 0; -1 is the last.", show_default="-1"),
+    ] = None,
+    model_type: Annotated[
+        str | None,
+        typer.Option(
+            help="transcriptformer, or esm2ce (not available yet).",
+            metavar="transcriptformer|esm2ce",
+            show_default="transcriptformer",
+        ),
+    ] = None,
+    emb_type: Annotated[
+        str | None,
+        typer.Option(
+            help="cell: one vector per cell; cge: one per gene and cell (not available yet).",
+            metavar="cell|cge",
+            show_default="cell",
+        ),
+    ] = None,
+    remove_duplicate_genes: Annotated[
+        bool | None,
+        typer.Option(
+            "--remove-duplicate-genes", help="Keep the first column of each gene id instead of refusing duplicates."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where to compute.", metavar="auto|cpu|cuda|mps", show_default="auto"),
+    ] = None,
+    num_gpus: Annotated[
+        int | None, typer.Option(help="Devices to use (other than 1: not available yet).", show_default="1")
+    ] = None,
+    oom_dataloader: Annotated[
+        bool | None,
+        typer.Option("--oom-dataloader", help="Read files larger than memory (not available yet)."),
+    ] = None,
+    n_data_workers: Annotated[
+        int | None, typer.Option(help="Processes that prepare batches.", show_default="0")
+    ] = None,
+    config_override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any configuration value, such as model.data_config.normalize_to_scale=10000; applied last, may be "
+            "given several times.",
+            metavar="KEY.PATH=VALUE",
+        ),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Embed the cells of h5ad files and write one h5ad with the embeddings and the cells' metadata."""
+    options: dict[str, object] = {
+        "model.model_type": model_type,
+        "model.data_config.gene_col_name": gene_col_name,
+        "model.data_config.clip_counts": clip_counts,
+        "model.data_config.filter_to_vocabs": filter_to_vocabs,
+        "model.data_config.use_raw": {"true": True, "false": False, "auto": "auto", None: None}[use_raw],
+        "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
+        "model.data_config.n_data_workers": n_data_workers,
+        "model.inference_config.output_path": output_path and str(output_path),
+        "model.inference_config.output_filename": output_filename,
+        "model.inference_config.batch_size": batch_size,
+        "model.inference_config.precision": precision,
+        "model.inference_config.pretrained_embedding": [str(p) for p in pretrained_embedding or []] or None,
+        "model.inference_config.embedding_layer_index": embedding_layer_index,
+        "model.inference_config.emb_type": emb_type,
+        "model.inference_config.device": device,
+        "model.inference_config.num_gpus": num_gpus,
+        "model.inference_config.oom_dataloader": oom_dataloader,
+    }
+    from transcriptformer.cli.reporting import CellProgress, plain_errors
+
+    with plain_errors(debug):
+        from transcriptformer.config import load_config
+        from transcriptformer.inference import run
+
+        config = load_config(checkpoint_path, options, config_override or [])
+        with CellProgress() as progress:
+            output, result = run(data_file, checkpoint_path, config, progress.update)
+        stored = [f"obsm['{key}'] {result.obsm[key].shape}" for key in result.obsm] + ["uns['llh']"] * (
+            "llh" in result.uns
+        )
+        typer.echo(f"{result.n_obs} cells: {', '.join(stored)} in {output}")

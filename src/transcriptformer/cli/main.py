@@ -1,0 +1,35 @@
+"""The `transcriptformer` command."""
+
+from typing import Annotated
+
+import typer
+
+from transcriptformer.cli.inference import inference
+
+app = typer.Typer(
+    help="Embeddings of single cells from their RNA counts, with TranscriptFormer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"transcriptformer {version('transcriptformer')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def transcriptformer(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Embeddings of single cells from their RNA counts, with TranscriptFormer."""
+
+
+app.command()(inference)

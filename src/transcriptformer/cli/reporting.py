@@ -1,0 +1,85 @@
+"""How a command speaks to people: log lines and a progress bar on stderr, errors in one line."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from transcriptformer.errors import TranscriptFormerError
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 30
+"""How often progress is logged where there is no terminal for a bar."""
+
+
+@contextmanager
+def plain_errors(debug: bool) -> Iterator[None]:
+    """Log to stderr, and turn errors into one line and an exit code; with `debug`, leave the traceback."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    ours = logging.getLogger("transcriptformer")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    except TranscriptFormerError as error:
+        if debug:
+            raise
+        typer.echo(f"ERROR: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    finally:
+        ours.removeHandler(handler)
+
+
+class CellProgress:
+    """A bar with cells per second and the time left; without a terminal, a log line now and then."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("embedding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _CellsPerSecond(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=None)
+        self.started = self.last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def update(self, n_done: int, n_cells: int) -> None:
+        """Show that `n_done` of `n_cells` are done; the clock starts at the first call."""
+        now = time.monotonic()
+        if n_done == 0:
+            self.started = self.last_line = now
+            self.bar.start()
+        self.bar.update(self.task, completed=n_done, total=n_cells)
+        if self.bar.disable and n_done and now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            rate = n_done / (now - self.started)
+            left = (n_cells - n_done) / rate
+            logger.info("%d of %d cells, %.1f cells/s, %.0f s left", n_done, n_cells, rate, left)
+
+
+class _CellsPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} cells/s")

@@ -1,0 +1,315 @@
+"""The command as people type it: what works, and what each kind of bad input is answered with."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from tests.golden_cases import CELLS, CHECKPOINT, TOLERANCE, GoldenCase, real_cases, relative_error, synthetic_cases
+from tests.h5ad_files import GENES, make_adata, random_adata
+from transcriptformer.cli.main import app
+
+COMMAND = Path(sys.executable).with_name("transcriptformer")
+
+
+def invoke(*arguments: object, checkpoint: Path = CHECKPOINT) -> Result:
+    fixed = ["inference", "--checkpoint-path", checkpoint, "--precision", "32", "--device", "cpu"]
+    return CliRunner().invoke(app, [str(argument) for argument in [*fixed, *arguments]])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, in which results go to ./inference_results."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def assert_refused(result: Result, exit_code: int, message: str, folder: Path) -> None:
+    """One clear line, that exit code, no traceback, no output file."""
+    assert result.exit_code == exit_code, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+    assert len(errors) == 1
+    assert re.search(message, errors[0]), errors[0]
+    assert result.stderr.splitlines()[-1] == errors[0]
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert not list(folder.rglob("*embeddings.h5ad*"))
+
+
+def test_a_result_is_written_and_named_on_the_last_line(folder: Path) -> None:
+    result = invoke("--data-file", CELLS)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "24 cells: obsm['embeddings'] (24, 32) in inference_results/embeddings.h5ad\n"
+    assert anndata.read_h5ad("inference_results/embeddings.h5ad").n_obs == 24
+    assert [path.name for path in Path("inference_results").iterdir()] == ["embeddings.h5ad"]
+
+
+def test_what_is_unusual_about_the_cells_is_told(folder: Path) -> None:
+    told = invoke("--data-file", CELLS).stderr
+    assert "24 cells" in told
+    assert "1 without any gene of the vocabulary" in told
+    assert "3 with more than 127 genes, of which the model sees 127" in told
+    assert re.search(r"\d+ of an assay unknown to the checkpoint", told)
+
+
+def test_every_option_reaches_the_configuration(folder: Path) -> None:
+    result = invoke(
+        *("--data-file", CELLS, "--output-path", "there", "--output-filename", "x.h5ad", "--batch-size", 3),
+        *("--gene-col-name", "ensembl_id", "--precision", "bf16-mixed", "--clip-counts", 5, "--use-raw", "False"),
+        *("--no-filter-to-vocabs", "--embedding-layer-index", 0, "--model-type", "transcriptformer"),
+        *("--emb-type", "cell", "--remove-duplicate-genes", "--device", "cpu", "--num-gpus", 1),
+        *("--n-data-workers", 1, "--config-override", "model.inference_config.output_keys=[embeddings,llh]"),
+        *("--config-override", "model.inference_config.obs_keys.0=donor"),
+    )
+    assert result.exit_code == 0, result.output
+    written = anndata.read_h5ad("there/x.h5ad")
+    assert list(written.obs.columns) == ["donor"]
+    assert "llh" in written.uns
+    model = json.loads(written.uns["transcriptformer"]["config"])["model"]
+    inference, data = model["inference_config"], model["data_config"]
+    assert (inference["batch_size"], inference["precision"], inference["embedding_layer_index"]) == (3, "bf16-mixed", 0)
+    assert (data["clip_counts"], data["use_raw"], data["filter_to_vocabs"]) == (5, False, False)
+    assert (data["remove_duplicate_genes"], data["n_data_workers"]) == (True, 1)
+
+
+def test_several_files_make_one_result_in_their_order(folder: Path) -> None:
+    for i, n_cells in enumerate((3, 2)):
+        part = random_adata(n_cells, seed=i)
+        part.obs_names = [f"file{i}-{name}" for name in part.obs_names]
+        part.write_h5ad(folder / f"{i}.h5ad")
+    assert invoke("--data-file", "0.h5ad", "--data-file", "1.h5ad").exit_code == 0
+    written = anndata.read_h5ad("inference_results/embeddings.h5ad")
+    assert list(written.obs_names) == ["file0-c0", "file0-c1", "file0-c2", "file1-c0", "file1-c1"]
+
+
+def test_raw_counts_are_used_by_default(folder: Path) -> None:
+    adata = random_adata(4)
+    adata.write_h5ad(folder / "counts.h5ad")
+    adata.raw = adata.copy()
+    adata.X = np.log1p(adata.X)
+    adata.write_h5ad(folder / "with_raw.h5ad")
+    embeddings = {}
+    for name in ("counts", "with_raw"):
+        assert invoke("--data-file", f"{name}.h5ad", "--output-filename", f"{name}.out.h5ad").exit_code == 0
+        embeddings[name] = anndata.read_h5ad(f"inference_results/{name}.out.h5ad").obsm["embeddings"]
+    np.testing.assert_array_equal(embeddings["counts"], embeddings["with_raw"])
+
+
+@pytest.mark.parametrize("case", [*synthetic_cases("cell"), *real_cases("cell")], ids=str)
+def test_the_shell_command_equals_the_reference(case: GoldenCase, tmp_path: Path) -> None:
+    command: list[str | Path] = [COMMAND, "inference", "--checkpoint-path", case.checkpoint, "--data-file", case.data]
+    options: list[str | Path] = ["--precision", "32", "--device", "cpu", "--output-path", tmp_path]
+    done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1
+    written, source = anndata.read_h5ad(tmp_path / "embeddings.h5ad"), anndata.read_h5ad(case.data)
+    assert relative_error(written.obsm["embeddings"], case.expected["embeddings"]) < TOLERANCE
+    pd.testing.assert_frame_equal(written.obs, source.obs)
+
+
+def no_h5ad(path: Path) -> None:
+    path.write_text("cell,gene\n")
+
+
+def no_anndata(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["matrix"] = np.ones(3)
+
+
+def truncated(path: Path) -> None:
+    shutil.copy(CELLS, path)
+    with path.open("r+b") as file:
+        file.truncate(CELLS.stat().st_size // 2)
+
+
+def damaged_inside(path: Path) -> None:
+    random_adata(5).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        del file["X/indices"]
+
+
+def without_gene_ids(path: Path) -> None:
+    adata = make_adata([[1, 2]])
+    adata.var = adata.var.rename(columns={"ensembl_id": "feature_id"}).assign(symbol=["TP53", "BRCA1"])
+    adata.write_h5ad(path)
+
+
+def gene_ids_in_the_index(path: Path) -> None:
+    adata = make_adata([[1, 2]])
+    adata.var = pd.DataFrame({"symbol": ["TP53", "BRCA1"]}, index=GENES[:2])
+    adata.write_h5ad(path)
+
+
+def with_genes(*genes: str) -> Callable[[Path], None]:
+    return lambda path: make_adata([[1] * len(genes)], genes=list(genes)).write_h5ad(path)
+
+
+def with_count(count: float) -> Callable[[Path], None]:
+    return lambda path: make_adata([[1, count]]).write_h5ad(path)
+
+
+def no_cells(path: Path) -> None:
+    make_adata(np.zeros((0, 3))).write_h5ad(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "exit_code", "message"),
+    [
+        pytest.param(lambda path: None, [], 2, r"--data-file cells\.h5ad: no such file", id="file missing"),
+        pytest.param(no_h5ad, [], 1, r"cells\.h5ad: not an HDF5 file", id="not HDF5"),
+        pytest.param(no_anndata, [], 1, r"cells\.h5ad: HDF5, but not an AnnData .*'obs' and 'var'", id="not AnnData"),
+        pytest.param(truncated, [], 1, r"cells\.h5ad: truncated or damaged", id="truncated"),
+        pytest.param(damaged_inside, [], 1, r"cells\.h5ad: truncated or damaged", id="damaged inside"),
+        pytest.param(
+            without_gene_ids,
+            [],
+            1,
+            r"no column 'ensembl_id', its columns are: feature_id, symbol; .*--gene-col-name feature_id",
+            id="no gene id column",
+        ),
+        pytest.param(
+            gene_ids_in_the_index, [], 1, r"'index' looks like gene ids: add --gene-col-name index", id="ids in index"
+        ),
+        pytest.param(with_genes("TP53", "BRCA1"), [], 1, "none of its 2 genes.*gene symbols", id="symbols"),
+        pytest.param(
+            with_genes("ENSMUSG00000024798", "ENSMUSG00000042385"),
+            [],
+            1,
+            "none of its 2 genes.*another species",
+            id="no gene in the vocabulary",
+        ),
+        pytest.param(with_genes(f"{GENES[0]}.1", f"{GENES[0]}.2"), [], 1, "repeat a gene id", id="duplicate genes"),
+        pytest.param(with_count(-1), [], 1, "1 counts are negative", id="negative"),
+        pytest.param(with_count(np.nan), [], 1, "1 counts are NaN or infinite", id="NaN"),
+        pytest.param(with_count(np.inf), [], 1, "1 counts are NaN or infinite", id="infinite"),
+        pytest.param(no_cells, [], 1, "there are no cells in it", id="no cells"),
+        pytest.param(
+            with_count(2),
+            ["--config-override", "model.data_config.min_expressed_genes=3"],
+            1,
+            "no cell is left by the filters: 1 were read",
+            id="no cells left",
+        ),
+        pytest.param(with_count(2), ["--use-raw", "true"], 1, "has no .raw", id="no raw"),
+        pytest.param(
+            with_count(2),
+            ["--config-override", "model.inference_config.obs_keys=[cell_type]"],
+            1,
+            "obs has no column 'cell_type'; its columns are: assay",
+            id="obs column missing",
+        ),
+    ],
+)
+def test_bad_data_is_refused(
+    make: Callable[[Path], None], options: list[str], exit_code: int, message: str, folder: Path
+) -> None:
+    make(folder / "cells.h5ad")
+    assert_refused(invoke("--data-file", "cells.h5ad", *options), exit_code, message, folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], r"batch_size \(--batch-size\): must be at least 1, not 0"),
+        (["--config-override", "model.data_config.clip_count=3"], "model.data_config.clip_count: no such"),
+        (["--config-override", "model.data_config.clip_counts=many"], "model.data_config.clip_counts: Value 'many'"),
+        (["--precision", "64"], "--precision"),
+        (["--output-filename", "result.csv"], "--output-filename"),
+        (["--output-path", "a file"], "--output-path a file: cannot be written to"),
+        (["--embedding-layer-index", "9"], "--embedding-layer-index"),
+        (["--checkpoint-path", "nowhere"], "--checkpoint-path nowhere: no such folder"),
+        (["--emb-type", "cge"], "--emb-type cge is not available yet"),
+        (["--model-type", "esm2ce"], "--model-type esm2ce is not available yet"),
+        (["--pretrained-embedding", "mouse.h5"], "--pretrained-embedding is not available yet"),
+        (["--oom-dataloader"], "--oom-dataloader is not available yet"),
+        (["--num-gpus", "2"], "--num-gpus other than 1 is not available yet"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda: not available here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_are_refused(options: list[str], message: str, folder: Path) -> None:
+    (folder / "a file").touch()
+    assert_refused(invoke("--data-file", CELLS, *options), 2, message, folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(folder: Path) -> None:
+    (folder / "read-only").mkdir(mode=0o555)
+    result = invoke("--data-file", CELLS, "--output-path", "read-only")
+    assert_refused(result, 2, "--output-path read-only: cannot be written to", folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "config.json").unlink(), r"config\.json: missing"),
+        (lambda path: (path / "config.json").write_text("not JSON"), r"config\.json: not readable as JSON"),
+        (lambda path: (path / "config.json").write_text('{"model": {}}'), "the key 'model.model_config' is missing"),
+        (lambda path: (path / "model_weights.pt").unlink(), r"model_weights\.pt: missing"),
+        (lambda path: (path / "model_weights.pt").write_bytes(b"PK"), r"model_weights\.pt: truncated"),
+        (lambda path: torch.save({"a": torch.ones(1)}, path / "model_weights.pt"), "missing: gene_embeddings.*: a"),
+        (lambda path: (path / "vocabs" / "homo_sapiens_gene.h5").unlink(), "vocabulary file missing"),
+    ],
+)
+def test_bad_checkpoints_are_refused(
+    damage: Callable[[Path], object], message: str, checkpoint_copy: Path, folder: Path
+) -> None:
+    damage(checkpoint_copy)
+    assert_refused(invoke("--data-file", CELLS, checkpoint=checkpoint_copy), 1, message, folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "warning"),
+    [
+        (with_count(1.5), "WARNING: cells.h5ad: counts are not whole numbers"),
+        (with_genes(GENES[0], *(f"ENSG9999{i:07}" for i in range(20))), "WARNING: cells.h5ad: only 1 of 21 genes"),
+    ],
+)
+def test_doubtful_data_is_a_warning(make: Callable[[Path], None], warning: str, folder: Path) -> None:
+    make(folder / "cells.h5ad")
+    result = invoke("--data-file", "cells.h5ad")
+    assert result.exit_code == 0
+    assert warning in result.stderr
+
+
+def test_debug_shows_the_traceback(folder: Path) -> None:
+    command: list[str | Path] = [COMMAND, "inference", "--checkpoint-path", "nowhere", "--data-file", CELLS, "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "no such folder" in done.stderr
+
+
+def test_an_unknown_option_is_a_usage_error(folder: Path) -> None:
+    assert invoke("--data-file", CELLS, "--batchsize", 3).exit_code == 2
+    assert CliRunner().invoke(app, ["inference"]).exit_code == 2
+
+
+def test_help_names_every_published_option() -> None:
+    text = CliRunner().invoke(app, ["inference", "--help"], env={"COLUMNS": "200"}).output
+    for option in (
+        *("checkpoint-path", "data-file", "output-path", "output-filename", "batch-size", "gene-col-name", "precision"),
+        *("pretrained-embedding", "clip-counts", "filter-to-vocabs", "use-raw", "embedding-layer-index", "model-type"),
+        *("emb-type", "num-gpus", "oom-dataloader", "n-data-workers", "config-override", "remove-duplicate-genes"),
+        *("device", "debug"),
+    ):
+        assert f"--{option}" in text
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert re.fullmatch(r"transcriptformer \d+\.\d+\.\d+\S*\n", CliRunner().invoke(app, ["--version"]).output)

@@ -1,0 +1,91 @@
+"""A cell's embedding depends on the cell alone."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import anndata
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from tests.golden_cases import CELLS, CHECKPOINT, TOLERANCE, relative_error
+from tests.h5ad_files import random_adata
+from transcriptformer.checkpoint import load_checkpoint
+from transcriptformer.config import Config, load_config
+from transcriptformer.inference import embed
+
+FORMATS: dict[str, Callable[[Any], Any]] = {
+    "CSR": sparse.csr_matrix,
+    "CSC": sparse.csc_matrix,
+    "CSR array": sparse.csr_array,
+    "dense": lambda matrix: matrix.toarray(),
+}
+CELLS_OF_EVERY_LENGTH = random_adata(12, n_genes=200, density=0.5)
+for i in range(12):  # from no gene at all to more than the model has positions
+    CELLS_OF_EVERY_LENGTH.X[i] = CELLS_OF_EVERY_LENGTH.X[i].multiply(np.arange(200) < 17 * i)
+
+
+@cache
+def config_for(batch_size: int, precision: str = "32") -> Config:
+    return load_config(
+        CHECKPOINT,
+        {
+            "model.inference_config.batch_size": batch_size,
+            "model.inference_config.precision": precision,
+            "model.inference_config.device": "cpu",
+            "model.inference_config.output_keys": ["embeddings", "llh"],
+        },
+    )
+
+
+def results(source: Any, batch_size: int = 5, precision: str = "32") -> anndata.AnnData:
+    config = config_for(batch_size, precision)
+    return embed([source], load_checkpoint(CHECKPOINT, config), config)
+
+
+@cache
+def reference() -> anndata.AnnData:
+    """Every cell in a batch of its own."""
+    return results(CELLS_OF_EVERY_LENGTH, batch_size=1)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    order=st.lists(st.integers(0, 11), min_size=1, max_size=14),
+    batch_size=st.integers(1, 15),
+    matrix_format=st.sampled_from(list(FORMATS)),
+)
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_embedding_does_not_depend_on_batch_neighbours_order_or_matrix_format(
+    order: list[int], batch_size: int, matrix_format: str
+) -> None:
+    cells = CELLS_OF_EVERY_LENGTH[order].copy()
+    cells.X = FORMATS[matrix_format](cells.X)
+    result = results(cells, batch_size)
+    assert list(result.obs_names) == list(cells.obs_names)
+    expected = reference().obsm["embeddings"][order]
+    assert relative_error(result.obsm["embeddings"], expected) < TOLERANCE
+    llh = reference().uns["llh"]["llh"].to_numpy()[order]
+    if not np.isnan(llh).all():
+        assert relative_error(result.uns["llh"]["llh"].to_numpy(), llh) < TOLERANCE
+
+
+def test_worker_processes_change_nothing() -> None:
+    config = load_config(CHECKPOINT, {"model.data_config.n_data_workers": 2, "model.inference_config.precision": "32"})
+    result = embed([CELLS_OF_EVERY_LENGTH], load_checkpoint(CHECKPOINT, config), config)
+    assert relative_error(result.obsm["embeddings"], reference().obsm["embeddings"]) < TOLERANCE
+
+
+def test_bfloat16_is_near_float32() -> None:
+    exact, rounded = (results(CELLS, precision=precision).obsm["embeddings"] for precision in ("32", "bf16-mixed"))
+    assert 0 < relative_error(rounded, exact) < 2e-2
+
+
+def test_a_cell_without_genes_has_the_embedding_of_start_alone_and_no_llh() -> None:
+    result = reference()
+    assert np.isfinite(result.obsm["embeddings"][0]).all()
+    assert np.isnan(result.uns["llh"]["llh"].iloc[0])
+    assert result.uns["llh"]["llh"].iloc[1:].notna().all()

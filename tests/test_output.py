@@ -1,0 +1,114 @@
+import json
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.golden_cases import CELLS, CHECKPOINT
+from tests.h5ad_files import make_adata
+from transcriptformer.checkpoint import load_checkpoint
+from transcriptformer.config import load_config
+from transcriptformer.errors import DataError, OutputError
+from transcriptformer.inference import embed, run
+from transcriptformer.output import select_obs, write_h5ad
+
+OBS = pd.DataFrame(
+    {
+        "zebra": pd.Categorical(["b", "a", None], categories=["c", "b", "a"], ordered=True),
+        "text": ["x", "y", "z"],
+        "score": np.array([0.5, np.nan, 2], dtype=np.float32),
+        "n": np.array([1, 2, 3], dtype=np.int16),
+        "is_doublet": [True, False, True],
+        "maybe_n": pd.array([1, None, 3], dtype="Int64"),
+        "maybe_text": pd.array(["x", None, "z"], dtype="string"),
+        "assay": "Drop-seq",
+    },
+    index=pd.Index(["AAAC-1", "AAAG-1", "AAAT-1"], name="barcode"),
+)
+
+
+def run_on(path: Path, output: Path, **inference: object) -> anndata.AnnData:
+    options = {f"model.inference_config.{key}": value for key, value in inference.items()}
+    written, _ = run(
+        [path], CHECKPOINT, load_config(CHECKPOINT, {**options, "model.inference_config.output_path": str(output)})
+    )
+    return anndata.read_h5ad(written)
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    adata = make_adata([[1, 2, 0], [0, 1, 1], [3, 0, 0]])
+    adata.obs = OBS.copy()
+    path = tmp_path / "cells.h5ad"
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        adata.write_h5ad(path, convert_strings_to_categoricals=False)
+    return path
+
+
+def test_obs_is_found_again_exactly_as_it_was(cells: Path, tmp_path: Path) -> None:
+    result = run_on(cells, tmp_path / "out")
+    pd.testing.assert_frame_equal(result.obs, anndata.read_h5ad(cells).obs)
+    assert result.obs.index.name == "barcode"
+    assert list(result.obs.columns) == list(OBS.columns)
+    assert result.obs["text"].dtype == object
+
+
+def test_obs_of_real_columns_survives(tmp_path: Path) -> None:
+    pd.testing.assert_frame_equal(run_on(CELLS, tmp_path).obs, anndata.read_h5ad(CELLS).obs)
+
+
+def test_chosen_columns_stay_in_the_order_of_the_file(cells: Path, tmp_path: Path) -> None:
+    assert list(run_on(cells, tmp_path / "out", obs_keys=["n", "zebra"]).obs.columns) == ["zebra", "n"]
+    assert list(run_on(cells, tmp_path / "out", obs_keys=[]).obs.columns) == []
+
+
+def test_a_missing_column_is_named_with_those_there_are() -> None:
+    with pytest.raises(DataError, match=r"no column 'cell_type'; its columns are: zebra, text"):
+        select_obs(OBS, ["zebra", "cell_type"])
+
+
+def test_results_are_where_people_look_for_them(tmp_path: Path) -> None:
+    result = run_on(CELLS, tmp_path, output_keys=["embeddings", "llh"])
+    assert result.obsm["embeddings"].shape == (24, 32)
+    assert result.obsm["embeddings"].dtype == np.float32
+    assert list(result.uns["llh"].columns) == ["llh"]
+    assert list(result.uns["llh"].index) == list(result.obs_names)
+
+
+def test_only_what_was_asked_for_is_there(tmp_path: Path) -> None:
+    assert "llh" not in run_on(CELLS, tmp_path).uns
+    assert "embeddings" not in run_on(CELLS, tmp_path, output_keys=["llh"]).obsm
+
+
+def test_the_file_tells_how_it_was_made(tmp_path: Path) -> None:
+    made = run_on(CELLS, tmp_path, batch_size=3).uns["transcriptformer"]
+    assert made["checkpoint"] == "checkpoint"
+    assert len(made["weights_sha256"]) == 64
+    assert list(made["data_files"]) == [str(CELLS)]
+    assert json.loads(made["config"])["model"]["inference_config"]["batch_size"] == 3
+    assert made["version"]
+
+
+def test_the_old_result_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    output = tmp_path / "embeddings.h5ad"
+    output.write_bytes(b"the old result")
+    broken = make_adata([[1]])
+    broken.uns["unwritable"] = object()
+    with pytest.raises(Exception, match="unwritable"):
+        write_h5ad(broken, output)
+    assert output.read_bytes() == b"the old result"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_folder_that_went_away_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_h5ad(make_adata([[1]]), tmp_path / "gone" / "embeddings.h5ad")
+
+
+def test_cells_from_memory_and_from_a_file_give_the_same(tmp_path: Path) -> None:
+    config = load_config(CHECKPOINT)
+    in_memory = embed([anndata.read_h5ad(CELLS)], load_checkpoint(CHECKPOINT, config), config)
+    np.testing.assert_array_equal(in_memory.obsm["embeddings"], run_on(CELLS, tmp_path).obsm["embeddings"])
+    assert list(in_memory.uns["transcriptformer"]["data_files"]) == ["AnnData"]
