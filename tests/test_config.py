@@ -82,10 +82,10 @@ def test_overrides_reach_into_lists_and_replace_them(overrides: list[str], expec
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("true", True), ("false", False), ("null", None), ("auto", None), ("True", True)]
+    ("text", "value"), [("true", True), ("false", False), ("null", None), ("auto", "auto"), ("True", True)]
 )
-def test_use_raw_takes_the_published_values(text: str, value: bool | None) -> None:
-    assert load_config(CHECKPOINT, {}, [f"model.data_config.use_raw={text}"]).model.data_config.use_raw is value
+def test_use_raw_takes_the_published_values(text: str, value: bool | str | None) -> None:
+    assert load_config(CHECKPOINT, {}, [f"model.data_config.use_raw={text}"]).model.data_config.use_raw == value
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,14 @@ def test_use_raw_takes_the_published_values(text: str, value: bool | None) -> No
         ("model.inference_config.batch_size=0", r"batch_size \(--batch-size\): must be at least 1, not 0"),
         ("model.inference_config.obs_keys.7=a", "obs_keys.7: list index out of range"),
         ("model.inference_config.obs_keys=cell_type", "obs_keys: Invalid value"),
+        ("model.inference_config.obs_keys=[a,[b]]", "obs_keys: must be a list of column names"),
+        ("model.inference_config.output_path='${nowhere}'", "output_path': Interpolation key 'nowhere' not found"),
         ("model.inference_config.output_keys=[umap]", "output_keys: 'umap' is not one of embeddings, llh"),
         ("model.inference_config.output_keys=[]", "output_keys: must name at least one"),
         ("model.inference_config.precision=64", "precision .*'64' is not one of 16-mixed, bf16-mixed, 32"),
         ("model.inference_config.embedding_layer_index=2", "2 layers, 2 is outside -2…1"),
         ("model.inference_config.output_filename=a/b.h5ad", "not a file name that ends in .h5ad"),
-        ("model.data_config.use_raw=maybe", "use_raw: 'maybe' is not one of"),
+        ("model.data_config.use_raw=maybe", "use_raw .*'maybe' is not one of True, False, None, auto"),
         ("model.data_config.clip_counts=0", "clip_counts .*must be more than 0"),
         ("model.data_config.clip_counts", "not of the form key.path=value"),
         ("model.inference_config.obs_keys=a,b", r"a list as \[a,b\]"),

@@ -42,7 +42,7 @@ class DataConfig:
     gene_col_name: str = "ensembl_id"
     """Column of `var` that holds the gene ids; `index` means the index of `var`."""
     use_raw: bool | str | None = None
-    """True: `.raw.X`; False: `.X`; None or "auto": `.raw.X` where there is one, else `.X`."""
+    """True: `.raw.X`; False: `.X`; "auto" or None: `.raw.X` where there is one, else `.X`."""
     remove_duplicate_genes: bool = False
     """Keep the first column of each gene id instead of refusing a file with duplicates."""
     filter_to_vocabs: bool = True
@@ -78,9 +78,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         key = "model.data_config."
-        if isinstance(self.use_raw, str):
-            _require(self.use_raw == "auto", key + "use_raw", f"{self.use_raw!r} is not one of true, false, auto")
-            self.use_raw = None
+        _require_one_of(self.use_raw, (True, False, None, "auto"), key + "use_raw (--use-raw)")
         _require(self.filter_outliers >= 0, key + "filter_outliers", "must be 0 (keep all) or more")
         _require(self.normalize_to_scale >= 0, key + "normalize_to_scale", "must be 0 (leave the counts) or more")
         _require(self.clip_counts > 0, key + "clip_counts (--clip-counts)", "must be more than 0")
@@ -183,6 +181,9 @@ class InferenceConfig:
         _require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
         _require_one_of(self.attention, ("fast", "plain"), key + "attention")
         _require_one_of(self.emb_type, ("cell", "cge"), key + "emb_type (--emb-type)")
+        _require(
+            all(isinstance(name, str) for name in self.obs_keys), key + "obs_keys", "must be a list of column names"
+        )
         for output_key in self.output_keys:
             _require_one_of(output_key, ("embeddings", "llh"), key + "output_keys")
         _require(len(self.output_keys) > 0, key + "output_keys", "must name at least one of embeddings, llh")
@@ -334,6 +335,8 @@ def load_config(
         checked = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         raise CheckpointError(f"{config_path}: the needed key {_full_key(error)} is missing") from error
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{_full_key(error)}: {_first_line(error)}") from error
     assert isinstance(checked, Config)
     return checked
 

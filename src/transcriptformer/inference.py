@@ -112,7 +112,12 @@ def _predict(dataset: CellDataset, checkpoint: Checkpoint, config: Config, callb
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.predict(LitTranscriptFormer(checkpoint.model, config), loader, return_predictions=False)
+        try:
+            trainer.predict(LitTranscriptFormer(checkpoint.model, config), loader, return_predictions=False)
+        except SystemExit:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
 
 
 @contextmanager

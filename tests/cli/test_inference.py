@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,6 +294,19 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert "no such folder" in done.stderr
+
+
+def test_ctrl_c_ends_the_run_and_leaves_nothing(folder: Path) -> None:
+    random_adata(20_000).write_h5ad(folder / "cells.h5ad")
+    command: list[str | Path] = [COMMAND, "inference", "--checkpoint-path", CHECKPOINT, "--data-file", "cells.h5ad"]
+    with subprocess.Popen([*command, "--batch-size", "1"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "20000 cells" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert list((folder / "inference_results").iterdir()) == []
 
 
 def test_an_unknown_option_is_a_usage_error(folder: Path) -> None:

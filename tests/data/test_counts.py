@@ -60,9 +60,11 @@ def with_raw() -> anndata.AnnData:
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-@pytest.mark.parametrize(("use_raw", "scale", "n_genes"), [(True, 10, 3), (None, 10, 3), (False, 1, 2)])
+@pytest.mark.parametrize(
+    ("use_raw", "scale", "n_genes"), [(True, 10, 3), (None, 10, 3), ("auto", 10, 3), (False, 1, 2)]
+)
 def test_counts_and_gene_ids_come_from_the_same_place(
-    tmp_path: Path, use_raw: bool | None, scale: int, n_genes: int, from_file: bool
+    tmp_path: Path, use_raw: bool | str | None, scale: int, n_genes: int, from_file: bool
 ) -> None:
     adata = with_raw()
     adata.write_h5ad(tmp_path / "cells.h5ad")

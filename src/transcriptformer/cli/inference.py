@@ -16,20 +16,26 @@ class UseRaw(StrEnum):
 
 
 def inference(
-    checkpoint_path: Annotated[Path, typer.Option(help="Folder of the checkpoint.", show_default=False)],
+    checkpoint_path: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the checkpoint.")],
     data_file: Annotated[
-        list[Path], typer.Option(help="h5ad file with raw counts; may be given several times.", show_default=False)
+        list[Path], typer.Option(metavar="FILE", help="h5ad file with raw counts; may be given several times.")
     ],
     output_path: Annotated[
-        Path | None, typer.Option(help="Folder of the result.", show_default="./inference_results")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the result.", show_default="./inference_results")
     ] = None,
     output_filename: Annotated[
-        str | None, typer.Option(help="Name of the result.", show_default="embeddings.h5ad")
+        str | None, typer.Option(metavar="NAME", help="Name of the result.", show_default="embeddings.h5ad")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Most cells in a batch.", show_default="8")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="INT", help="Most cells in a batch.", show_default="8")
+    ] = None,
     gene_col_name: Annotated[
         str | None,
-        typer.Option(help="Column of var with Ensembl gene ids; 'index' for its index.", show_default="ensembl_id"),
+        typer.Option(
+            metavar="NAME",
+            help="Column of var with Ensembl gene ids; 'index' for its index.",
+            show_default="ensembl_id",
+        ),
     ] = None,
     precision: Annotated[
         str | None,
@@ -40,10 +46,10 @@ def inference(
         ),
     ] = None,
     pretrained_embedding: Annotated[
-        list[Path] | None, typer.Option(help="Protein embeddings of a new species (not available yet).")
+        list[Path] | None, typer.Option(metavar="FILE", help="Protein embeddings of a new species (not available yet).")
     ] = None,
     clip_counts: Annotated[
-        float | None, typer.Option(help="Counts above this are set to it.", show_default="30")
+        float | None, typer.Option(metavar="NUMBER", help="Counts above this are set to it.", show_default="30")
     ] = None,
     filter_to_vocabs: Annotated[
         bool | None,
@@ -56,6 +62,7 @@ def inference(
     use_raw: Annotated[
         UseRaw | None,
         typer.Option(
+            metavar="true|false|auto",
             help="Counts from .raw.X (true), .X (false), or .raw.X where there is one (auto).",
             case_sensitive=False,
             show_default="auto",
@@ -63,7 +70,9 @@ def inference(
     ] = None,
     embedding_layer_index: Annotated[
         int | None,
-        typer.Option(help="Layer whose output is the embedding, from 0; -1 is the last.", show_default="-1"),
+        typer.Option(
+            metavar="INT", help="Layer whose output is the embedding, from 0; -1 is the last.", show_default="-1"
+        ),
     ] = None,
     model_type: Annotated[
         str | None,
@@ -92,14 +101,15 @@ def inference(
         typer.Option(help="Where to compute.", metavar="auto|cpu|cuda|mps", show_default="auto"),
     ] = None,
     num_gpus: Annotated[
-        int | None, typer.Option(help="Devices to use (other than 1: not available yet).", show_default="1")
+        int | None,
+        typer.Option(metavar="INT", help="Devices to use (other than 1: not available yet).", show_default="1"),
     ] = None,
     oom_dataloader: Annotated[
         bool | None,
         typer.Option("--oom-dataloader", help="Read files larger than memory (not available yet)."),
     ] = None,
     n_data_workers: Annotated[
-        int | None, typer.Option(help="Processes that prepare batches.", show_default="0")
+        int | None, typer.Option(metavar="INT", help="Processes that prepare batches.", show_default="0")
     ] = None,
     config_override: Annotated[
         list[str] | None,
@@ -111,7 +121,10 @@ def inference(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Embed the cells of h5ad files and write one h5ad with the embeddings and the cells' metadata."""
+    """Embed the cells of h5ad files.
+
+    The result is one h5ad file with an embedding per cell, beside the cells' names and metadata.
+    """
     options: dict[str, object] = {
         "model.model_type": model_type,
         "model.data_config.gene_col_name": gene_col_name,

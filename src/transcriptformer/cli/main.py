@@ -11,6 +11,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes cut off long option names on a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

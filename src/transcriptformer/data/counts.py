@@ -47,7 +47,7 @@ class Counts:
 def read_counts(
     source: Path | anndata.AnnData,
     gene_col_name: str = "ensembl_id",
-    use_raw: bool | None = None,
+    use_raw: bool | str | None = None,
     remove_duplicate_genes: bool = False,
 ) -> Counts:
     """Read counts, gene ids and cell metadata, and check that a model can use them.
@@ -59,7 +59,7 @@ def read_counts(
     gene_col_name
         Column of `var` with the gene ids; `index` for the index of `var`.
     use_raw
-        True: `.raw`; False: `.X`; None: `.raw` where there is one. Names and counts come from the same place.
+        True: `.raw`; False: `.X`; None or "auto": `.raw` where there is one. Names and counts come from the same place.
     remove_duplicate_genes
         Keep the first column of each gene id instead of refusing duplicates.
 
@@ -103,7 +103,9 @@ def to_canonical_csr(values: Any) -> sparse.csr_array:
     return matrix
 
 
-def _from_anndata(adata: anndata.AnnData, use_raw: bool | None, name: str) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
+def _from_anndata(
+    adata: anndata.AnnData, use_raw: bool | str | None, name: str
+) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
     if _choose_raw(adata.raw is not None, use_raw, name):
         return adata.raw.X, adata.raw.var, adata.obs
     if adata.X is None:
@@ -111,7 +113,7 @@ def _from_anndata(adata: anndata.AnnData, use_raw: bool | None, name: str) -> tu
     return adata.X, adata.var, adata.obs
 
 
-def _from_h5ad(path: Path, use_raw: bool | None) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
+def _from_h5ad(path: Path, use_raw: bool | str | None) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
     if not path.is_file():
         raise UsageError(f"--data-file {path}: no such file")
     if not h5py.is_hdf5(path):
@@ -131,10 +133,10 @@ def _from_h5ad(path: Path, use_raw: bool | None) -> tuple[Any, pd.DataFrame, pd.
         raise DataError(f"{path}: truncated or damaged ({_one_line(error)}); copy or download it again") from error
 
 
-def _choose_raw(has_raw: bool, use_raw: bool | None, name: str) -> bool:
-    if use_raw and not has_raw:
+def _choose_raw(has_raw: bool, use_raw: bool | str | None, name: str) -> bool:
+    if use_raw is True and not has_raw:
         raise DataError(f"{name}: has no .raw; leave out --use-raw true (or give false) to use .X")
-    return has_raw if use_raw is None else use_raw
+    return has_raw if use_raw in (None, "auto") else bool(use_raw)
 
 
 def _gene_column(var: pd.DataFrame, column: str, name: str) -> Iterable[object]:

@@ -101,7 +101,7 @@ class CellDataset(Dataset[Batch]):
         seq_len: int,
     ) -> None:
         self.pad, self.seq_len = gene_vocab.pad, seq_len
-        parts = [_Part(source, gene_vocab, aux_vocabs, config, seq_len) for source in sources]
+        parts = [_read_source(source, gene_vocab, aux_vocabs, config, seq_len) for source in sources]
         self.tokens = _concatenate([part.tokens for part in parts])
         self.aux_tokens = np.concatenate([part.aux_tokens for part in parts])
         self.obs = _concatenate_obs([part.obs for part in parts])
@@ -163,29 +163,37 @@ def pad_to_common_length(tokens: Tokens, pad: int, seq_len: int) -> tuple[np.nda
     return genes, counts
 
 
-class _Part:
+class _Source(NamedTuple):
     """One source, read, filtered and tokenized."""
 
-    def __init__(
-        self,
-        source: Path | anndata.AnnData,
-        gene_vocab: GeneVocab,
-        aux_vocabs: Mapping[str, AuxVocab],
-        config: DataConfig,
-        seq_len: int,
-    ) -> None:
-        assert not isinstance(config.use_raw, str)
-        counts = read_counts(source, config.gene_col_name, config.use_raw, config.remove_duplicate_genes)
-        column_tokens = tokens_of_columns(counts.gene_ids, gene_vocab, config.filter_to_vocabs, counts.name)
-        selected = select_genes(counts, column_tokens)
-        cells = cells_to_keep(selected, config.filter_outliers, config.min_expressed_genes)
-        if len(cells) < len(selected.lengths):
-            selected = selected.take(cells)
-        self.n_read = len(counts.obs)
-        self.n_too_long = int((selected.lengths > seq_len).sum())
-        self.tokens = tokenize(selected, config, seq_len, cells)
-        self.obs = counts.obs.iloc[cells]
-        self.aux_tokens = _aux_tokens(self.obs, aux_vocabs, counts.name)
+    tokens: Tokens
+    aux_tokens: np.ndarray
+    obs: pd.DataFrame
+    n_read: int
+    n_too_long: int
+
+
+def _read_source(
+    source: Path | anndata.AnnData,
+    gene_vocab: GeneVocab,
+    aux_vocabs: Mapping[str, AuxVocab],
+    config: DataConfig,
+    seq_len: int,
+) -> _Source:
+    counts = read_counts(source, config.gene_col_name, config.use_raw, config.remove_duplicate_genes)
+    column_tokens = tokens_of_columns(counts.gene_ids, gene_vocab, config.filter_to_vocabs, counts.name)
+    selected = select_genes(counts, column_tokens)
+    cells = cells_to_keep(selected, config.filter_outliers, config.min_expressed_genes)
+    if len(cells) < len(counts.obs):
+        selected = selected.take(cells)
+    obs = counts.obs.iloc[cells]
+    return _Source(
+        tokens=tokenize(selected, config, seq_len, cells),
+        aux_tokens=_aux_tokens(obs, aux_vocabs, counts.name),
+        obs=obs,
+        n_read=len(counts.obs),
+        n_too_long=int((selected.lengths > seq_len).sum()),
+    )
 
 
 def _aux_tokens(obs: pd.DataFrame, vocabs: Mapping[str, AuxVocab], name: str) -> np.ndarray:

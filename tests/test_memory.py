@@ -1,0 +1,60 @@
+"""Weights are held once: loading a checkpoint takes hardly more memory than its file."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from tests.golden_cases import CHECKPOINT
+from transcriptformer.config import load_config
+from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.vocab import read_aux_vocab, read_gene_vocab
+
+LOAD_AND_PRINT_PEAK_MEMORY = """
+import resource, sys
+from pathlib import Path
+from transcriptformer.checkpoint import load_checkpoint
+from transcriptformer.config import load_config
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+path, precision = Path(sys.argv[1]), sys.argv[2]
+config = load_config(path, {"model.inference_config.precision": precision, "model.inference_config.device": "cpu"})
+before = peak_memory()
+load_checkpoint(path, config)
+print(peak_memory() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The synthetic checkpoint's settings at a width of 1,024: about 300 MB of random weights."""
+    path = tmp_path_factory.mktemp("large") / "checkpoint"
+    shutil.copytree(CHECKPOINT, path)
+    published = json.loads((path / "config.json").read_text())
+    published["model"]["model_config"].update(num_layers=8, num_heads=8, embed_dim=1024, model_dim=1024)
+    (path / "config.json").write_text(json.dumps(published))
+    with h5py.File(path / "vocabs" / "homo_sapiens_gene.h5", "w") as file:
+        file["keys"] = np.array([f"ENSG{i:011}" for i in range(20_000)], dtype="S")
+    model = load_config(path).model
+    genes = read_gene_vocab([path / "vocabs" / "homo_sapiens_gene.h5"], model.data_config.special_tokens, "[PAD]")
+    assays = {"assay": read_aux_vocab(path / "vocabs" / "assay_vocab.json", "assay", "unknown")}
+    weights = TranscriptFormer(model.model_config, model.loss_config, genes, assays, protein_dim=1024).state_dict()
+    torch.save(weights, path / "model_weights.pt")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in other units elsewhere")
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_loading_holds_the_weights_once(large_checkpoint: Path, precision: str) -> None:
+    code = [sys.executable, "-c", LOAD_AND_PRINT_PEAK_MEMORY, str(large_checkpoint), precision]
+    peak = int(subprocess.run(code, check=True, capture_output=True, text=True).stdout)
+    assert peak < 1.2 * (large_checkpoint / "model_weights.pt").stat().st_size
