@@ -26,7 +26,7 @@ from rich.table import Table
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import Config, load_config
 from transcriptformer.data.dataset import CellDataset
-from transcriptformer.lightning import LitTranscriptFormer
+from transcriptformer.lightning import TranscriptFormerModule
 
 MIB = 2**20
 REPEATS = 5
@@ -93,7 +93,7 @@ def measure_tokenizing(file: Path, checkpoint: Checkpoint, config: Config, copie
 def measure_embedding(file: Path, checkpoint: Checkpoint, config: Config, n_cells: int) -> dict[str, float]:
     """Whole batches through the model, without reading and writing."""
     dataset = _dataset(anndata.read_h5ad(file)[:n_cells], checkpoint, config)
-    module = LitTranscriptFormer(checkpoint.model, config).to(checkpoint.device)
+    module = TranscriptFormerModule(checkpoint.model, config).to(checkpoint.device)
     seconds_per_cell = []
     with torch.inference_mode():
         for i, rows in enumerate(_rows_of_batches(len(dataset), config)):

@@ -15,6 +15,8 @@ from transcriptformer.config import load_config
 from transcriptformer.errors import CheckpointError, TranscriptFormerError
 from transcriptformer.model.layers import Linear
 
+EMBEDDING = "gene_embeddings.embedding.weight"
+
 CPU_32 = {"model.inference_config.device": "cpu", "model.inference_config.precision": "32"}
 
 
@@ -116,7 +118,7 @@ def test_pickled_code_is_refused_and_not_run(checkpoint_copy: Path, tmp_path: Pa
             return Path.touch, (trace,)  # type: ignore[return-value]
 
     torch.save({"a": Malicious()}, checkpoint_copy / "model_weights.pt")
-    with pytest.raises(CheckpointError, match="pickled code"):
+    with pytest.raises(CheckpointError, match="holds pickled code, which is not run"):
         load(checkpoint_copy)
     assert not trace.exists()
 
@@ -151,6 +153,17 @@ def truncate(path: Path) -> None:
             lambda path: edit_config(path, lambda m: m["model_config"].update(num_heads="many")),
             "model.model_config.num_heads': Value 'many'",
         ),
+        (
+            lambda path: edit_config(path, lambda m: m["model_config"].update(activation="swish")),
+            r"config\.json: model\.model_config\.activation: 'swish' is not one of",
+        ),
+        (lambda path: edit_config(path, lambda m: m["model_config"].update(dropout=3)), r"config\.json: .*dropout"),
+        (lambda path: edit_weights(path, lambda w: w.update({EMBEDDING: torch.tensor(1.0)})), rf"{EMBEDDING} \(\)"),
+        (
+            lambda path: edit_weights(path, lambda w: w.update({EMBEDDING: w[EMBEDDING].to_sparse()})),
+            "not a state dict",
+        ),
+        (lambda path: edit_weights(path, lambda w: w.update({EMBEDDING: torch.ones(3).int()})), "not a state dict"),
         (lambda path: edit_config(path, lambda m: m["model_config"].update(aux_len=2)), "aux_len is 2, but aux_cols"),
     ],
 )

@@ -20,8 +20,12 @@ LAYERS = [
 
 def imports_of(path: Path) -> set[str]:
     """Parts of our package that a module imports, by their first name."""
-    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    names = [node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module]
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
     return {name.split(".")[1] for name in names if name.startswith("transcriptformer.")}
 
 

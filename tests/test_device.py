@@ -25,12 +25,28 @@ def test_auto_is_a_device_that_is_there() -> None:
 @pytest.mark.parametrize(
     ("precision", "device", "expected"),
     [
-        ("32", "cpu", {torch.float32}),
-        ("32", "cuda", {torch.float32}),
-        ("16-mixed", "cuda", {torch.float16}),
-        ("16-mixed", "cpu", {torch.float32, torch.bfloat16}),
-        ("bf16-mixed", "cpu", {torch.bfloat16}),
+        ("32", "cpu", torch.float32),
+        ("32", "cuda", torch.float32),
+        ("16-mixed", "cuda", torch.float16),
+        ("16-mixed", "mps", torch.float16),
+        ("bf16-mixed", "cpu", torch.bfloat16),
     ],
 )
-def test_precision_names_the_type_of_the_products(precision: str, device: str, expected: set[torch.dtype]) -> None:
-    assert compute_dtype(precision, torch.device(device)) in expected
+def test_precision_names_the_type_of_the_products(precision: str, device: str, expected: torch.dtype) -> None:
+    assert compute_dtype(precision, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_only_where_it_has_instructions_for_it(
+    capabilities: dict[str, bool], expected: torch.dtype
+) -> None:
+    assert compute_dtype("16-mixed", torch.device("cpu"), capabilities) is expected

@@ -10,7 +10,7 @@ from tests.golden_cases import CELLS, CHECKPOINT
 from tests.h5ad_files import make_adata
 from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.config import load_config
-from transcriptformer.errors import DataError, OutputError
+from transcriptformer.errors import DataError, OutputError, UsageError
 from transcriptformer.inference import embed, run
 from transcriptformer.output import select_obs, write_h5ad
 
@@ -105,6 +105,41 @@ def test_the_old_result_stays_until_the_new_one_is_whole(tmp_path: Path) -> None
 def test_a_folder_that_went_away_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         write_h5ad(make_adata([[1]]), tmp_path / "gone" / "embeddings.h5ad")
+
+
+def test_metadata_that_cannot_be_stored_is_named_before_any_computing() -> None:
+    adata = make_adata([[1], [2]])
+    adata.obs["mixed"] = [1, "x"]
+    config = load_config(CHECKPOINT)
+    with pytest.raises(DataError, match=r"obs: column 'mixed' .*mixed-integer"):
+        embed(adata, load_checkpoint(CHECKPOINT, config), config, on_progress=lambda *_: pytest.fail("it ran"))
+    config = load_config(CHECKPOINT, {}, ["model.inference_config.obs_keys=[assay]"])
+    assert list(embed(adata, load_checkpoint(CHECKPOINT, config), config).obs.columns) == ["assay"]
+
+
+def test_an_index_may_bear_the_name_of_a_result(tmp_path: Path) -> None:
+    adata = make_adata([[1], [2]])
+    adata.obs.index.name = "llh"
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    result = run_on(tmp_path / "cells.h5ad", tmp_path, output_keys=["llh"])
+    assert result.obs.index.name == "llh"
+    assert list(result.uns["llh"].index) == ["c0", "c1"]
+
+
+def test_one_source_needs_no_list_and_none_is_an_error() -> None:
+    config = load_config(CHECKPOINT)
+    checkpoint = load_checkpoint(CHECKPOINT, config)
+    for sources in (CELLS, str(CELLS), [str(CELLS)], anndata.read_h5ad(CELLS)):
+        assert embed(sources, checkpoint, config).n_obs == 24
+    with pytest.raises(UsageError, match="nothing to embed"):
+        embed([], checkpoint, config)
+
+
+def test_progress_tells_how_many_cells_are_done() -> None:
+    config = load_config(CHECKPOINT, {"model.inference_config.batch_size": 10})
+    told: list[tuple[int, int]] = []
+    embed(CELLS, load_checkpoint(CHECKPOINT, config), config, lambda *progress: told.append(progress))
+    assert told == [(0, 24), (10, 24), (20, 24), (24, 24)]
 
 
 def test_cells_from_memory_and_from_a_file_give_the_same(tmp_path: Path) -> None:

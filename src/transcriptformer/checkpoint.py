@@ -69,7 +69,8 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
     gene_vocab, aux_vocabs = _read_vocabs(path, config)
     weights_path = path / "model_weights.pt"
     weights = _read_weights(weights_path)
-    protein_dim = weights[_EMBEDDING].shape[-1] if _EMBEDDING in weights else 1
+    # Where the embedding is missing or odd, any width will do: it is reported below.
+    protein_dim = weights[_EMBEDDING].shape[-1] if _EMBEDDING in weights and weights[_EMBEDDING].ndim == 2 else 1
     with torch.device("meta"):
         model = TranscriptFormer(
             config.model.model_config, config.model.loss_config, gene_vocab, aux_vocabs, protein_dim
@@ -104,14 +105,24 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: holds pickled code, which is not run; only plain tensors are read") from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: truncated, or not a file of weights by torch.save; download it again"
+            f"{path}: damaged, or holds pickled code, which is not run; only tensors are read"
         ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path}: not a state dict (names → tensors)")
+    except Exception as error:  # the reader raises whatever a damaged file leads it to
+        raise CheckpointError(f"{path}: truncated, damaged, or not in the zip format of torch.save") from error
+    if not isinstance(weights, dict) or not all(_is_weight(name, value) for name, value in weights.items()):
+        raise CheckpointError(f"{path}: not a state dict (names → dense floating-point tensors)")
     return {name: value.float() for name, value in weights.items()}
+
+
+def _is_weight(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+    )
 
 
 def _cast_linear_layers(model: TranscriptFormer, path: Path, dtype: torch.dtype) -> None:

@@ -82,6 +82,7 @@ class DataConfig:
         _require(self.filter_outliers >= 0, key + "filter_outliers", "must be 0 (keep all) or more")
         _require(self.normalize_to_scale >= 0, key + "normalize_to_scale", "must be 0 (leave the counts) or more")
         _require(self.clip_counts > 0, key + "clip_counts (--clip-counts)", "must be more than 0")
+        _require(self.seed >= 0, key + "seed", "must be 0 or more")
         _require(self.n_data_workers >= 0, key + "n_data_workers (--n-data-workers)", "must be 0 or more")
         _require(
             not (self.sort_genes and self.randomize_genes),
@@ -128,6 +129,7 @@ class ModelConfig:
         for name in ("num_layers", "num_heads", "embed_dim", "model_dim", "seq_len", "gene_head_hidden_dim"):
             _require(getattr(self, name) > 0, key + name, "must be more than 0")
         _require(self.embed_dim % self.num_heads == 0, key + "embed_dim", "must be a multiple of num_heads")
+        _require(0 <= self.dropout <= 1, key + "dropout", "must be between 0 and 1")
         _require(self.softcap >= 0, key + "softcap", "must be 0 (no cap) or more")
         _require_one_of(self.activation, ACTIVATIONS, key + "activation")
         _require_one_of(self.mu_link_fn, LINK_FUNCTIONS, key + "mu_link_fn")
@@ -261,10 +263,8 @@ def read_checkpoint_config(checkpoint_path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        If the folder or the file is missing, is not JSON, or has no `model` section.
+        If the file is missing, is not JSON, or has no `model` section.
     """
-    if not checkpoint_path.is_dir():
-        raise UsageError(f"--checkpoint-path {checkpoint_path}: no such folder")
     path = checkpoint_path / "config.json"
     try:
         published = json.loads(path.read_text(encoding="utf-8"))
@@ -315,17 +315,23 @@ def load_config(
     UsageError
         If an option or override has an unknown key, a wrong type or an impossible value.
     CheckpointError
-        If `config.json` is missing, damaged, or lacks a needed key.
+        If `config.json` is missing, damaged, lacks a needed key or has an impossible value.
     """
-    config = OmegaConf.structured(Config)
+    if not checkpoint_path.is_dir():
+        raise UsageError(f"--checkpoint-path {checkpoint_path}: no such folder")
     config_path = checkpoint_path / "config.json"
     try:
-        config = OmegaConf.merge(config, read_checkpoint_config(checkpoint_path))
+        config = OmegaConf.merge(OmegaConf.structured(Config), read_checkpoint_config(checkpoint_path))
+        OmegaConf.to_object(config)  # checked by itself, so that its faults are not blamed on an option
+    except MissingMandatoryValue as error:
+        raise CheckpointError(f"{config_path}: the needed key {_full_key(error)} is missing") from error
     except OmegaConfBaseException as error:
         raise CheckpointError(f"{config_path}: {_full_key(error)}: {_first_line(error)}") from error
+    except UsageError as error:
+        raise CheckpointError(f"{config_path}: {error}") from error
+
     config = OmegaConf.merge(config, OmegaConf.load(conf_dir() / "inference_config.yaml"))
     assert isinstance(config, DictConfig)
-
     for key, value in (options or {}).items():
         if value is not None:
             _update(config, key, value)
@@ -333,8 +339,6 @@ def load_config(
         _update(config, *_parse_override(override))
     try:
         checked = OmegaConf.to_object(config)
-    except MissingMandatoryValue as error:
-        raise CheckpointError(f"{config_path}: the needed key {_full_key(error)} is missing") from error
     except OmegaConfBaseException as error:
         raise UsageError(f"{_full_key(error)}: {_first_line(error)}") from error
     assert isinstance(checked, Config)
@@ -348,7 +352,7 @@ def _parse_override(override: str) -> tuple[str, object]:
         raise UsageError(
             f"--config-override {override!r}: not of the form key.path=value ({_first_line(error)})"
         ) from error
-    if parsed.is_add() or parsed.is_delete() or parsed.is_sweep_override():
+    if parsed.is_add() or parsed.is_delete() or parsed.is_sweep_override() or parsed.package is not None:
         raise UsageError(f"--config-override {override!r}: give one plain key.path=value (a list as [a,b])")
     return parsed.key_or_group, parsed.value()
 
@@ -362,13 +366,13 @@ def _update(config: DictConfig, key: str, value: object) -> None:
         if not (isinstance(items, ListConfig) and index == str(len(items))):
             raise UsageError(f"{key}: {_first_line(error)}") from error
         items.append(value)
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, KeyError) as error:  # OmegaConf's own errors of these kinds: there is no such key
         values = OmegaConf.to_container(config)
         assert isinstance(values, dict)
         close = difflib.get_close_matches(key, list(_leaf_keys(values)), n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"{key}: no such configuration key{hint}") from error
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError) as error:
         raise UsageError(f"{key}: {_first_line(error)}") from error
 
 

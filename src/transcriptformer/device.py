@@ -6,6 +6,9 @@ import torch
 
 from transcriptformer.errors import UsageError
 
+BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
+"""PyTorch's names of CPU instructions that multiply bfloat16 matrices (Intel, AMD, Arm)."""
+
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is the first of cuda, mps and cpu that is there.
@@ -29,24 +32,25 @@ def choose_device(name: str) -> torch.device:
     return torch.device(available[0] if name == "auto" else name)
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+def compute_dtype(
+    precision: str, device: torch.device, capabilities: Mapping[str, object] | None = None
+) -> torch.dtype:
     """Type of the matrix products; normalization, softmax and the states between blocks are always float32.
 
     Parameters
     ----------
     precision
         `32`, `bf16-mixed`, or `16-mixed`: float16 on a GPU, on a CPU bfloat16 where it has instructions for it.
+    capabilities
+        What the CPU can do, by name; None: ask PyTorch.
     """
     if precision == "32":
         return torch.float32
     if precision == "bf16-mixed":
         return torch.bfloat16
-    if device.type == "cpu":
-        return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
-    return torch.float16
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    # Releases of PyTorch that cannot tell have no get_capabilities: float32 is always right.
-    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    if device.type != "cpu":
+        return torch.float16
+    if capabilities is None:
+        # Releases of PyTorch that cannot tell have no get_capabilities: float32 is always right.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS) else torch.float32

@@ -6,35 +6,40 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias
 
 import anndata
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import Config
 from transcriptformer.data.dataset import Batch, CellDataset, CellStatistics, as_is
-from transcriptformer.lightning import LitTranscriptFormer
-from transcriptformer.output import Collector, check_writable, select_obs, to_anndata, write_h5ad
+from transcriptformer.errors import UsageError
+from transcriptformer.lightning import TranscriptFormerModule
+from transcriptformer.output import Collector, check_storable, check_writable, select_obs, to_anndata, write_h5ad
 
 logger = logging.getLogger(__name__)
+
+Source: TypeAlias = str | Path | anndata.AnnData
 
 OnProgress = Callable[[int, int], None]
 """Called with how many cells are done and how many there are."""
 
 
 def embed(
-    sources: Sequence[Path | anndata.AnnData],
+    sources: Source | Sequence[Source],
     checkpoint: Checkpoint,
     config: Config,
     on_progress: OnProgress | None = None,
 ) -> anndata.AnnData:
-    """Embed the cells of `sources`, in order.
+    """Embed the cells of one source or of several, in order.
 
     Parameters
     ----------
     sources
-        h5ad files or AnnData objects; they are left as they are.
+        h5ad file or AnnData object, or a list of them; they are left as they are.
     checkpoint
         From `load_checkpoint`, with the same `config`.
     config
@@ -52,11 +57,13 @@ def embed(
     TranscriptFormerError
         If a source, or an option that speaks of it, cannot be used.
     """
+    sources = _as_list(sources)
     data, inference = config.model.data_config, config.model.inference_config
     dataset = CellDataset(
         sources, checkpoint.gene_vocab, checkpoint.aux_vocabs, data, config.model.model_config.seq_len
     )
     obs = select_obs(dataset.obs, inference.obs_keys)
+    check_storable(obs)
     _tell(dataset.statistics, config)
 
     collector = Collector(len(dataset))
@@ -85,9 +92,18 @@ def run(
     inference = config.model.inference_config
     output = Path(inference.output_path) / inference.output_filename
     check_writable(output)
+    if output.resolve() in [file.resolve() for file in data_files]:
+        raise UsageError(f"--output-filename {output}: is an input; the result would replace it")
     result = embed(data_files, load_checkpoint(checkpoint_path, config), config, on_progress)
     write_h5ad(result, output)
     return output, result
+
+
+def _as_list(sources: Source | Sequence[Source]) -> list[Path | anndata.AnnData]:
+    several = [sources] if isinstance(sources, str | Path | anndata.AnnData) else list(sources)
+    if not several:
+        raise UsageError("there is nothing to embed: no file and no AnnData was given")
+    return [Path(source) if isinstance(source, str) else source for source in several]
 
 
 def _predict(dataset: CellDataset, checkpoint: Checkpoint, config: Config, callbacks: list[pl.Callback]) -> None:
@@ -95,7 +111,7 @@ def _predict(dataset: CellDataset, checkpoint: Checkpoint, config: Config, callb
     loader = DataLoader(
         dataset,
         batch_sampler=BatchSampler(
-            SequentialSampler(dataset), config.model.inference_config.batch_size, drop_last=False
+            SequentialSampler(dataset), min(config.model.inference_config.batch_size, len(dataset)), drop_last=False
         ),
         collate_fn=as_is,
         num_workers=config.model.data_config.n_data_workers,
@@ -105,6 +121,7 @@ def _predict(dataset: CellDataset, checkpoint: Checkpoint, config: Config, callb
         trainer = pl.Trainer(
             accelerator=checkpoint.device.type,
             devices=1,
+            plugins=[LightningEnvironment()],  # one process, also where a cluster's scheduler has started several
             precision="32-true",  # the weights are in the run's precision already
             callbacks=callbacks,
             logger=False,
@@ -113,7 +130,7 @@ def _predict(dataset: CellDataset, checkpoint: Checkpoint, config: Config, callb
             enable_model_summary=False,
         )
         try:
-            trainer.predict(LitTranscriptFormer(checkpoint.model, config), loader, return_predictions=False)
+            trainer.predict(TranscriptFormerModule(checkpoint.model, config), loader, return_predictions=False)
         except SystemExit:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
             if trainer.interrupted:
                 raise KeyboardInterrupt from None
@@ -164,5 +181,9 @@ def _provenance(sources: Sequence[Path | anndata.AnnData], checkpoint: Checkpoin
         "checkpoint": checkpoint.path.resolve().name,
         "weights_sha256": checkpoint.weights_sha256(),
         "config": config.to_json(),
-        "data_files": [str(source) if isinstance(source, Path) else "AnnData" for source in sources],
+        # A path may hold bytes that are not text, which HDF5 cannot store.
+        "data_files": [
+            str(source).encode(errors="replace").decode() if isinstance(source, Path) else "AnnData"
+            for source in sources
+        ],
     }

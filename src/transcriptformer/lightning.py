@@ -28,7 +28,7 @@ class Prediction(NamedTuple):
     llh: Tensor | None
 
 
-class LitTranscriptFormer(pl.LightningModule):
+class TranscriptFormerModule(pl.LightningModule):
     """Runs a model on batches, and only the heads that `model.inference_config.output_keys` names."""
 
     def __init__(self, model: TranscriptFormer, config: Config) -> None:

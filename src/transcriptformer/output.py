@@ -1,11 +1,12 @@
 """Predictions become an h5ad file. The only place that knows under which keys results are stored."""
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 from pytorch_lightning import LightningModule, Trainer
@@ -76,7 +77,7 @@ def to_anndata(obs: pd.DataFrame, collected: Collector, provenance: Mapping[str,
     if collected.embedding is not None:
         result.obsm[EMBEDDINGS_KEY] = collected.embedding
     if collected.llh is not None:
-        result.uns[LLH_KEY] = pd.DataFrame({LLH_KEY: collected.llh}, index=obs.index)
+        result.uns[LLH_KEY] = pd.DataFrame({LLH_KEY: collected.llh}, index=obs.index.rename(None))
     return result
 
 
@@ -92,10 +93,47 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"--output-filename {path}: is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        temporary = _temporary(path)
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
-        raise UsageError(f"--output-path {path.parent}: cannot be written to ({error.strerror})") from error
+        raise UsageError(
+            f"--output-path {path.parent}: {path.name} cannot be written there ({error.strerror})"
+        ) from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def check_storable(obs: pd.DataFrame) -> None:
+    """Write every column of cell metadata to an HDF5 file in memory, so that a long run does not fail at its end.
+
+    Raises
+    ------
+    DataError
+        If a column, such as one of mixed types, has no place in an h5ad file.
+    """
+    with h5py.File("obs", "w", driver="core", backing_store=False) as file, _strings_as_they_are():
+        for column in obs.columns:
+            try:
+                anndata.io.write_elem(file, "column", obs[[column]])
+            except Exception as error:  # anndata raises whatever the values lead it to
+                raise DataError(
+                    f"obs: column {column!r} holds values that h5ad cannot store, such as several types at once "
+                    f"({pd.api.types.infer_dtype(obs[column])}); leave it out by model.inference_config.obs_keys"
+                ) from error
+
+
+def describe(result: anndata.AnnData) -> str:
+    """What is stored where, in a few words."""
+    stored = [f"obsm['{key}'] {result.obsm[key].shape}" for key in result.obsm]
+    stored += [f"uns['{LLH_KEY}']"] if LLH_KEY in result.uns else []
+    return f"{result.n_obs} cells: {', '.join(stored)}"
+
+
+def _strings_as_they_are() -> AbstractContextManager[None]:
+    return anndata.settings.override(allow_write_nullable_strings=True)
 
 
 def write_h5ad(result: anndata.AnnData, path: Path) -> None:
@@ -106,9 +144,9 @@ def write_h5ad(result: anndata.AnnData, path: Path) -> None:
     OutputError
         If the disk is full or the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
-        with anndata.settings.override(allow_write_nullable_strings=True):
+        with _strings_as_they_are():
             # Strings stay strings: the metadata is to be found again exactly as it was.
             result.write_h5ad(temporary, convert_strings_to_categoricals=False)
         temporary.replace(path)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import h5py
@@ -37,7 +38,7 @@ class GeneVocab:
 
     def lookup(self, gene_ids: np.ndarray) -> np.ndarray:
         """Tokens of `gene_ids` (n,), int64; -1 where a gene is not in the vocabulary."""
-        return np.fromiter((self.genes.get(gene, -1) for gene in gene_ids), dtype=np.int64, count=len(gene_ids))
+        return np.fromiter(map(self.genes.get, gene_ids, repeat(-1)), dtype=np.int64, count=len(gene_ids))
 
     @property
     def pad(self) -> int:
@@ -96,9 +97,11 @@ def read_gene_ids(path: Path) -> list[str]:
     try:
         with h5py.File(path) as file:
             keys = file["keys"][:]
-    except (OSError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a protein-embedding file with a dataset 'keys' ({error})") from error
-    return [key.decode() if isinstance(key, bytes) else str(key) for key in keys]
+        return [key.decode() if isinstance(key, bytes) else str(key) for key in keys]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a protein-embedding file with a dataset 'keys' of names ({error})"
+        ) from error
 
 
 def read_gene_vocab(paths: Sequence[Path], special_tokens: Sequence[str], pad_token: str) -> GeneVocab:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from typer.testing import CliRunner, Result
 from tests.golden_cases import CELLS, CHECKPOINT, TOLERANCE, GoldenCase, real_cases, relative_error, synthetic_cases
 from tests.h5ad_files import GENES, make_adata, random_adata
 from transcriptformer.cli.main import app
+from transcriptformer.config import load_config
 
 COMMAND = Path(sys.executable).with_name("transcriptformer")
 
@@ -66,9 +68,12 @@ def test_what_is_unusual_about_the_cells_is_told(folder: Path) -> None:
 
 
 def test_every_option_reaches_the_configuration(folder: Path) -> None:
+    adata = anndata.read_h5ad(CELLS)
+    adata.var = pd.DataFrame(index=pd.Index(adata.var["ensembl_id"], name="gene"))
+    adata.write_h5ad(folder / "by_index.h5ad")
     result = invoke(
-        *("--data-file", CELLS, "--output-path", "there", "--output-filename", "x.h5ad", "--batch-size", 3),
-        *("--gene-col-name", "ensembl_id", "--precision", "bf16-mixed", "--clip-counts", 5, "--use-raw", "False"),
+        *("--data-file", "by_index.h5ad", "--output-path", "there", "--output-filename", "x.h5ad", "--batch-size", 3),
+        *("--gene-col-name", "index", "--precision", "bf16-mixed", "--clip-counts", 5, "--use-raw", "False"),
         *("--no-filter-to-vocabs", "--embedding-layer-index", 0, "--model-type", "transcriptformer"),
         *("--emb-type", "cell", "--remove-duplicate-genes", "--device", "cpu", "--num-gpus", 1),
         *("--n-data-workers", 1, "--config-override", "model.inference_config.output_keys=[embeddings,llh]"),
@@ -146,6 +151,10 @@ def without_gene_ids(path: Path) -> None:
     adata.write_h5ad(path)
 
 
+def without_genes(path: Path) -> None:
+    make_adata(np.zeros((3, 0))).write_h5ad(path)
+
+
 def gene_ids_in_the_index(path: Path) -> None:
     adata = make_adata([[1, 2]])
     adata.var = pd.DataFrame({"symbol": ["TP53", "BRCA1"]}, index=GENES[:2])
@@ -170,30 +179,32 @@ def no_cells(path: Path) -> None:
         pytest.param(lambda path: None, [], 2, r"--data-file cells\.h5ad: no such file", id="file missing"),
         pytest.param(no_h5ad, [], 1, r"cells\.h5ad: not an HDF5 file", id="not HDF5"),
         pytest.param(no_anndata, [], 1, r"cells\.h5ad: HDF5, but not an AnnData .*'obs' and 'var'", id="not AnnData"),
-        pytest.param(truncated, [], 1, r"cells\.h5ad: truncated or damaged", id="truncated"),
-        pytest.param(damaged_inside, [], 1, r"cells\.h5ad: truncated or damaged", id="damaged inside"),
+        pytest.param(truncated, [], 1, r"cells\.h5ad: cannot be read: truncated or damaged", id="truncated"),
+        pytest.param(damaged_inside, [], 1, r"cells\.h5ad: cannot be read: truncated or damaged", id="damaged inside"),
         pytest.param(
             without_gene_ids,
             [],
             1,
-            r"no column 'ensembl_id', its columns are: feature_id, symbol; .*--gene-col-name feature_id",
+            r"no column 'ensembl_id', its columns are: feature_id, symbol; .*--gene-col-name 'feature_id'",
             id="no gene id column",
         ),
         pytest.param(
-            gene_ids_in_the_index, [], 1, r"'index' looks like gene ids: add --gene-col-name index", id="ids in index"
+            gene_ids_in_the_index, [], 1, r"'index' looks like gene ids: add --gene-col-name 'index'", id="ids in index"
         ),
         pytest.param(with_genes("TP53", "BRCA1"), [], 1, "none of its 2 genes.*gene symbols", id="symbols"),
         pytest.param(
             with_genes("ENSMUSG00000024798", "ENSMUSG00000042385"),
             [],
             1,
-            "none of its 2 genes.*another species",
+            "none of its 2 genes.*is it another species",
             id="no gene in the vocabulary",
         ),
+        pytest.param(lambda path: path.mkdir(), [], 2, r"cells\.h5ad: is a folder", id="a folder"),
         pytest.param(with_genes(f"{GENES[0]}.1", f"{GENES[0]}.2"), [], 1, "repeat a gene id", id="duplicate genes"),
         pytest.param(with_count(-1), [], 1, "1 counts are negative", id="negative"),
         pytest.param(with_count(np.nan), [], 1, "1 counts are NaN or infinite", id="NaN"),
         pytest.param(with_count(np.inf), [], 1, "1 counts are NaN or infinite", id="infinite"),
+        pytest.param(without_genes, [], 1, "there are no genes in it", id="no genes"),
         pytest.param(no_cells, [], 1, "there are no cells in it", id="no cells"),
         pytest.param(
             with_count(2),
@@ -227,7 +238,9 @@ def test_bad_data_is_refused(
         (["--config-override", "model.data_config.clip_counts=many"], "model.data_config.clip_counts: Value 'many'"),
         (["--precision", "64"], "--precision"),
         (["--output-filename", "result.csv"], "--output-filename"),
-        (["--output-path", "a file"], "--output-path a file: cannot be written to"),
+        (["--output-path", "a file"], "--output-path a file: embeddings.h5ad cannot be written there"),
+        (["--output-filename", "x" * 250 + ".h5ad"], "--output-path .*cannot be written there"),
+        (["--data-file", "x" * 300], "no such file"),
         (["--embedding-layer-index", "9"], "--embedding-layer-index"),
         (["--checkpoint-path", "nowhere"], "--checkpoint-path nowhere: no such folder"),
         (["--emb-type", "cge"], "--emb-type cge is not available yet"),
@@ -252,7 +265,7 @@ def test_bad_options_are_refused(options: list[str], message: str, folder: Path)
 def test_a_folder_without_permission_is_refused(folder: Path) -> None:
     (folder / "read-only").mkdir(mode=0o555)
     result = invoke("--data-file", CELLS, "--output-path", "read-only")
-    assert_refused(result, 2, "--output-path read-only: cannot be written to", folder)
+    assert_refused(result, 2, "--output-path read-only: embeddings.h5ad cannot be written there", folder)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +299,57 @@ def test_doubtful_data_is_a_warning(make: Callable[[Path], None], warning: str, 
     result = invoke("--data-file", "cells.h5ad")
     assert result.exit_code == 0
     assert warning in result.stderr
+
+
+def test_an_input_is_not_overwritten(folder: Path) -> None:
+    random_adata(3).write_h5ad(folder / "cells.h5ad")
+    before = (folder / "cells.h5ad").read_bytes()
+    result = invoke("--data-file", "cells.h5ad", "--output-path", ".", "--output-filename", "cells.h5ad")
+    assert_refused(result, 2, "cells.h5ad: is an input", folder)
+    assert (folder / "cells.h5ad").read_bytes() == before
+
+
+def limit_size_of_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(folder: Path) -> None:
+    command: list[str | Path] = [COMMAND, "inference", "--checkpoint-path", CHECKPOINT, "--data-file", CELLS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit_size_of_files)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.fullmatch(
+        r"ERROR: inference_results/embeddings\.h5ad: cannot be written .*", done.stderr.splitlines()[-1]
+    )
+    assert list((folder / "inference_results").iterdir()) == []
+
+
+def test_a_scheduler_that_started_several_tasks_does_not_confuse_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "embed")
+    assert invoke("--data-file", CELLS).exit_code == 0
+
+
+def test_help_tells_the_defaults_that_are_in_force() -> None:
+    text = " ".join(CliRunner().invoke(app, ["inference", "--help"], env={"COLUMNS": "200"}).output.split())
+    model = load_config(CHECKPOINT).model
+    for option, value in {
+        "--output-path": model.inference_config.output_path,
+        "--output-filename": model.inference_config.output_filename,
+        "--batch-size": model.inference_config.batch_size,
+        "--gene-col-name": model.data_config.gene_col_name,
+        "--precision": model.inference_config.precision,
+        "--clip-counts": f"{model.data_config.clip_counts:g}",
+        "--embedding-layer-index": model.inference_config.embedding_layer_index,
+        "--model-type": model.model_type,
+        "--emb-type": model.inference_config.emb_type,
+        "--device": model.inference_config.device,
+        "--num-gpus": model.inference_config.num_gpus,
+        "--n-data-workers": model.data_config.n_data_workers,
+    }.items():
+        assert re.search(rf"{option} (?:(?! --).)*\[default: \({re.escape(str(value))}\)\]", text), option
 
 
 def test_debug_shows_the_traceback(folder: Path) -> None:

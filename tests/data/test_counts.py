@@ -1,7 +1,9 @@
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -97,6 +99,76 @@ def test_first_of_duplicate_genes_is_kept_on_request(caplog: pytest.LogCaptureFi
     assert list(counts.gene_ids) == GENES[:2]
     np.testing.assert_array_equal(counts.matrix.toarray(), [[1, 2]])
     assert "dropped 1 columns" in caplog.text
+
+
+def test_columns_without_a_gene_id_are_not_duplicates() -> None:
+    adata = make_adata([[1, 2, 3, 4]], genes=[GENES[0], None, np.nan, ""])  # type: ignore[list-item]
+    assert list(read_counts(adata).gene_ids) == [GENES[0], "", "", ""]
+
+
+def test_symbols_with_dots_are_told_from_versions() -> None:
+    adata = make_adata([[1, 2, 3]], genes=["TP53", "RP11-34P13.3", "RP11-34P13.7"])
+    with pytest.raises(DataError, match=r"such as RP11-34P13; 'ensembl_id' does not look like Ensembl gene ids"):
+        read_counts(adata)
+
+
+def test_raw_without_the_gene_column_says_that_it_is_raw() -> None:
+    adata = make_adata([[1, 2]])
+    adata.raw = anndata.AnnData(adata.X, var=pd.DataFrame(index=["TP53", "BRCA1"]))
+    with pytest.raises(DataError, match=r"raw\.var \(--use-raw false .* no column 'ensembl_id'"):
+        read_counts(adata)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (3, 3), (2, 2), (2, 4), (2,)])
+def test_a_matrix_of_another_shape_than_its_metadata_is_damaged(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "cells.h5ad"
+    adata = make_adata([[1, 2, 3], [4, 5, 6]])
+    adata.X = adata.X.toarray()
+    adata.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        attributes = dict(file["X"].attrs)
+        del file["X"]
+        file["X"] = np.ones(shape, np.float32)
+        file["X"].attrs.update(attributes)
+    with pytest.raises(DataError, match=r"damaged: counts of shape .* for 2 cells and 3 genes"):
+        read_counts(path)
+
+
+@pytest.mark.parametrize("matrix_format", [sparse.csr_matrix, sparse.csc_matrix])
+@pytest.mark.parametrize(("part", "values"), [("indices", [-1, 0]), ("indices", [7, 0]), ("indptr", [0, 9, 2])])
+def test_a_matrix_with_impossible_indices_is_damaged(
+    tmp_path: Path, part: str, values: list[int], matrix_format: Callable[[object], object]
+) -> None:
+    path = tmp_path / "cells.h5ad"
+    adata = make_adata([[1, 0], [0, 2]])
+    adata.X = matrix_format(adata.X)
+    adata.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        file[f"X/{part}"][...] = values
+    with pytest.raises(DataError, match="damaged"):
+        read_counts(path)
+
+
+@pytest.mark.parametrize("values", [np.array([["a", "b"]]), np.array([[1j, 2j]])])
+def test_counts_that_are_not_numbers_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(DataError, match=r"my\.h5ad: counts are a ndarray of"):
+        to_canonical_csr(values, "my.h5ad")
+
+
+def test_files_of_the_first_anndata_releases_are_read(tmp_path: Path) -> None:
+    """Data frames as tables, and `.raw` in places of its own."""
+    path = tmp_path / "old.h5ad"
+    with h5py.File(path, "w") as file:
+        file["obs"] = np.array([(b"c0",), (b"c1",)], dtype=[("index", "S2")])
+        for var, matrix in (("var", "X"), ("raw.var", "raw.X")):
+            file[var] = np.array(
+                [(g.encode(), g.encode()) for g in GENES[:2]], dtype=[("index", "S15"), ("ensembl_id", "S15")]
+            )
+            file[matrix] = np.array([[1, 2], [0, 4]], np.float32) / (1 if matrix == "raw.X" else 8)
+    counts = read_counts(path)
+    assert list(counts.gene_ids) == GENES[:2]
+    assert list(counts.obs.index) == ["c0", "c1"]
+    np.testing.assert_array_equal(counts.matrix.toarray(), [[1, 2], [0, 4]])
 
 
 @pytest.mark.parametrize(

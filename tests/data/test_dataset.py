@@ -76,6 +76,15 @@ def test_metadata_of_several_sources_stays_categorical() -> None:
     assert isinstance(obs["assay"].dtype, pd.CategoricalDtype)
 
 
+def test_strings_that_only_some_sources_have_become_categories_with_gaps() -> None:
+    parts = [random_adata(2), random_adata(1)]
+    parts[0].obs["donor"] = ["d1", "d2"]
+    donor = make_dataset(*parts).obs["donor"]
+    assert isinstance(donor.dtype, pd.CategoricalDtype)
+    assert donor.tolist()[:2] == ["d1", "d2"]
+    assert donor.isna().tolist() == [False, False, True]
+
+
 def test_cells_of_one_name_stay_apart_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
     dataset = make_dataset(random_adata(3), random_adata(2, seed=1))
     assert list(dataset.obs.index) == ["c0", "c1", "c2", "c0", "c1"]
@@ -83,12 +92,12 @@ def test_cells_of_one_name_stay_apart_and_are_told(caplog: pytest.LogCaptureFixt
 
 
 def test_filters_look_at_each_source_by_itself_and_names_tell_who_stayed() -> None:
-    few = make_adata([[1, 1, 1, 0], [1, 0, 0, 0]])
-    many = make_adata([[1, 1, 0, 0], [1, 1, 1, 1]])
-    dataset = make_dataset(few, many, min_expressed_genes=3)
-    assert list(dataset.obs.index) == ["c0", "c1"]
-    assert dataset.statistics.n_read == 4
-    assert dataset.statistics.n_kept == 2
+    shallow = make_adata([[1], [1], [1], [1], [9]])
+    deep = make_adata([[100], [100], [100], [100], [900]])
+    dataset = make_dataset(shallow, deep, filter_outliers=1.5)
+    assert list(dataset.obs.index) == ["c0", "c1", "c2", "c3"] * 2
+    assert dataset.statistics.n_read == 10
+    assert dataset.statistics.n_kept == 8
 
 
 def test_statistics_of_the_synthetic_cells() -> None:

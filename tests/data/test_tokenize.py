@@ -54,6 +54,7 @@ def test_few_genes_of_the_vocabulary_are_a_warning(caplog: pytest.LogCaptureFixt
     gene_ids = np.array(["A", *(f"x{i}" for i in range(10))], dtype=object)
     tokens_of_columns(gene_ids, VOCAB, True, "cells.h5ad")
     assert "only 1 of 11 genes (9.1 %)" in caplog.text
+    assert "the file has A, x0, x1, …; the vocabulary has A, B, C, …" in caplog.text
     caplog.clear()
     tokens_of_columns(gene_ids[:10], VOCAB, True, "cells.h5ad")  # a tenth is enough
     assert caplog.records == []

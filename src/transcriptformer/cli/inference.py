@@ -149,11 +149,9 @@ def inference(
     with plain_errors(debug):
         from transcriptformer.config import load_config
         from transcriptformer.inference import run
+        from transcriptformer.output import describe
 
         config = load_config(checkpoint_path, options, config_override or [])
         with CellProgress() as progress:
             output, result = run(data_file, checkpoint_path, config, progress.update)
-        stored = [f"obsm['{key}'] {result.obsm[key].shape}" for key in result.obsm] + ["uns['llh']"] * (
-            "llh" in result.uns
-        )
-        typer.echo(f"{result.n_obs} cells: {', '.join(stored)} in {output}")
+        typer.echo(f"{describe(result)} in {output}")

@@ -34,7 +34,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
     except TranscriptFormerError as error:
         if debug:
             raise
-        typer.echo(f"ERROR: {error}", err=True)
+        typer.echo(f"ERROR: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(error.exit_code) from error
     finally:
         ours.removeHandler(handler)

@@ -1,12 +1,14 @@
 """A file or an AnnData becomes counts: a CSR matrix, the gene id of each column, and the cells' metadata."""
 
 import logging
+import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anndata
 import h5py
@@ -72,28 +74,44 @@ def read_counts(
     """
     if isinstance(source, anndata.AnnData):
         name = "the AnnData"
-        values, var, obs = _from_anndata(source, use_raw, name)
+        found = _from_anndata(source, use_raw, name)
     else:
         name = str(source)
-        values, var, obs = _from_h5ad(source, use_raw)
-    if len(obs) == 0:
-        raise DataError(f"{name}: there are no cells in it")
-    gene_ids = _without_versions(_gene_column(var, gene_col_name, name))
-    matrix = to_canonical_csr(values)
-    _check_counts(matrix, obs, gene_ids, name)
-    matrix, gene_ids = _without_duplicates(matrix, gene_ids, remove_duplicate_genes, name)
-    return Counts(matrix, gene_ids, obs, name)
+        found = _from_h5ad(source, use_raw)
+    shape = len(found.obs), len(found.var)
+    if 0 in shape:
+        raise DataError(f"{name}: there are no {'cells' if shape[0] == 0 else 'genes'} in it")
+    if getattr(found.values, "shape", shape) != shape:
+        raise DataError(
+            f"{name}: damaged: counts of shape {found.values.shape} for {shape[0]} cells and {shape[1]} genes"
+        )
+    gene_ids = _without_versions(_gene_column(found, gene_col_name, name))
+    matrix = to_canonical_csr(found.values, name)
+    _check_counts(matrix, found.obs, gene_ids, name)
+    matrix, gene_ids = _without_duplicates(matrix, gene_ids, gene_col_name, remove_duplicate_genes, name)
+    return Counts(matrix, gene_ids, found.obs, name)
 
 
-def to_canonical_csr(values: Any) -> sparse.csr_array:
+def to_canonical_csr(values: Any, name: str = "the AnnData") -> sparse.csr_array:
     """Bring a matrix to float32 CSR with sorted columns, no repeated entries and no stored zeros.
 
     `values`, CSR, CSC or dense, stays as it is.
+
+    Raises
+    ------
+    DataError
+        If it is of another kind, does not hold numbers, or has indices outside its shape.
     """
-    is_matrix = sparse.issparse(values) or isinstance(values, np.ndarray)
-    if not is_matrix:
-        raise DataError(f"counts of type {type(values).__name__} cannot be read: expected CSR, CSC or a dense array")
-    matrix = sparse.csr_array(values, dtype=np.float32)
+    is_matrix = bool(sparse.issparse(values)) or isinstance(values, np.ndarray)
+    if not is_matrix or values.dtype.kind not in "biuf":
+        kind = f"{type(values).__name__} of {getattr(values, 'dtype', 'no type')}"
+        raise DataError(f"{name}: counts are a {kind}; numbers in CSR, CSC or a dense array in memory are needed")
+    try:
+        if getattr(values, "format", "dense") in ("csr", "csc"):
+            values.check_format(full_check=True)
+        matrix = sparse.csr_array(values, dtype=np.float32)
+    except ValueError as error:
+        raise DataError(f"{name}: damaged: the sparse matrix of counts is inconsistent ({error})") from error
     if not matrix.has_canonical_format:
         matrix = matrix.copy()
         matrix.sum_duplicates()
@@ -103,18 +121,28 @@ def to_canonical_csr(values: Any) -> sparse.csr_array:
     return matrix
 
 
-def _from_anndata(
-    adata: anndata.AnnData, use_raw: bool | str | None, name: str
-) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
+class _Found(NamedTuple):
+    """Counts as they were found, with the metadata of their genes and cells, and where that is."""
+
+    values: Any
+    var: pd.DataFrame
+    obs: pd.DataFrame
+    is_raw: bool
+
+
+def _from_anndata(adata: anndata.AnnData, use_raw: bool | str | None, name: str) -> _Found:
     if _choose_raw(adata.raw is not None, use_raw, name):
-        return adata.raw.X, adata.raw.var, adata.obs
+        return _Found(adata.raw.X, adata.raw.var, adata.obs, is_raw=True)
     if adata.X is None:
         raise DataError(f"{name}: has no matrix X")
-    return adata.X, adata.var, adata.obs
+    return _Found(adata.X, adata.var, adata.obs, is_raw=False)
 
 
-def _from_h5ad(path: Path, use_raw: bool | str | None) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
-    if not path.is_file():
+def _from_h5ad(path: Path, use_raw: bool | str | None) -> _Found:
+    # os.path answers False for an impossible name, where Path raises.
+    if os.path.isdir(path):  # noqa: PTH112
+        raise UsageError(f"--data-file {path}: is a folder, not an h5ad file")
+    if not os.path.isfile(path):  # noqa: PTH113
         raise UsageError(f"--data-file {path}: no such file")
     if not h5py.is_hdf5(path):
         raise DataError(f"{path}: not an HDF5 file; an h5ad is needed (anndata's write_h5ad makes one)")
@@ -122,15 +150,33 @@ def _from_h5ad(path: Path, use_raw: bool | str | None) -> tuple[Any, pd.DataFram
         with h5py.File(path) as file:
             if not {"obs", "var"} <= file.keys():
                 raise DataError(f"{path}: HDF5, but not an AnnData (h5ad) file: 'obs' and 'var' are not in it")
-            place = "raw/" if _choose_raw("raw" in file, use_raw, str(path)) else ""
-            if f"{place}X" not in file:
-                raise DataError(f"{path}: has no matrix {place}X")
-            read = anndata.io.read_elem
-            return read(file[f"{place}X"]), read(file[f"{place}var"]), read(file["obs"])
+            if not _is_old_layout(file):
+                return _read_parts(file, use_raw, str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # anndata advises to write the file anew
+            return _from_anndata(anndata.read_h5ad(path), use_raw, str(path))
     except DataError:
         raise
     except Exception as error:  # h5py and anndata raise whatever a damaged file leads them to
-        raise DataError(f"{path}: truncated or damaged ({_one_line(error)}); copy or download it again") from error
+        raise DataError(
+            f"{path}: cannot be read: truncated or damaged, open in another program, or written by a newer anndata "
+            f"({_one_line(error)})"
+        ) from error
+
+
+def _is_old_layout(file: h5py.File) -> bool:
+    """Whether it was written by anndata before 0.7: data frames as tables, `.raw` beside `.X`."""
+    return "raw.X" in file or any(isinstance(file[frame], h5py.Dataset) for frame in ("obs", "var"))
+
+
+def _read_parts(file: h5py.File, use_raw: bool | str | None, name: str) -> _Found:
+    """Read `obs` and one matrix with its `var`, and nothing else."""
+    is_raw = _choose_raw("raw" in file, use_raw, name)
+    place = "raw/" if is_raw else ""
+    if f"{place}X" not in file:
+        raise DataError(f"{name}: has no matrix {place}X")
+    read = anndata.io.read_elem
+    return _Found(read(file[f"{place}X"]), read(file[f"{place}var"]), read(file["obs"]), is_raw)
 
 
 def _choose_raw(has_raw: bool, use_raw: bool | str | None, name: str) -> bool:
@@ -139,7 +185,8 @@ def _choose_raw(has_raw: bool, use_raw: bool | str | None, name: str) -> bool:
     return has_raw if use_raw in (None, "auto") else bool(use_raw)
 
 
-def _gene_column(var: pd.DataFrame, column: str, name: str) -> Iterable[object]:
+def _gene_column(found: _Found, column: str, name: str) -> pd.Series | pd.Index:
+    var = found.var
     if column in var.columns:
         return var[column]
     if column in ("index", var.index.name):
@@ -148,8 +195,9 @@ def _gene_column(var: pd.DataFrame, column: str, name: str) -> Iterable[object]:
     if looks_like_gene_ids(var.index):
         candidates.append("index")
     columns = ", ".join(map(str, var.columns)) or "none"
-    hint = f"; {candidates[0]!r} looks like gene ids: add --gene-col-name {candidates[0]}" if candidates else ""
-    raise DataError(f"{name}: var has no column {column!r}, its columns are: {columns}{hint}")
+    hint = f"; {candidates[0]!r} looks like gene ids: add --gene-col-name {candidates[0]!r}" if candidates else ""
+    where = "raw.var (--use-raw false takes X and var instead)" if found.is_raw else "var"
+    raise DataError(f"{name}: {where} has no column {column!r}, its columns are: {columns}{hint}")
 
 
 def looks_like_gene_ids(values: Iterable[object]) -> bool:
@@ -158,8 +206,13 @@ def looks_like_gene_ids(values: Iterable[object]) -> bool:
     return sum(_GENE_ID.fullmatch(value) is not None for value in first) > len(first) / 2
 
 
-def _without_versions(gene_ids: Iterable[object]) -> np.ndarray:
-    return np.array([str(gene).partition(".")[0] for gene in gene_ids], dtype=object)
+def _without_versions(gene_ids: pd.Series | pd.Index) -> np.ndarray:
+    """Names up to the first dot; a missing one becomes the empty string, which no vocabulary has."""
+    values = pd.Series(gene_ids, dtype=object)
+    names = [str(gene) for gene in values.where(values.notna(), "")]
+    if "." in "".join(names):
+        names = [name.partition(".")[0] for name in names]
+    return np.array(names, dtype=object)
 
 
 def _check_counts(matrix: sparse.csr_array, obs: pd.DataFrame, gene_ids: np.ndarray, name: str) -> None:
@@ -177,19 +230,24 @@ def _check_counts(matrix: sparse.csr_array, obs: pd.DataFrame, gene_ids: np.ndar
 
 
 def _without_duplicates(
-    matrix: sparse.csr_array, gene_ids: np.ndarray, remove: bool, name: str
+    matrix: sparse.csr_array, gene_ids: np.ndarray, column: str, remove: bool, name: str
 ) -> tuple[sparse.csr_array, np.ndarray]:
     if len(set(gene_ids)) == len(gene_ids):
         return matrix, gene_ids
-    repeated = pd.Index(gene_ids).duplicated()
-    if not remove:
+    repeated = pd.Index(gene_ids).duplicated() & (gene_ids != "")
+    n_repeated = int(repeated.sum())
+    if n_repeated and not remove:
         some = ", ".join(pd.unique(gene_ids[repeated])[:5])
-        raise DataError(
-            f"{name}: {int(repeated.sum())} columns repeat a gene id (versions dropped), such as {some}; "
+        advice = (
             "add --remove-duplicate-genes to keep the first of each"
+            if looks_like_gene_ids(gene_ids)
+            else f"{column!r} does not look like Ensembl gene ids: name a column of var that does by --gene-col-name"
         )
-    logger.warning("%s: dropped %d columns that repeat a gene id", name, int(repeated.sum()))
-    return sparse.csr_array(matrix[:, np.flatnonzero(~repeated)]), gene_ids[~repeated]
+        raise DataError(f"{name}: {n_repeated} columns repeat a gene id (versions dropped), such as {some}; {advice}")
+    if n_repeated:
+        logger.warning("%s: dropped %d columns that repeat a gene id", name, n_repeated)
+        matrix, gene_ids = sparse.csr_array(matrix[:, np.flatnonzero(~repeated)]), gene_ids[~repeated]
+    return matrix, gene_ids
 
 
 def _one_line(error: Exception) -> str:

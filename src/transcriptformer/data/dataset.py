@@ -224,4 +224,8 @@ def _concatenate_obs(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     if len(parts) == 1:
         return parts[0]
     with anndata.settings.override(check_uniqueness=False):
-        return anndata.concat([anndata.AnnData(obs=part) for part in parts], join="outer").obs
+        joined = anndata.concat([anndata.AnnData(obs=part) for part in parts], join="outer").obs
+    for column in joined.select_dtypes(object):
+        if joined[column].isna().any() and pd.api.types.infer_dtype(joined[column], skipna=True) == "string":
+            joined[column] = pd.Categorical(joined[column])  # strings that only some files have
+    return joined

@@ -1,6 +1,7 @@
 """Counts become tokens: pure functions on CSR arrays and on ragged rows; no matrix is ever made dense."""
 
 import logging
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -76,26 +77,25 @@ def tokens_of_columns(gene_ids: np.ndarray, vocab: GeneVocab, filter_to_vocabs: 
     tokens = vocab.lookup(gene_ids)
     found = int((tokens >= 0).sum())
     if found == 0:
-        raise DataError(_no_gene_found(gene_ids, vocab, name))
+        raise DataError(f"{name}: none of its {len(gene_ids)} genes is in the checkpoint's {_compare(gene_ids, vocab)}")
     if found < LOW_COVERAGE * len(tokens):
-        logger.warning(
-            "%s: only %d of %d genes (%.1f %%) are in the checkpoint's vocabulary; is it the right species?",
-            name, found, len(tokens), 100 * found / len(tokens),
-        )  # fmt: skip
+        share = f"{found} of {len(tokens)} genes ({100 * found / len(tokens):.1f} %)"
+        logger.warning("%s: only %s are in the checkpoint's %s", name, share, _compare(gene_ids, vocab))
     if not filter_to_vocabs:
         tokens[tokens < 0] = vocab.unknown
     return tokens.astype(np.int32)
 
 
-def _no_gene_found(gene_ids: np.ndarray, vocab: GeneVocab, name: str) -> str:
-    vocab_ids = list(vocab.genes)
-    message = (
-        f"{name}: none of its {len(gene_ids)} genes is in the checkpoint's vocabulary: "
-        f"the file has {', '.join(gene_ids[:3])}, …; the vocabulary has {', '.join(vocab_ids[:3])}, …"
+def _compare(gene_ids: np.ndarray, vocab: GeneVocab) -> str:
+    """Both sides' first gene ids, and what is likely to be wrong."""
+    ours, theirs = (", ".join(islice(genes, 3)) for genes in (vocab.genes, gene_ids))
+    kinds = [looks_like_gene_ids(genes) for genes in (vocab.genes, gene_ids)]
+    advice = (
+        "these look like gene symbols: name a column of var with Ensembl ids by --gene-col-name"
+        if kinds == [True, False]
+        else "is it another species, or a checkpoint for other genes?"
     )
-    if looks_like_gene_ids(vocab_ids) and not looks_like_gene_ids(gene_ids):
-        return message + "; these look like gene symbols: name a column of var with Ensembl ids by --gene-col-name"
-    return message + "; they look like another species' genes: choose a checkpoint trained on it"
+    return f"vocabulary: the file has {theirs}, …; the vocabulary has {ours}, …; {advice}"
 
 
 def select_genes(counts: Counts, column_tokens: np.ndarray) -> Tokens:

@@ -95,7 +95,7 @@ def fast_attention(
 ) -> Tensor:
     """The same in blocks of queries: keys behind a block are not computed, and matrix products run in the type of `q`.
 
-    Parameters and result are those of `plain_attention`.
+    Parameters and result are those of `plain_attention`. It works in place, so it has no gradients.
     """
     batch, heads, length, head_dim = q.shape
     cap = softcap if softcap > 0 else 1.0  # scores are computed as s / cap, which spares a pass over them

@@ -12,6 +12,8 @@ def zero_truncated_poisson_nll(
 
     −c·log(μ + eps) + log(exp(μ + eps) − 1) + log(c!), with c clamped to [eps, clip_counts].
 
+    The logarithm log(eˣ − 1) is computed as x + log(1 − e⁻ˣ), which does not overflow.
+
     Parameters
     ----------
     mu, counts
@@ -22,7 +24,7 @@ def zero_truncated_poisson_nll(
     """
     c = counts.clamp(eps, clip_counts)
     x = mu + eps
-    normalizer = x - F.softplus(-x) if softplus_approx else torch.log(torch.expm1(x))
+    normalizer = x - F.softplus(-x) if softplus_approx else x + torch.log(-torch.expm1(-x))
     return -c * torch.log(x) + normalizer.clamp(min=0) + torch.lgamma(c + 1)
 
 
