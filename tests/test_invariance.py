@@ -7,7 +7,7 @@ from typing import Any
 import anndata
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -52,7 +52,7 @@ def reference() -> anndata.AnnData:
     return results(CELLS_OF_EVERY_LENGTH, batch_size=1)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(
     order=st.lists(st.integers(0, 11), min_size=1, max_size=14),
     batch_size=st.integers(1, 15),
