@@ -25,7 +25,7 @@ from rich.table import Table
 
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import Config, load_config
-from transcriptformer.data.dataset import CellDataset
+from transcriptformer.data.dataset import Batch, CellDataset
 from transcriptformer.lightning import TranscriptFormerModule
 
 MIB = 2**20
@@ -97,7 +97,7 @@ def measure_embedding(file: Path, checkpoint: Checkpoint, config: Config, n_cell
     seconds_per_cell = []
     with torch.inference_mode():
         for i, rows in enumerate(_rows_of_batches(len(dataset), config)):
-            batch = type(dataset[0])(*(tensor.to(checkpoint.device) for tensor in dataset.__getitems__(rows)))
+            batch = Batch(*(tensor.to(checkpoint.device) for tensor in dataset.__getitems__(rows)))
             started = time.perf_counter()
             embedding = module.predict_step(batch, i).embedding
             assert embedding is not None

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from transcriptformer.model.attention import ATTENTION
 from transcriptformer.model.layers import Linear
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.vocab import AuxVocab, GeneVocab, read_aux_vocab, read_gene_vocab
-
-logger = logging.getLogger(__name__)
 
 _EMBEDDING = "gene_embeddings.embedding.weight"
 

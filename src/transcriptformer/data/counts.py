@@ -33,7 +33,7 @@ class Counts:
     matrix
         Counts (cells, genes), float32, finite and not negative; rows are sorted by column and hold no zeros.
     gene_ids
-        Gene id of each column (genes,), without versions, unique.
+        Gene id of each column (genes,), without versions, unique; empty where the file has none.
     obs
         Metadata of the cells, as found.
     name
