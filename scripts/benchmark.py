@@ -1,6 +1,8 @@
-"""Measure loading, tokenizing and embedding, for a checkpoint and a file, on this machine.
+"""Measure loading, reading, tokenizing and embedding, for a checkpoint and a file, on this machine.
 
-    python scripts/benchmark.py CHECKPOINT FILE.h5ad [--precision 32] [--batch-size 8] [--cells 16] [--copies 1]
+    python scripts/benchmark.py CHECKPOINT FILE [--precision 32] [--batch-size 8] [--cells 16] [--copies 1]
+    python scripts/benchmark.py CHECKPOINT FILE --stream [--workers 2] [--batch-size 64]
+    python scripts/benchmark.py --make-cells 1000000 FILE
 
 - load: seconds from the folder to a model that is ready to run, and the most memory the process held meanwhile. Run it
   twice: the first run may read the weights from disk, the second finds them in the file cache.
@@ -8,6 +10,9 @@
   median of five. A file is aligned with the vocabulary once, however many cells it has; `--copies 20` repeats the cells
   of a small example until they weigh as they do in a file of the usual size.
 - embed: cells per second through the model alone; median over batches, the first one apart. `--cells 0` leaves it out.
+- stream (instead of these): cells per second of the first pass over a file and of the batches that reach the main
+  process from the workers, with counts left on disk; and the most memory that the main process held.
+- make-cells: writes a file of random cells with 20,000 genes of which about 1 % is expressed, for `--stream`.
 """
 
 import argparse
@@ -19,90 +24,161 @@ import time
 from pathlib import Path
 
 import anndata
+import h5py
+import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy import sparse
 
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
-from transcriptformer.config import Config, load_config
-from transcriptformer.data.dataset import Batch, CellDataset
-from transcriptformer.lightning import TranscriptFormerModule
+from transcriptformer.config import load_config
+from transcriptformer.data.dataset import Batch, BatchLimits
+from transcriptformer.data.survey import survey_cells
+from transcriptformer.inference import make_module
+from transcriptformer.inputs import Inputs
 
 MIB = 2**20
 REPEATS = 5
+N_GENES, EXPRESSED = 20_000, 0.01
 
 
 def main() -> None:
     """Run the measurements that were asked for and print them."""
     logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(description="Measure loading, tokenizing and embedding on this machine.")
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("file", type=Path)
     parser.add_argument("--precision", default="16-mixed")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--cells", type=int, default=16, help="cells to embed; 0: none")
     parser.add_argument("--copies", type=int, default=1, help="how often to repeat the cells before tokenizing")
+    parser.add_argument("--stream", action="store_true", help="read the file in blocks, from disk")
+    parser.add_argument("--workers", type=int, default=0, help="worker processes of --stream")
+    parser.add_argument("--make-cells", type=int, metavar="N", help="write FILE with N random cells")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
+    if arguments.make_cells:
+        make_cells(arguments.file, arguments.make_cells)
+        return
 
     config = load_config(
         arguments.checkpoint,
         {
             "model.inference_config.precision": arguments.precision,
             "model.inference_config.batch_size": arguments.batch_size,
+            "model.data_config.n_data_workers": arguments.workers,
         },
     )
-    checkpoint, figures = measure_loading(arguments.checkpoint, config)
-    figures |= measure_tokenizing(arguments.file, checkpoint, config, arguments.copies)
-    if arguments.cells:
-        figures |= measure_embedding(arguments.file, checkpoint, config, arguments.cells)
-    show(figures, as_json=arguments.json)
-
-
-def measure_loading(path: Path, config: Config) -> tuple[Checkpoint, dict[str, float]]:
-    """Load the checkpoint; must come first, because memory is measured as the most the process ever held."""
     before = _peak_memory()
     started = time.perf_counter()
-    checkpoint = load_checkpoint(path, config)
-    return checkpoint, {
+    checkpoint = load_checkpoint(arguments.checkpoint, config)
+    figures = {
         "load_s": time.perf_counter() - started,
         "load_peak_mib": _peak_memory() / MIB,
         "load_peak_without_imports_mib": (_peak_memory() - before) / MIB,
-        "weights_mib": (path / "model_weights.pt").stat().st_size / MIB,
+        "weights_mib": (arguments.checkpoint / "model_weights.pt").stat().st_size / MIB,
+    }
+    if arguments.stream:
+        figures |= measure_streaming(arguments.file, checkpoint, arguments.batch_size)
+    else:
+        figures |= measure_tokenizing(arguments.file, checkpoint, arguments.batch_size, arguments.copies)
+        if arguments.cells:
+            figures |= measure_embedding(arguments.file, checkpoint, arguments.batch_size, arguments.cells)
+    show(figures, as_json=arguments.json)
+
+
+def make_cells(path: Path, n_cells: int, seed: int = 0) -> None:
+    """Write random cells block by block, as an h5ad with a CSR matrix; memory does not grow with their number."""
+    rng = np.random.default_rng(seed)
+    genes = pd.DataFrame(
+        {"ensembl_id": [f"ENSG{i:011}" for i in range(N_GENES)]}, index=[f"g{i}" for i in range(N_GENES)]
+    )
+    obs = pd.DataFrame(
+        {"assay": pd.Categorical(rng.choice(["10x 3' v3", "Drop-seq"], n_cells))},
+        index=[f"cell{i}" for i in range(n_cells)],
+    )
+    empty = sparse.csr_matrix((n_cells, N_GENES), dtype=np.float32)
+    anndata.AnnData(empty, obs=obs, var=genes).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        matrix = file["X"]
+        for name, dtype in (("data", np.float32), ("indices", np.int32)):
+            del matrix[name]
+            matrix.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(2**18,))
+        n_entries, indptr = 0, [np.zeros(1, np.int64)]
+        for start in range(0, n_cells, 10_000):
+            block = sparse.random_array(
+                (min(10_000, n_cells - start), N_GENES), density=EXPRESSED, format="csr", dtype=np.float32, rng=rng
+            )
+            block.sort_indices()
+            n_entries += block.nnz
+            for name in ("data", "indices"):
+                matrix[name].resize((n_entries,))
+            matrix["data"][-block.nnz :] = np.ceil(block.data * 20)
+            matrix["indices"][-block.nnz :] = block.indices
+            indptr.append(block.indptr[1:] + (n_entries - block.nnz))
+        attributes = dict(matrix["indptr"].attrs)
+        del matrix["indptr"]
+        matrix["indptr"] = np.concatenate(indptr)
+        matrix["indptr"].attrs.update(attributes)
+
+
+def measure_streaming(file: Path, checkpoint: Checkpoint, batch_size: int) -> dict[str, float]:
+    """Both passes over a file that stays on disk."""
+    inputs = Inputs([file], checkpoint)
+    started = time.perf_counter()
+    survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
+    surveyed = time.perf_counter()
+    n_cells = n_tokens = 0
+    none_done = np.zeros(survey.n_kept, bool)
+    for batch in inputs.loader(survey, BatchLimits(batch_size, 2**62), 0, 1, none_done):
+        n_cells += len(batch.rows)
+        n_tokens += batch.gene_tokens.numel()
+    return {
+        "cells": n_cells,
+        "genes_per_cell": float(survey.lengths.mean()),
+        "padding_share": 1 - float(survey.lengths.sum()) / n_tokens,
+        "survey_cells_per_s": n_cells / (surveyed - started),
+        "batches_cells_per_s": n_cells / (time.perf_counter() - surveyed),
+        "peak_mib": _peak_memory() / MIB,
     }
 
 
-def measure_tokenizing(file: Path, checkpoint: Checkpoint, config: Config, copies: int) -> dict[str, float]:
-    """From an AnnData in memory to every one of its batches."""
+def measure_tokenizing(file: Path, checkpoint: Checkpoint, batch_size: int, copies: int) -> dict[str, float]:
+    """From an AnnData in memory to every one of its batches; the first pass is not counted."""
     once = anndata.read_h5ad(file)
     adata = anndata.concat([once] * copies, merge="same", index_unique="-") if copies > 1 else once
+    survey = survey_cells(Inputs([adata], checkpoint).readers, checkpoint.config.model.data_config)
     rates = []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        dataset = _dataset(adata, checkpoint, config)
-        for batch in _rows_of_batches(len(dataset), config):
-            dataset.__getitems__(batch)
+        inputs = Inputs([adata], checkpoint)
+        for _batch in inputs.loader(survey, BatchLimits(batch_size, 2**62), 0, 1, np.zeros(survey.n_kept, bool)):
+            pass
         rates.append(adata.n_obs / (time.perf_counter() - started))
     return {
         "cells": adata.n_obs,
-        "genes_per_cell": float(dataset.tokens.lengths.mean()),
+        "genes_per_cell": float(survey.lengths.mean()),
         "tokenize_cells_per_s": statistics.median(rates),
     }
 
 
-def measure_embedding(file: Path, checkpoint: Checkpoint, config: Config, n_cells: int) -> dict[str, float]:
+def measure_embedding(file: Path, checkpoint: Checkpoint, batch_size: int, n_cells: int) -> dict[str, float]:
     """Whole batches through the model, without reading and writing."""
-    dataset = _dataset(anndata.read_h5ad(file)[:n_cells], checkpoint, config)
-    module = TranscriptFormerModule(checkpoint.model, config).to(checkpoint.device)
+    inputs = Inputs([anndata.read_h5ad(file)[:n_cells]], checkpoint)
+    survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
+    module = make_module(checkpoint).to(checkpoint.device)
     seconds_per_cell = []
     with torch.inference_mode():
-        for i, rows in enumerate(_rows_of_batches(len(dataset), config)):
-            batch = Batch(*(tensor.to(checkpoint.device) for tensor in dataset.__getitems__(rows)))
+        loader = inputs.loader(survey, BatchLimits(batch_size, 2**62), 0, 1, np.zeros(survey.n_kept, bool))
+        for i, cpu_batch in enumerate(loader):
+            batch = Batch(*(tensor.to(checkpoint.device) for tensor in cpu_batch))
             started = time.perf_counter()
-            embedding = module.predict_step(batch, i).embedding
-            assert embedding is not None
-            embedding.cpu()  # waits for the device
-            seconds_per_cell.append((time.perf_counter() - started) / len(rows))
+            embeddings = module.predict_step(batch, i).embeddings
+            assert embeddings is not None
+            embeddings.cpu()  # waits for the device
+            seconds_per_cell.append((time.perf_counter() - started) / len(batch.rows))
     later = seconds_per_cell[1:] or seconds_per_cell
     return {"first_batch_s_per_cell": seconds_per_cell[0], "embed_cells_per_s": 1 / statistics.median(later)}
 
@@ -117,18 +193,6 @@ def show(figures: dict[str, float], as_json: bool) -> None:
     for name, value in figures.items():
         table.add_row(name, f"{value:,.3g}" if value < 100 else f"{value:,.0f}")
     Console().print(table)
-
-
-def _dataset(adata: anndata.AnnData, checkpoint: Checkpoint, config: Config) -> CellDataset:
-    model = config.model
-    return CellDataset(
-        [adata], checkpoint.gene_vocab, checkpoint.aux_vocabs, model.data_config, model.model_config.seq_len
-    )
-
-
-def _rows_of_batches(n_cells: int, config: Config) -> list[list[int]]:
-    size = config.model.inference_config.batch_size
-    return [list(range(start, min(start + size, n_cells))) for start in range(0, n_cells, size)]
 
 
 def _peak_memory() -> int:

@@ -29,6 +29,8 @@ class GoldenCase:
     data: Path
     n_cells: int
     settings: tuple[str, ...]
+    new_species: Path | None
+    stale_indices: bool
     expected: dict[str, np.ndarray]
 
     def __str__(self) -> str:
@@ -39,7 +41,9 @@ class GoldenCase:
         options: dict[str, object] = {
             "model.inference_config.precision": "32",
             "model.inference_config.device": "cpu",
-            "model.inference_config.output_keys": ["embeddings", "llh"],
+            "model.inference_config.output_keys": ["embeddings", "llh"] if "llh" in self.expected else ["embeddings"],
+            "model.inference_config.pretrained_embedding": [str(self.new_species)] if self.new_species else None,
+            "model.inference_config.reference_stale_indices": self.stale_indices,
         }
         return load_config(self.checkpoint, options, [*settings, *overrides])
 
@@ -73,6 +77,8 @@ def _cases(root: Path, label: str, names: Sequence[str]) -> list[GoldenCase]:
                 data=data / case["data"],
                 n_cells=case["cells"],
                 settings=tuple(case["set"]),
+                new_species=checkpoints / case["ood"] if case["ood"] else None,
+                stale_indices=case["reference_stale_indices"],
                 expected=arrays,
             )
         )

@@ -11,7 +11,10 @@ LAYERS = [
     {"errors"},
     {"config", "vocab", "device"},
     {"data", "model"},
-    {"checkpoint", "lightning", "output"},
+    {"checkpoint", "lightning"},
+    {"parts", "output", "pooling", "recording", "batching", "distributed", "workspace"},
+    {"inputs"},
+    {"file_run"},
     {"inference"},
     {"cli"},
 ]

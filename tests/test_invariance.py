@@ -43,7 +43,7 @@ def config_for(batch_size: int, precision: str = "32") -> Config:
 
 def results(source: Any, batch_size: int = 5, precision: str = "32") -> anndata.AnnData:
     config = config_for(batch_size, precision)
-    return embed([source], load_checkpoint(CHECKPOINT, config), config)
+    return embed([source], load_checkpoint(CHECKPOINT, config))
 
 
 @cache
@@ -75,7 +75,7 @@ def test_embedding_does_not_depend_on_batch_neighbours_order_or_matrix_format(
 
 def test_worker_processes_change_nothing() -> None:
     config = load_config(CHECKPOINT, {"model.data_config.n_data_workers": 2, "model.inference_config.precision": "32"})
-    result = embed([CELLS_OF_EVERY_LENGTH], load_checkpoint(CHECKPOINT, config), config)
+    result = embed([CELLS_OF_EVERY_LENGTH], load_checkpoint(CHECKPOINT, config))
     assert relative_error(result.obsm["embeddings"], reference().obsm["embeddings"]) < TOLERANCE
 
 

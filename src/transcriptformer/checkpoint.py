@@ -15,11 +15,23 @@ from transcriptformer.config import Config
 from transcriptformer.device import choose_device, compute_dtype
 from transcriptformer.errors import CheckpointError
 from transcriptformer.model.attention import ATTENTION
+from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.model.layers import Linear
 from transcriptformer.model.transcriptformer import TranscriptFormer
-from transcriptformer.vocab import AuxVocab, GeneVocab, read_aux_vocab, read_gene_vocab
+from transcriptformer.vocab import (
+    AuxVocab,
+    GeneVocab,
+    make_gene_vocab,
+    read_aux_vocab,
+    read_gene_vocab,
+    read_protein_embeddings,
+)
 
 _EMBEDDING = "gene_embeddings.embedding.weight"
+
+
+REFERENCE_SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
+"""Order that the published package gives the special tokens of a new species, while its model keeps the old one."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,8 @@ class Checkpoint:
     ----------
     path
         Its folder.
+    config
+        What it is to do.
     gene_vocab, aux_vocabs
         Its vocabularies; `aux_vocabs` in the order of the auxiliary tokens.
     model
@@ -39,10 +53,22 @@ class Checkpoint:
     """
 
     path: Path
+    config: Config
     gene_vocab: GeneVocab
     aux_vocabs: dict[str, AuxVocab]
-    model: TranscriptFormer
+    model: TranscriptFormer | Esm2CE
     device: torch.device
+
+    @property
+    def min_positions(self) -> int:
+        """Positions that every cell is padded to: none, but where the published package's stale indices are wanted."""
+        model = self.config.model
+        return model.model_config.seq_len if model.inference_config.reference_stale_indices else 0
+
+    @property
+    def width(self) -> int:
+        """Width of an embedding."""
+        return self.model.embedding.shape[1] if isinstance(self.model, Esm2CE) else self.model.config.embed_dim
 
     def weights_sha256(self) -> str:
         """SHA-256 of `model_weights.pt`, as `sha256sum` prints it."""
@@ -54,7 +80,7 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
     """Read vocabularies and weights and build the model around them.
 
     The weights are mapped into memory, not copied, and checked strictly by name and shape. `config` says which device
-    and precision they are meant for.
+    and precision they are meant for, and which protein embeddings stand in for those of a new species.
 
     Raises
     ------
@@ -63,25 +89,57 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
     """
     inference = config.model.inference_config
     device = choose_device(inference.device)
-    gene_vocab, aux_vocabs = _read_vocabs(path, config)
+    trained_vocab, aux_vocabs = read_vocabs(path, config)
     weights_path = path / "model_weights.pt"
     weights = _read_weights(weights_path)
-    # Where the embedding is missing or odd, any width will do: it is reported below.
-    protein_dim = weights[_EMBEDDING].shape[-1] if _EMBEDDING in weights and weights[_EMBEDDING].ndim == 2 else 1
-    with torch.device("meta"):
-        model = TranscriptFormer(
-            config.model.model_config, config.model.loss_config, gene_vocab, aux_vocabs, protein_dim
+    protein_dim = _check_embedding(weights, len(trained_vocab), weights_path)
+    gene_vocab, embedding = trained_vocab, weights[_EMBEDDING]
+    if inference.pretrained_embedding:
+        gene_vocab, embedding = _new_species(config, trained_vocab, embedding)
+
+    model: TranscriptFormer | Esm2CE
+    if config.model.model_type == "esm2ce":
+        model = Esm2CE(embedding, gene_vocab.pad, config.model.model_config.seq_len)
+    else:
+        with torch.device("meta"):
+            model = TranscriptFormer(
+                config.model.model_config, config.model.loss_config, trained_vocab, aux_vocabs, protein_dim
+            )
+        _check_weights(weights, model.state_dict(), weights_path)
+        model.load_state_dict(weights, assign=True)
+        model.transformer_encoder.attention = ATTENTION[inference.attention]
+        dtype = compute_dtype(inference.precision, device)
+        if dtype != torch.float32:
+            _cast_linear_layers(model, weights_path, dtype)
+        if inference.pretrained_embedding:
+            model.replace_genes(embedding)
+    return Checkpoint(path, config, gene_vocab, aux_vocabs, model.eval().requires_grad_(False), device)
+
+
+def _new_species(config: Config, trained: GeneVocab, embedding: Tensor) -> tuple[GeneVocab, Tensor]:
+    """Vocabulary and protein embeddings with the genes of another species; special tokens keep their trained rows."""
+    inference = config.model.inference_config
+    files = [Path(file) for file in inference.pretrained_embedding]
+    genes, rows = read_protein_embeddings(files)
+    if rows.shape[1] != embedding.shape[1]:
+        raise CheckpointError(
+            f"{', '.join(map(str, files))}: embeddings of width {rows.shape[1]}, but the checkpoint was trained on "
+            f"{embedding.shape[1]}; they must come from the same protein language model"
         )
-    _check_weights(weights, model.state_dict(), weights_path)
-    model.load_state_dict(weights, assign=True)
-    model.transformer_encoder.attention = ATTENTION[inference.attention]
-    dtype = compute_dtype(inference.precision, device)
-    if dtype != torch.float32:
-        _cast_linear_layers(model, weights_path, dtype)
-    return Checkpoint(path, gene_vocab, aux_vocabs, model.eval().requires_grad_(False), device)
+    special = REFERENCE_SPECIAL_TOKENS if inference.reference_stale_indices else trained.special_tokens
+    trained_rows = [trained.special_token(name) for name in special]
+    vocab = make_gene_vocab(genes, special, trained.pad_token)
+    return vocab, torch.cat([embedding[trained_rows], torch.from_numpy(rows)])
 
 
-def _read_vocabs(path: Path, config: Config) -> tuple[GeneVocab, dict[str, AuxVocab]]:
+def read_vocabs(path: Path, config: Config) -> tuple[GeneVocab, dict[str, AuxVocab]]:
+    """Vocabularies that a checkpoint was trained with.
+
+    Raises
+    ------
+    CheckpointError
+        If one is missing or damaged.
+    """
     data, folder = config.model.data_config, path / "vocabs"
     if not data.esm2_mappings:
         raise CheckpointError(f"{path / 'config.json'}: the needed key 'model.data_config.esm2_mappings' is missing")
@@ -138,6 +196,17 @@ def _cast_linear_layers(model: TranscriptFormer, path: Path, dtype: torch.dtype)
         for name, module in part:
             for kind, _ in list(module.named_parameters()):
                 setattr(module, kind, torch.nn.Parameter(weights[f"{name}.{kind}"].to(dtype)))
+
+
+def _check_embedding(weights: Mapping[str, Tensor], n_genes: int, path: Path) -> int:
+    """Width of the protein embeddings, which have a row for every token."""
+    embedding = weights.get(_EMBEDDING)
+    if embedding is None or embedding.ndim != 2 or len(embedding) != n_genes:
+        found = "missing" if embedding is None else f"of another shape: {tuple(embedding.shape)}"
+        raise CheckpointError(
+            f"{path}: does not fit config.json and vocabs/: {_EMBEDDING} is {found}; {n_genes} rows are needed"
+        )
+    return embedding.shape[1]
 
 
 def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

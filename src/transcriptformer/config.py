@@ -63,6 +63,8 @@ class DataConfig:
     """Seed of `randomize_genes`."""
     n_data_workers: int = 0
     """Worker processes that prepare batches; 0: the main process does."""
+    block_size: int = 2048
+    """Most consecutive cells that are read at once; batches are formed among these, by length."""
     aux_cols: list[str] = field(default_factory=list)
     """Columns of `obs` that become auxiliary tokens, one vocabulary each."""
     esm2_mappings: list[str] = field(default_factory=list)
@@ -84,6 +86,7 @@ class DataConfig:
         _require(self.clip_counts > 0, key + "clip_counts (--clip-counts)", "must be more than 0")
         _require(self.seed >= 0, key + "seed", "must be 0 or more")
         _require(self.n_data_workers >= 0, key + "n_data_workers (--n-data-workers)", "must be 0 or more")
+        _require(self.block_size > 0, key + "block_size", "must be at least 1")
         _require(
             not (self.sort_genes and self.randomize_genes),
             key + "sort_genes",
@@ -149,8 +152,10 @@ class LossConfig:
 class InferenceConfig:
     """A run of `transcriptformer inference` (`model.inference_config`)."""
 
-    batch_size: int = 8
-    """Most cells in a batch."""
+    batch_size: int | str = 8
+    """Most cells in a batch; auto: as many as fit into free memory."""
+    tokens_per_batch: int | None = None
+    """Most positions in a batch, padding included; None: no limit but `batch_size`."""
     precision: str = "16-mixed"
     """32; bf16-mixed; or 16-mixed: fp16 on a GPU, on a CPU bf16 where it has bf16 matrix instructions, else 32."""
     device: str = "auto"
@@ -160,7 +165,9 @@ class InferenceConfig:
     embedding_layer_index: int = -1
     """Block whose output is the embedding, from 0; negative from the end."""
     emb_type: str = "cell"
-    """cell: one mean vector per cell."""
+    """cell: one mean vector per cell; cge: one contextual vector per gene and cell."""
+    cge_pool: str | None = None
+    """gene: the mean of the contextual vectors of each gene; a column of obs: of each gene and value; None: all."""
     output_keys: list[str] = field(default_factory=lambda: ["embeddings"])
     """What to compute: embeddings, llh."""
     obs_keys: list[str] = field(default_factory=lambda: ["all"])
@@ -168,17 +175,31 @@ class InferenceConfig:
     output_path: str = "./inference_results"
     """Folder of the output file."""
     output_filename: str = "embeddings.h5ad"
-    """Name of the output file."""
+    """Name of the output; .h5ad makes a file, .zarr a store."""
     pretrained_embedding: list[str] = field(default_factory=list)
-    """Protein-embedding files of a new species (not available yet)."""
-    oom_dataloader: bool = False
-    """Read files larger than memory (not available yet)."""
+    """Protein-embedding files of a species that the checkpoint was not trained on; their genes replace its own."""
+    reference_stale_indices: bool = False
+    """Reproduce what the published package computes for a new species, whose model looks for the special tokens at the
+    places of the old ones: every cell is padded to full length and padding counts as genes."""
+    oom_dataloader: bool = True
+    """Read counts in blocks as they are needed; False: read files into memory first."""
     num_gpus: int = 1
-    """Devices to run on (more than one is not available yet)."""
+    """Devices to run on, one process each; -1: all GPUs. On a CPU: processes."""
+    num_nodes: int = 1
+    """Machines to run on; the command is started on each."""
+    resume: bool = False
+    """Go on with a run that was ended before it was done."""
 
     def __post_init__(self) -> None:
         key = "model.inference_config."
-        _require(self.batch_size > 0, key + "batch_size (--batch-size)", f"must be at least 1, not {self.batch_size}")
+        _require(
+            self.batch_size == "auto" or (isinstance(self.batch_size, int) and self.batch_size > 0),
+            key + "batch_size (--batch-size)",
+            f"must be at least 1, or auto, not {self.batch_size}",
+        )
+        _require(
+            self.tokens_per_batch is None or self.tokens_per_batch > 0, key + "tokens_per_batch", "must be at least 1"
+        )
         _require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
         _require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
         _require_one_of(self.attention, ("fast", "plain"), key + "attention")
@@ -190,18 +211,23 @@ class InferenceConfig:
             _require_one_of(output_key, ("embeddings", "llh"), key + "output_keys")
         _require(len(self.output_keys) > 0, key + "output_keys", "must name at least one of embeddings, llh")
         _require(
-            Path(self.output_filename).name == self.output_filename and self.output_filename.endswith(".h5ad"),
+            Path(self.output_filename).name == self.output_filename
+            and self.output_filename.endswith((".h5ad", ".zarr")),
             key + "output_filename (--output-filename)",
-            f"{self.output_filename!r} is not a file name that ends in .h5ad (the folder goes into --output-path)",
+            f"{self.output_filename!r} is not a name that ends in .h5ad or .zarr (the folder goes into --output-path)",
         )
-        for not_yet, name in (
-            (self.emb_type != "cell", "--emb-type cge"),
-            (self.pretrained_embedding, "--pretrained-embedding"),
-            (self.oom_dataloader, "--oom-dataloader"),
-            (self.num_gpus != 1, "--num-gpus other than 1"),
-        ):
-            if not_yet:
-                raise UsageError(f"{name} is not available yet")
+        _require(self.num_gpus >= 1 or self.num_gpus == -1, key + "num_gpus (--num-gpus)", "must be at least 1, or -1")
+        _require(self.num_nodes >= 1, key + "num_nodes (--num-nodes)", "must be at least 1")
+        _require(
+            self.cge_pool is None or (self.emb_type == "cge" and self.output_keys == ["embeddings"]),
+            key + "cge_pool (--cge-pool)",
+            "needs --emb-type cge, and embeddings as the only output key",
+        )
+        _require(
+            not self.reference_stale_indices or len(self.pretrained_embedding) > 0,
+            key + "reference_stale_indices",
+            "speaks of a new species: it needs --pretrained-embedding",
+        )
 
 
 @dataclass
@@ -213,12 +239,15 @@ class ModelSection:
     loss_config: LossConfig = field(default_factory=LossConfig)
     inference_config: InferenceConfig = field(default_factory=InferenceConfig)
     model_type: str = "transcriptformer"
-    """transcriptformer; esm2ce, the mean of raw protein embeddings, is not available yet."""
+    """transcriptformer; or esm2ce, the protein embeddings of a cell's genes without a transformer."""
 
     def __post_init__(self) -> None:
         _require_one_of(self.model_type, ("transcriptformer", "esm2ce"), "model.model_type (--model-type)")
-        if self.model_type == "esm2ce":
-            raise UsageError("--model-type esm2ce is not available yet")
+        _require(
+            self.model_type == "transcriptformer" or self.inference_config.output_keys == ["embeddings"],
+            "model.inference_config.output_keys",
+            "esm2ce has embeddings only",
+        )
         layer, num_layers = self.inference_config.embedding_layer_index, self.model_config.num_layers
         _require(
             -num_layers <= layer < num_layers,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import psutil
 import torch
 
 from transcriptformer.errors import UsageError
@@ -54,3 +55,26 @@ def compute_dtype(
         # Releases of PyTorch that cannot tell have no get_capabilities: float32 is always right.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS) else torch.float32
+
+
+def free_memory(device: torch.device, n_processes: int = 1) -> int:
+    """Bytes that one of `n_processes` on this machine may use on its device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // n_processes
+
+
+def count_devices(device: torch.device, wanted: int) -> int:
+    """How many devices of that kind to use; -1 stands for all. On a CPU a device is a process.
+
+    Raises
+    ------
+    UsageError
+        If there are fewer.
+    """
+    if device.type == "cpu":
+        return 1 if wanted == -1 else wanted  # one process uses all cores
+    available = torch.cuda.device_count() if device.type == "cuda" else 1
+    if wanted > available:
+        raise UsageError(f"--num-gpus {wanted}: this machine has {available}")
+    return available if wanted == -1 else wanted

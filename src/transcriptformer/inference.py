@@ -1,189 +1,202 @@
 """Cells in, embeddings out."""
 
+import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import anndata
+import numpy as np
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from transcriptformer.batching import batch_limits
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import Config
-from transcriptformer.data.dataset import Batch, CellDataset, CellStatistics, as_is
-from transcriptformer.errors import UsageError
-from transcriptformer.lightning import TranscriptFormerModule
-from transcriptformer.output import Collector, check_storable, check_writable, select_obs, to_anndata, write_h5ad
+from transcriptformer.data.store import Location, is_url
+from transcriptformer.data.survey import survey_cells
+from transcriptformer.distributed import Processes, plan_processes
+from transcriptformer.errors import TranscriptFormerError, UsageError
+from transcriptformer.file_run import FileRun
+from transcriptformer.inputs import Inputs
+from transcriptformer.lightning import EmbeddingModule, Esm2CEModule, TranscriptFormerModule
+from transcriptformer.model.esm2ce import Esm2CE
+from transcriptformer.output import check_writable, pooled_to_anndata, provenance_of, read_provenance, to_anndata
+from transcriptformer.parts import layout_of
+from transcriptformer.pooling import Pool
+from transcriptformer.recording import MemoryRecorder, OnProgress, Recording
+from transcriptformer.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
 
 Source: TypeAlias = str | Path | anndata.AnnData
 
-OnProgress = Callable[[int, int], None]
-"""Called with how many cells are done and how many there are."""
-
 
 def embed(
     sources: Source | Sequence[Source],
     checkpoint: Checkpoint,
-    config: Config,
     on_progress: OnProgress | None = None,
+    layer: str | None = None,
 ) -> anndata.AnnData:
-    """Embed the cells of one source or of several, in order.
+    """Embed the cells of one source or of several, in order, on one device; the results are held in memory.
 
     Parameters
     ----------
     sources
-        h5ad file or AnnData object, or a list of them; they are left as they are.
+        h5ad file, zarr store or AnnData object, or a list of them; they are left as they are.
     checkpoint
-        From `load_checkpoint`, with the same `config`.
-    config
-        What to compute; see `transcriptformer.config`.
+        From `load_checkpoint`; its configuration says what to compute.
     on_progress
         Called before the first and after every batch.
+    layer
+        Take the counts of this layer of AnnData objects.
 
     Returns
     -------
-    An AnnData with the cells that passed the filters: `obs` as found, `obsm['embeddings']` (cells, D) float32,
-    `uns['llh']` where asked for, and `uns['transcriptformer']`, which says how it was made.
+    An AnnData with the cells that passed the filters: `obs` as found, `obsm['embeddings']` (cells, D) float32, or
+    contextual gene embeddings in `uns`, `uns['llh']` where asked for, and `uns['transcriptformer']`, which says how it
+    was made. Of pooled gene embeddings, an AnnData with a row per gene, or per gene and group.
 
     Raises
     ------
     TranscriptFormerError
         If a source, or an option that speaks of it, cannot be used.
     """
-    sources = _as_list(sources)
-    data, inference = config.model.data_config, config.model.inference_config
-    dataset = CellDataset(
-        sources, checkpoint.gene_vocab, checkpoint.aux_vocabs, data, config.model.model_config.seq_len
-    )
-    obs = select_obs(dataset.obs, inference.obs_keys)
-    check_storable(obs)
-    _tell(dataset.statistics, config)
-
-    collector = Collector(len(dataset))
-    callbacks: list[pl.Callback] = [collector]
-    if on_progress is not None:
-        on_progress(0, len(dataset))
-        callbacks.append(_Progress(on_progress, len(dataset)))
-    _predict(dataset, checkpoint, config, callbacks)
-    return to_anndata(obs, collector, _provenance(sources, checkpoint, config))
+    several = _as_list(sources)
+    inference, vocab = checkpoint.config.model.inference_config, checkpoint.gene_vocab
+    inputs = Inputs(several, checkpoint, layer)
+    survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
+    inputs.tell(survey)
+    recorder: MemoryRecorder | Pool
+    if inference.cge_pool is None:
+        recorder = MemoryRecorder(layout_of(inference, checkpoint.width), survey.n_kept)
+    else:
+        group_of_row, groups = inputs.groups(survey)
+        recorder = Pool(group_of_row, len(vocab), checkpoint.width)
+    recording = Recording(on_progress)
+    recording.expect(survey.n_kept, lambda process: recorder)
+    loader = inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool))
+    with ThreadPoolExecutor(1) as background:
+        sha256 = background.submit(checkpoint.weights_sha256)
+        trainer = _trainer(checkpoint, Processes(1, 1, LightningEnvironment()), recording)
+        _predict(trainer, make_module(checkpoint), dataloaders=loader)
+    provenance = provenance_of(several, checkpoint, sha256.result())
+    if isinstance(recorder, Pool):
+        table, means = recorder.table(vocab.names(), groups, inputs.group_column)
+        return pooled_to_anndata(table, means, provenance)
+    return to_anndata(inputs.obs(survey), recorder, vocab.names(), provenance)
 
 
 def run(
-    data_files: Sequence[Path], checkpoint_path: Path, config: Config, on_progress: OnProgress | None = None
-) -> tuple[Path, anndata.AnnData]:
-    """What `transcriptformer inference` does: embed the cells of `data_files` and write one h5ad file.
+    locations: Sequence[Location], checkpoint_path: Path, config: Config, on_progress: OnProgress | None = None
+) -> Path | None:
+    """What `transcriptformer inference` does: embed the cells of files or stores and write one file or store.
+
+    Results are kept in a folder beside the output while the run goes on, in one or several processes.
 
     Returns
     -------
-    The file, in `output_path` of the configuration, and what was written to it.
+    The output, in `output_path` of the configuration; None in a process that leaves the writing to another one.
 
     Raises
     ------
     TranscriptFormerError
-        If an input cannot be used or the output not be written; then no output file is left.
+        If an input cannot be used or the output not be written; nothing is left under the output's name then.
     """
     inference = config.model.inference_config
     output = Path(inference.output_path) / inference.output_filename
     check_writable(output)
-    if output.resolve() in [file.resolve() for file in data_files]:
+    if output.resolve() in [Path(location).resolve() for location in locations if not is_url(location)]:
         raise UsageError(f"--output-filename {output}: is an input; the result would replace it")
-    result = embed(data_files, load_checkpoint(checkpoint_path, config), config, on_progress)
-    write_h5ad(result, output)
-    return output, result
+    checkpoint = load_checkpoint(checkpoint_path, config)
+    processes = plan_processes(inference, checkpoint.device)
+    with ThreadPoolExecutor(1) as background:
+        sha256 = background.submit(checkpoint.weights_sha256)
+        workspace, recording = Workspace(output), Recording(on_progress)
+        file_run = FileRun(locations, checkpoint, workspace, sha256.result, recording, processes.per_node)
+        if inference.resume and not workspace.exists and _is_complete(output, file_run.identity()):
+            logger.info("%s is complete already", output)
+            return output
+        trainer = _trainer(checkpoint, processes, recording)
+        try:
+            _predict(trainer, make_module(checkpoint), datamodule=file_run)
+        except BaseException:
+            if trainer.is_global_zero:
+                file_run.tell_what_is_kept()
+            raise
+        if not trainer.is_global_zero:
+            return None
+        file_run.write()
+    return output
 
 
-def _as_list(sources: Source | Sequence[Source]) -> list[Path | anndata.AnnData]:
+def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether an earlier run of the same has written its result."""
+    made = read_provenance(output) if output.exists() else None
+    return made is not None and "run" in made and not list(differences(json.loads(made["run"]), identity))
+
+
+def _as_list(sources: Source | Sequence[Source]) -> list[Path | str | anndata.AnnData]:
     several = [sources] if isinstance(sources, str | Path | anndata.AnnData) else list(sources)
     if not several:
         raise UsageError("there is nothing to embed: no file and no AnnData was given")
-    return [Path(source) if isinstance(source, str) else source for source in several]
+    return several
 
 
-def _predict(dataset: CellDataset, checkpoint: Checkpoint, config: Config, callbacks: list[pl.Callback]) -> None:
-    on_gpu = checkpoint.device.type == "cuda"
-    loader = DataLoader(
-        dataset,
-        batch_sampler=BatchSampler(
-            SequentialSampler(dataset), min(config.model.inference_config.batch_size, len(dataset)), drop_last=False
-        ),
-        collate_fn=as_is,
-        num_workers=config.model.data_config.n_data_workers,
-        pin_memory=on_gpu,
-    )
+def make_module(checkpoint: Checkpoint) -> EmbeddingModule:
+    """The model of a checkpoint as a LightningModule."""
+    model, pad = checkpoint.config.model, checkpoint.gene_vocab.pad
+    if isinstance(checkpoint.model, Esm2CE):
+        return Esm2CEModule(checkpoint.model, model.inference_config, pad)
+    return TranscriptFormerModule(checkpoint.model, model.inference_config, model.data_config.clip_counts, pad)
+
+
+def _trainer(checkpoint: Checkpoint, processes: Processes, recording: Recording) -> pl.Trainer:
     with _quiet_lightning():
-        trainer = pl.Trainer(
+        return pl.Trainer(
             accelerator=checkpoint.device.type,
-            devices=1,
-            plugins=[LightningEnvironment()],  # one process, also where a cluster's scheduler has started several
+            **processes.trainer_options(),
             precision="32-true",  # the weights are in the run's precision already
-            callbacks=callbacks,
+            callbacks=[recording],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        try:
-            trainer.predict(TranscriptFormerModule(checkpoint.model, config), loader, return_predictions=False)
-        except SystemExit:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
-            if trainer.interrupted:
-                raise KeyboardInterrupt from None
-            raise
+
+
+def _predict(trainer: pl.Trainer, module: EmbeddingModule, **data: Any) -> None:
+    try:
+        with _quiet_lightning():
+            trainer.predict(module, **data, return_predictions=False)
+    except SystemExit:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    except TranscriptFormerError as error:
+        # A worker process has put its traceback before the message.
+        name = f"{type(error).__name__}: "
+        if str(error).startswith("Caught ") and name in str(error):
+            raise type(error)(str(error).rpartition(name)[2].strip()) from None
+        raise
 
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Leave out what Lightning has to say about hardware it does not use, its other products and its own imports."""
-    lightning_logger = logging.getLogger("pytorch_lightning")
-    level = lightning_logger.level
-    lightning_logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [lightning_logger.level for lightning_logger in loggers]
+    for lightning_logger in loggers:
+        lightning_logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             yield
     finally:
-        lightning_logger.setLevel(level)
-
-
-class _Progress(pl.Callback):
-    def __init__(self, on_progress: OnProgress, n_cells: int) -> None:
-        self.on_progress, self.n_cells, self.n_done = on_progress, n_cells, 0
-
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Batch, *unused: object
-    ) -> None:
-        self.n_done += len(batch.rows)
-        self.on_progress(self.n_done, self.n_cells)
-
-
-def _tell(cells: CellStatistics, config: Config) -> None:
-    dropped = f" of {cells.n_read} (the filters dropped the others)" if cells.n_kept < cells.n_read else ""
-    seq_len = config.model.model_config.seq_len
-    notes = [
-        (cells.n_empty, "without any gene of the vocabulary"),
-        (cells.n_too_long, f"with more than {seq_len} genes, of which the model sees {seq_len}"),
-        *((n, f"of an {column} unknown to the checkpoint") for column, n in cells.unknown_aux.items()),
-    ]
-    told = "".join(f"; {n} {what}" for n, what in notes if n)
-    logger.info("%d cells%s%s", cells.n_kept, dropped, told)
-
-
-def _provenance(sources: Sequence[Path | anndata.AnnData], checkpoint: Checkpoint, config: Config) -> dict[str, object]:
-    return {
-        "version": version("transcriptformer"),
-        "checkpoint": checkpoint.path.resolve().name,
-        "weights_sha256": checkpoint.weights_sha256(),
-        "config": config.to_json(),
-        # A path may hold bytes that are not text, which HDF5 cannot store.
-        "data_files": [
-            str(source).encode(errors="replace").decode() if isinstance(source, Path) else "AnnData"
-            for source in sources
-        ],
-    }
+        for lightning_logger, level in zip(loggers, levels, strict=True):
+            lightning_logger.setLevel(level)

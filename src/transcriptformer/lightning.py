@@ -1,54 +1,148 @@
-"""The model as a LightningModule."""
+"""Models as LightningModules."""
 
+import logging
 from typing import NamedTuple
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
-from transcriptformer.config import Config
+from transcriptformer.config import InferenceConfig
 from transcriptformer.data.dataset import Batch
+from transcriptformer.errors import TranscriptFormerError
+from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.model.transcriptformer import TranscriptFormer
+
+logger = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
-    """What was asked for of a batch of B cells; None for the rest.
+    """What was asked for of a batch of B cells with n genes in all; None for the rest.
 
     Attributes
     ----------
     rows
-        Where each cell stands in the dataset (B,).
-    embedding
+        Where each cell stands among the kept cells (B,).
+    embeddings
         (B, D)
     llh
         Mean negative log-likelihood of a cell's counts (B,), NaN without genes; the name is the published one.
+    n_genes
+        Genes of each cell that the model saw (B,).
+    genes, cge_embeddings
+        Gene tokens (n,) and contextual gene embeddings (n, D), cell after cell.
     """
 
     rows: Tensor
-    embedding: Tensor | None
-    llh: Tensor | None
+    embeddings: Tensor | None = None
+    llh: Tensor | None = None
+    n_genes: Tensor | None = None
+    genes: Tensor | None = None
+    cge_embeddings: Tensor | None = None
 
 
-class TranscriptFormerModule(pl.LightningModule):
-    """Runs a model on batches, and only the heads that `model.inference_config.output_keys` names."""
+class EmbeddingModule(pl.LightningModule):
+    """Runs a model on batches, in smaller ones where memory does not suffice.
 
-    def __init__(self, model: TranscriptFormer, config: Config) -> None:
+    Parameters
+    ----------
+    inference
+        What is wanted.
+    pad
+        Token after a cell's last gene, in the batches.
+    """
+
+    def __init__(self, inference: InferenceConfig, pad: int) -> None:
         super().__init__()
-        self.model = model
-        self.config = config
+        self.inference, self.pad = inference, pad
+        self.most_positions = 2**62
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
-        """Encode a batch once and run the heads that are wanted."""
-        inference, clip_counts = self.config.model.inference_config, self.config.model.data_config.clip_counts
+        """What is wanted of a batch; one that does not fit into memory is halved, and so are later ones of its size."""
+        n_cells, n_positions = batch.gene_tokens.shape
+        if n_cells > 1 and n_cells * n_positions > self.most_positions:
+            return self._in_halves(batch, batch_idx)
+        try:
+            return self.predict(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if n_cells == 1:
+                raise TranscriptFormerError(
+                    f"out of memory with a single cell of {n_positions} positions on {self.device}; "
+                    "use another device or --precision 16-mixed"
+                ) from error
+        # Outside of `except`, whose traceback would hold on to the tensors.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.most_positions = n_cells * n_positions // 2
+        logger.warning("out of memory with %d cells of %d genes: going on in halves", n_cells, n_positions)
+        return self._in_halves(batch, batch_idx)
+
+    def predict(self, batch: Batch) -> Prediction:
+        """What is wanted of a batch, at once."""
+        raise NotImplementedError
+
+    def _in_halves(self, batch: Batch, batch_idx: int) -> Prediction:
+        middle = len(batch.rows) // 2
+        halves = Batch(*(x[:middle] for x in batch)), Batch(*(x[middle:] for x in batch))
+        first, second = (self.predict_step(half, batch_idx) for half in halves)
+        joined = {
+            name: torch.cat([a, b])
+            for name, a, b in zip(Prediction._fields, first, second, strict=True)
+            if a is not None and b is not None
+        }
+        return Prediction(**joined)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the machine, had no more memory to give."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    message = str(error)
+    return "can't allocate memory" in message or "not enough memory" in message  # what the CPU's allocator says
+
+
+class TranscriptFormerModule(EmbeddingModule):
+    """TranscriptFormer with only the heads that `model.inference_config.output_keys` names."""
+
+    def __init__(self, model: TranscriptFormer, inference: InferenceConfig, clip_counts: float, pad: int) -> None:
+        super().__init__(inference, pad)
+        self.model, self.clip_counts = model, clip_counts
+
+    def predict(self, batch: Batch) -> Prediction:  # noqa: D102
         encoded = self.model(
             batch.gene_tokens,
             batch.gene_counts,
             batch.aux_tokens,
-            layer=inference.embedding_layer_index,
+            layer=self.inference.embedding_layer_index,
             bias_on_diagonal=True,
         )
-        wanted = inference.output_keys
+        prediction = Prediction(batch.rows)
+        if "llh" in self.inference.output_keys:
+            prediction = prediction._replace(llh=self.model.count_nll(encoded, self.clip_counts))
+        if "embeddings" not in self.inference.output_keys:
+            return prediction
+        if self.inference.emb_type == "cell":
+            return prediction._replace(embeddings=self.model.cell_embedding(encoded))
+        is_gene = batch.gene_tokens != self.pad
+        return prediction._replace(
+            n_genes=is_gene.sum(1), genes=batch.gene_tokens[is_gene], cge_embeddings=encoded.hidden[is_gene]
+        )
+
+
+class Esm2CEModule(EmbeddingModule):
+    """The baseline without a transformer."""
+
+    def __init__(self, model: Esm2CE, inference: InferenceConfig, pad: int) -> None:
+        super().__init__(inference, pad)
+        self.model = model
+
+    def predict(self, batch: Batch) -> Prediction:  # noqa: D102
+        if self.inference.emb_type == "cell":
+            return Prediction(batch.rows, embeddings=self.model.cell_embedding(batch.gene_tokens))
+        is_gene = batch.gene_tokens != self.pad
+        genes = batch.gene_tokens[is_gene]
         return Prediction(
-            rows=batch.rows,
-            embedding=self.model.cell_embedding(encoded) if "embeddings" in wanted else None,
-            llh=self.model.count_nll(encoded, clip_counts) if "llh" in wanted else None,
+            batch.rows, n_genes=is_gene.sum(1), genes=genes, cge_embeddings=self.model.gene_embedding(genes)
         )

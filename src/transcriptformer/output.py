@@ -1,57 +1,63 @@
-"""Predictions become an h5ad file. The only place that knows under which keys results are stored."""
+"""Results become an AnnData, in memory, in an h5ad file or in a zarr store. The only place that names their keys."""
 
+import io
+import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Protocol
 
 import anndata
 import h5py
 import numpy as np
 import pandas as pd
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import BasePredictionWriter
+import zarr
 
+from transcriptformer.checkpoint import Checkpoint
+from transcriptformer.data.store import Location
 from transcriptformer.errors import DataError, OutputError, UsageError
-from transcriptformer.lightning import Prediction
+from transcriptformer.parts import Layout
 
 EMBEDDINGS_KEY, LLH_KEY, PROVENANCE_KEY = "embeddings", "llh", "transcriptformer"
+CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY = "cge_embeddings", "cge_cell_indices", "cge_gene_names"
+GENE_COLUMN, N_CELLS_COLUMN = "gene", "n_cells"
+
+BLOCK_BYTES = 2**25
+"""Results are moved in blocks of about this size."""
+
+CHUNK_BYTES = 2**20
+"""Chunks of large arrays in the file have about this size."""
 
 
-class Collector(BasePredictionWriter):
-    """Puts every batch's predictions into the rows of one array per kind.
+class Results(Protocol):
+    """Results of all kept cells, in their order.
 
     Attributes
     ----------
-    embedding
-        (cells, D), float32; None until a prediction has one.
-    llh
-        (cells,), float32; None until a prediction has one.
+    layout
+        The results there are.
     """
 
-    def __init__(self, n_cells: int) -> None:
-        super().__init__(write_interval="batch")
-        self.n_cells = n_cells
-        self.embedding: np.ndarray | None = None
-        self.llh: np.ndarray | None = None
+    layout: Layout
 
-    def write_on_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, prediction: Prediction, *unused: object
-    ) -> None:
-        """Store one batch; called by the Trainer."""
-        rows = prediction.rows.cpu().numpy()
-        if prediction.embedding is not None:
-            values = prediction.embedding.float().cpu().numpy()
-            if self.embedding is None:
-                self.embedding = np.empty((self.n_cells, values.shape[1]), dtype=np.float32)
-            self.embedding[rows] = values
-        if prediction.llh is not None:
-            if self.llh is None:
-                self.llh = np.empty(self.n_cells, dtype=np.float32)
-            self.llh[rows] = prediction.llh.float().cpu().numpy()
+    @property
+    def n_genes(self) -> np.ndarray:
+        """Genes of each cell with a record of their own (cells,)."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """What each cell from `start` to before `stop` has once."""
+        ...
+
+    def read_genes(self, name: str, start: int, stop: int) -> np.ndarray:
+        """What each gene of those cells has, cell after cell."""
+        ...
 
 
-def select_obs(obs: pd.DataFrame, obs_keys: Sequence[str]) -> pd.DataFrame:
+def select_columns(columns: Sequence[str], obs_keys: Sequence[str]) -> list[str]:
     """The columns of cell metadata that go into the output, in the order of the file; `all` stands for every one.
 
     Raises
@@ -60,25 +66,153 @@ def select_obs(obs: pd.DataFrame, obs_keys: Sequence[str]) -> pd.DataFrame:
         If a column is missing.
     """
     if "all" in obs_keys:
-        return obs
-    missing = [key for key in obs_keys if key not in obs.columns]
+        return list(columns)
+    missing = [key for key in obs_keys if key not in columns]
     if missing:
         raise DataError(
             f"model.inference_config.obs_keys: obs has no column {', '.join(map(repr, missing))}; "
-            f"its columns are: {', '.join(map(str, obs.columns)) or 'none'}"
+            f"its columns are: {', '.join(map(str, columns)) or 'none'}"
         )
-    return obs[[column for column in obs.columns if column in obs_keys]]
+    return [column for column in columns if column in obs_keys]
 
 
-def to_anndata(obs: pd.DataFrame, collected: Collector, provenance: Mapping[str, object]) -> anndata.AnnData:
-    """Results beside the cells' metadata: `obsm['embeddings']`, `uns['llh']`, `uns['transcriptformer']`."""
-    with anndata.settings.override(check_uniqueness=False):  # the dataset has told of names that occur twice
-        result = anndata.AnnData(obs=obs, uns={PROVENANCE_KEY: dict(provenance)})
-    if collected.embedding is not None:
-        result.obsm[EMBEDDINGS_KEY] = collected.embedding
-    if collected.llh is not None:
-        result.uns[LLH_KEY] = pd.DataFrame({LLH_KEY: collected.llh}, index=obs.index.rename(None))
-    return result
+def to_anndata(
+    obs: pd.DataFrame, results: Results, gene_names: np.ndarray, provenance: Mapping[str, object]
+) -> anndata.AnnData:
+    """Results beside the cells' metadata, in memory.
+
+    Parameters
+    ----------
+    gene_names
+        Name of each gene token (tokens,).
+    """
+    n_cells, layout = len(obs), results.layout
+    with anndata.settings.override(check_uniqueness=False):  # the survey has told of names that occur twice
+        adata = anndata.AnnData(obs=obs, uns={PROVENANCE_KEY: dict(provenance)})
+    if "embeddings" in layout:
+        adata.obsm[EMBEDDINGS_KEY] = results.read("embeddings", 0, n_cells)
+    if "llh" in layout:
+        adata.uns[LLH_KEY] = pd.DataFrame({LLH_KEY: results.read("llh", 0, n_cells)}, index=obs.index.rename(None))
+    if "cge_embeddings" in layout:
+        adata.uns[CGE_KEY] = results.read_genes("cge_embeddings", 0, n_cells)
+        adata.uns[CGE_CELLS_KEY] = np.repeat(np.arange(n_cells), results.n_genes)
+        adata.uns[CGE_GENES_KEY] = gene_names[results.read_genes("genes", 0, n_cells)]
+    return adata
+
+
+def write_cells(
+    path: Path,
+    n_cells: int,
+    obs_blocks: Callable[[], Iterator[pd.DataFrame]],
+    results: Results,
+    gene_names: np.ndarray,
+    provenance: Mapping[str, object],
+) -> None:
+    """Write results beside the cells' metadata, block by block; memory does not grow with the number of cells.
+
+    Parameters
+    ----------
+    obs_blocks
+        Called for the metadata of the cells, in order, in blocks.
+    gene_names
+        Name of each gene token (tokens,).
+
+    Raises
+    ------
+    OutputError
+        If the disk is full or the folder cannot be written to; nothing is left under `path` then.
+    """
+    layout = results.layout
+    with new_anndata(path) as root:
+        anndata.io.write_elem(root, f"uns/{PROVENANCE_KEY}", dict(provenance))
+        obs = _RowStream(root, "obs", n_cells)
+        for block in obs_blocks():
+            obs.write(block)
+        if "embeddings" in layout:
+            stream = _RowStream(root, f"obsm/{EMBEDDINGS_KEY}", n_cells)
+            step = max(1, BLOCK_BYTES // layout["embeddings"].record.itemsize)
+            for start in range(0, n_cells, step):
+                stream.write(results.read("embeddings", start, min(start + step, n_cells)))
+        if "llh" in layout:
+            stream, start = _RowStream(root, f"uns/{LLH_KEY}", n_cells), 0
+            for block in obs_blocks():
+                values = results.read("llh", start, start + len(block))
+                stream.write(pd.DataFrame({LLH_KEY: values}, index=block.index.rename(None)))
+                start += len(block)
+        if "cge_embeddings" in layout:
+            _write_gene_embeddings(root, results, gene_names)
+
+
+def _write_gene_embeddings(root: h5py.File | zarr.Group, results: Results, gene_names: np.ndarray) -> None:
+    n_genes = results.n_genes
+    embeddings, cells, genes = (
+        _RowStream(root, f"uns/{key}", int(n_genes.sum())) for key in (CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY)
+    )
+    most = max(1, BLOCK_BYTES // results.layout["cge_embeddings"].record.itemsize)
+    for start, stop in _blocks_of_genes(n_genes, most):
+        embeddings.write(results.read_genes("cge_embeddings", start, stop))
+        cells.write(np.repeat(np.arange(start, stop), n_genes[start:stop]))
+        genes.write(gene_names[results.read_genes("genes", start, stop)])
+
+
+def pooled_to_anndata(table: pd.DataFrame, means: np.ndarray, provenance: Mapping[str, object]) -> anndata.AnnData:
+    """Pooled contextual gene embeddings: a row per gene, or per gene and group, with the number of cells behind it."""
+    return anndata.AnnData(obs=table, obsm={EMBEDDINGS_KEY: means}, uns={PROVENANCE_KEY: dict(provenance)})
+
+
+def write_anndata(adata: anndata.AnnData, path: Path) -> None:
+    """Write a result that is in memory."""
+    with new_anndata(path) as root:
+        anndata.io.write_elem(root, "/", adata)
+
+
+def describe(path: Path) -> str:
+    """What is stored in a result, in a few words."""
+    with _open_result(path) as root:
+        obs, uns = root["obs"], root["uns"]
+        stored = [f"obsm['{key}'] {tuple(root['obsm'][key].shape)}" for key in root["obsm"]]
+        stored += [f"uns['{CGE_KEY}'] {tuple(uns[CGE_KEY].shape)}"] if CGE_KEY in uns else []
+        stored += [f"uns['{LLH_KEY}']"] if LLH_KEY in uns else []
+        n_rows, is_pooled = obs[obs.attrs["_index"]].shape[0], N_CELLS_COLUMN in obs and GENE_COLUMN in obs
+    return f"{n_rows} {'rows of genes' if is_pooled else 'cells'}: {', '.join(stored)}"
+
+
+def provenance_of(
+    sources: Sequence[Location | anndata.AnnData],
+    checkpoint: Checkpoint,
+    weights_sha256: str,
+    identity: Mapping[str, object] | None = None,
+) -> dict[str, object]:
+    """How a result was made; `identity` is what a later run would be compared with."""
+    names = ["AnnData" if isinstance(source, anndata.AnnData) else str(source) for source in sources]
+    return {
+        "version": version("transcriptformer"),
+        "checkpoint": checkpoint.path.resolve().name,
+        "weights_sha256": weights_sha256,
+        "config": checkpoint.config.to_json(),
+        # A path may hold bytes that are not text, which HDF5 cannot store.
+        "data_files": [name.encode(errors="replace").decode() for name in names],
+        **({} if identity is None else {"run": json.dumps(identity)}),
+    }
+
+
+def read_provenance(path: Path) -> dict[str, Any] | None:
+    """How a result was made; None where `path` is no result of ours."""
+    try:
+        with _open_result(path) as root:
+            provenance = anndata.io.read_elem(root[f"uns/{PROVENANCE_KEY}"])
+    except Exception:  # whatever a file of another kind leads h5py, zarr and anndata to
+        return None
+    return provenance if isinstance(provenance, dict) else None
+
+
+@contextmanager
+def _open_result(path: Path) -> Iterator[Any]:
+    if path.is_dir():
+        yield zarr.open_group(str(path), mode="r")
+    else:
+        with h5py.File(path) as file:
+            yield file
 
 
 def check_writable(path: Path) -> None:
@@ -89,7 +223,7 @@ def check_writable(path: Path) -> None:
     UsageError
         If that is not possible.
     """
-    if path.is_dir():
+    if path.is_dir() and path.suffix != ".zarr":
         raise UsageError(f"--output-filename {path}: is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,42 +236,19 @@ def check_writable(path: Path) -> None:
         ) from error
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def check_room(path: Path, n_bytes: int) -> None:
+    """Raise OutputError where the disk of `path` has no room for a result of that size."""
+    free = shutil.disk_usage(path.parent).free
+    if free < n_bytes:
+        raise OutputError(
+            f"{path}: cannot be written: {n_bytes / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free; "
+            "everything is computed and kept: make room, then run the same command with --resume"
+        )
 
 
-def check_storable(obs: pd.DataFrame) -> None:
-    """Write every column of cell metadata to an HDF5 file in memory, so that a long run does not fail at its end.
-
-    Raises
-    ------
-    DataError
-        If a column, such as one of mixed types, has no place in an h5ad file.
-    """
-    with h5py.File("obs", "w", driver="core", backing_store=False) as file, _strings_as_they_are():
-        for column in obs.columns:
-            try:
-                anndata.io.write_elem(file, "column", obs[[column]])
-            except Exception as error:  # anndata raises whatever the values lead it to
-                raise DataError(
-                    f"obs: column {column!r} holds values that h5ad cannot store, such as several types at once "
-                    f"({pd.api.types.infer_dtype(obs[column])}); leave it out by model.inference_config.obs_keys"
-                ) from error
-
-
-def describe(result: anndata.AnnData) -> str:
-    """What is stored where, in a few words."""
-    stored = [f"obsm['{key}'] {result.obsm[key].shape}" for key in result.obsm]
-    stored += [f"uns['{LLH_KEY}']"] if LLH_KEY in result.uns else []
-    return f"{result.n_obs} cells: {', '.join(stored)}"
-
-
-def _strings_as_they_are() -> AbstractContextManager[None]:
-    return anndata.settings.override(allow_write_nullable_strings=True)
-
-
-def write_h5ad(result: anndata.AnnData, path: Path) -> None:
-    """Write under a temporary name in the same folder, then move into place; a failure leaves nothing behind.
+@contextmanager
+def new_anndata(path: Path) -> Iterator[h5py.File | zarr.Group]:
+    """An empty AnnData under a temporary name, to be filled; moved into place when whole, removed on failure.
 
     Raises
     ------
@@ -146,11 +257,163 @@ def write_h5ad(result: anndata.AnnData, path: Path) -> None:
     """
     temporary = _temporary(path)
     try:
-        with _strings_as_they_are():
-            # Strings stay strings: the metadata is to be found again exactly as it was.
-            result.write_h5ad(temporary, convert_strings_to_categoricals=False)
-        temporary.replace(path)
+        with _strings_as_they_are(), _open_new(temporary, path.suffix == ".zarr") as root:
+            anndata.io.write_elem(root, "/", anndata.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str))))
+            yield root
+            if isinstance(root, zarr.Group):
+                zarr.consolidate_metadata(root.store)
+        _move_into_place(temporary, path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error})") from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def _open_new(path: Path, as_zarr: bool) -> Iterator[h5py.File | zarr.Group]:
+    if as_zarr:
+        yield zarr.open_group(str(path), mode="w", zarr_format=anndata.settings.zarr_write_format)
+        return
+    with _ForgivingFile(path, "w+") as raw:
+        with h5py.File(raw, "w") as file:
+            yield file
+        if raw.error is not None:
+            raise raw.error
+        os.fsync(raw.fileno())
+
+
+class _ForgivingFile(io.FileIO):
+    """A file whose writing may fail without HDF5 noticing, for it takes the process down when it cannot close a file.
+
+    Attributes
+    ----------
+    error
+        The first failure.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`, or remember why not."""
+        left = memoryview(data).cast("B")
+        n_bytes = len(left)
+        try:
+            while left and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return n_bytes
+
+    def truncate(self, size: int | None = None) -> int:
+        """Change the length, or remember why not."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    if path.is_dir():  # a zarr store cannot be replaced in one step
+        replaced = temporary.with_suffix(".old")
+        path.rename(replaced)
+        temporary.rename(path)
+        shutil.rmtree(replaced)
+    else:
+        temporary.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _strings_as_they_are() -> Iterator[None]:
+    """Text stays text: the metadata is to be found again exactly as it was."""
+    with anndata.settings.override(allow_write_nullable_strings=True, check_uniqueness=False):
+        yield
+
+
+def _blocks_of_genes(n_genes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive cells that have about `most` genes together, and at least one."""
+    ends = np.cumsum(n_genes, dtype=np.int64)
+    if ends[-1] == 0:
+        yield 0, len(n_genes)
+        return
+    start = 0
+    while start < len(n_genes):
+        before = ends[start - 1] if start else 0
+        first_gene = int(np.searchsorted(ends, before, side="right"))
+        stop = max(first_gene + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield start, stop
+        start = stop
+
+
+class _RowStream:
+    """An element of an AnnData that is written some rows at a time: an array, or a data frame of any columns.
+
+    anndata itself encodes every block. The arrays that it makes of the first one are then given their full length, and
+    those of later blocks go into them.
+    """
+
+    def __init__(self, root: h5py.File | zarr.Group, key: str, n_rows: int) -> None:
+        self.root, self.key, self.n_rows, self.n_written = root, key, n_rows, 0
+        self.arrays: dict[str, Any] = {}
+        if key in root:
+            del root[key]
+
+    def write(self, block: pd.DataFrame | np.ndarray) -> None:
+        """Append rows."""
+        here = slice(self.n_written, self.n_written + len(block))
+        if self.n_written == 0:
+            self._write_first(block)
+        elif isinstance(block, np.ndarray):
+            self.arrays[""][here] = block
+        else:
+            with _scratch(self.root) as scratch:
+                anndata.io.write_elem(scratch, "block", block)
+                for name, array in self.arrays.items():
+                    array[here] = scratch["block"][name][:]
+        self.n_written += len(block)
+
+    def _write_first(self, block: pd.DataFrame | np.ndarray) -> None:
+        if len(block) == self.n_rows:
+            anndata.io.write_elem(self.root, self.key, block)
+            return
+        options: dict[str, Any] = {}
+        if isinstance(self.root, h5py.File):  # where an array can only grow if that was said when it was made
+            options["maxshape"] = (None, *block.shape[1:]) if isinstance(block, np.ndarray) else (None,)
+        if isinstance(block, np.ndarray) and block.ndim == 2:
+            options["chunks"] = (max(1, CHUNK_BYTES // block[:1].nbytes), block.shape[1])
+        anndata.io.write_elem(self.root, self.key, block, dataset_kwargs=options)
+        for name, array in _arrays_per_row(self.root[self.key]):
+            array.resize((self.n_rows, *array.shape[1:]))
+            self.arrays[name] = array
+
+
+def _arrays_per_row(element: Any) -> Iterator[tuple[str, Any]]:
+    """Arrays below an element, by path, that have an entry per row."""
+    if not hasattr(element, "keys"):
+        yield "", element
+        return
+    for name in element:
+        if name != "categories":
+            for path, array in _arrays_per_row(element[name]):
+                yield f"{name}/{path}".rstrip("/"), array
+
+
+@contextmanager
+def _scratch(root: h5py.File | zarr.Group) -> Iterator[Any]:
+    """A place in memory of the same kind as `root`."""
+    if isinstance(root, zarr.Group):
+        yield zarr.open_group(zarr.storage.MemoryStore(), mode="w", zarr_format=root.metadata.zarr_format)
+        return
+    with h5py.File("scratch", "w", driver="core", backing_store=False) as file:
+        yield file

@@ -1,7 +1,7 @@
 """Vocabularies: gene ids and cell metadata to token ids, and the protein-embedding files that list the genes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -36,6 +36,10 @@ class GeneVocab:
     def __len__(self) -> int:
         return len(self.special_tokens) + len(self.genes)
 
+    def names(self) -> np.ndarray:
+        """Name of each token (tokens,): the special tokens', then the gene ids."""
+        return np.array([*self.special_tokens, *self.genes], dtype=object)
+
     def lookup(self, gene_ids: np.ndarray) -> np.ndarray:
         """Tokens of `gene_ids` (n,), int64; -1 where a gene is not in the vocabulary."""
         return np.fromiter(map(self.genes.get, gene_ids, repeat(-1)), dtype=np.int64, count=len(gene_ids))
@@ -43,24 +47,25 @@ class GeneVocab:
     @property
     def pad(self) -> int:
         """Token after a cell's last gene."""
-        return self._special(self.pad_token)
+        return self.special_token(self.pad_token)
 
     @property
     def start(self) -> int:
         """Token in front of a cell's first gene."""
-        return self._special(START)
+        return self.special_token(START)
 
     @property
     def end(self) -> int:
         """Target of the last position of a cell that fills the sequence."""
-        return self._special(END)
+        return self.special_token(END)
 
     @property
     def unknown(self) -> int:
         """Token of genes outside the vocabulary, where they are not dropped."""
-        return self._special(UNKNOWN)
+        return self.special_token(UNKNOWN)
 
-    def _special(self, name: str) -> int:
+    def special_token(self, name: str) -> int:
+        """Token of that name."""
         if name not in self.special_tokens:
             raise CheckpointError(f"config.json: model.data_config.special_tokens lacks {name!r}")
         return self.special_tokens.index(name)
@@ -106,9 +111,44 @@ def read_gene_ids(path: Path) -> list[str]:
 
 def read_gene_vocab(paths: Sequence[Path], special_tokens: Sequence[str], pad_token: str) -> GeneVocab:
     """Join the genes of `paths` in their order; a gene seen twice keeps its first token."""
-    distinct = dict.fromkeys(gene for path in paths for gene in read_gene_ids(path))
-    genes = {gene: token for token, gene in enumerate(distinct, start=len(special_tokens))}
+    return make_gene_vocab((gene for path in paths for gene in read_gene_ids(path)), special_tokens, pad_token)
+
+
+def make_gene_vocab(gene_ids: Iterable[str], special_tokens: Sequence[str], pad_token: str) -> GeneVocab:
+    """Number `gene_ids` after the special tokens; a gene seen twice keeps its first token."""
+    genes = {gene: token for token, gene in enumerate(dict.fromkeys(gene_ids), start=len(special_tokens))}
     return GeneVocab(tuple(special_tokens), genes, pad_token)
+
+
+def read_protein_embeddings(paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
+    """Gene ids, each once, and their protein embeddings (genes, P), float32, of one or several files.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, damaged, lacks the embedding of a gene, or its embeddings are of another width.
+    """
+    rows: dict[str, np.ndarray] = {}
+    width = None
+    for path in paths:
+        genes = read_gene_ids(path)
+        try:
+            with h5py.File(path) as file:
+                arrays = file["arrays"]
+                for gene in genes:
+                    if gene in rows:
+                        continue
+                    rows[gene] = row = arrays[gene][:].astype(np.float32)
+                    width = width or row.shape
+                    if row.shape != width or row.ndim != 1:
+                        raise CheckpointError(f"{path}: the embedding of {gene} has shape {row.shape}, others {width}")
+                    if not np.isfinite(row).all():
+                        raise CheckpointError(f"{path}: the embedding of {gene} holds NaN or infinite values")
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a protein-embedding file with a group 'arrays' ({error})") from error
+    if not rows:
+        raise CheckpointError(f"{', '.join(map(str, paths))}: no gene in it")
+    return list(rows), np.stack(list(rows.values()))
 
 
 def read_aux_vocab(path: Path, column: str, unknown: str) -> AuxVocab:

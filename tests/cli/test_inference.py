@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def no_cells(path: Path) -> None:
     [
         pytest.param(lambda path: None, [], 2, r"--data-file cells\.h5ad: no such file", id="file missing"),
         pytest.param(no_h5ad, [], 1, r"cells\.h5ad: not an HDF5 file", id="not HDF5"),
-        pytest.param(no_anndata, [], 1, r"cells\.h5ad: HDF5, but not an AnnData .*'obs' and 'var'", id="not AnnData"),
+        pytest.param(no_anndata, [], 1, r"cells\.h5ad: not an AnnData .*'obs' and 'var'", id="not AnnData"),
         pytest.param(truncated, [], 1, r"cells\.h5ad: cannot be read: truncated or damaged", id="truncated"),
         pytest.param(damaged_inside, [], 1, r"cells\.h5ad: cannot be read: truncated or damaged", id="damaged inside"),
         pytest.param(
@@ -201,9 +202,9 @@ def no_cells(path: Path) -> None:
         ),
         pytest.param(lambda path: path.mkdir(), [], 2, r"cells\.h5ad: is a folder", id="a folder"),
         pytest.param(with_genes(f"{GENES[0]}.1", f"{GENES[0]}.2"), [], 1, "repeat a gene id", id="duplicate genes"),
-        pytest.param(with_count(-1), [], 1, "1 counts are negative", id="negative"),
-        pytest.param(with_count(np.nan), [], 1, "1 counts are NaN or infinite", id="NaN"),
-        pytest.param(with_count(np.inf), [], 1, "1 counts are NaN or infinite", id="infinite"),
+        pytest.param(with_count(-1), [], 1, "counts are negative, the first in cell 'c0'", id="negative"),
+        pytest.param(with_count(np.nan), [], 1, "counts are NaN or infinite", id="NaN"),
+        pytest.param(with_count(np.inf), [], 1, "counts are NaN or infinite", id="infinite"),
         pytest.param(without_genes, [], 1, "there are no genes in it", id="no genes"),
         pytest.param(no_cells, [], 1, "there are no cells in it", id="no cells"),
         pytest.param(
@@ -233,21 +234,26 @@ def test_bad_data_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", "0"], r"batch_size \(--batch-size\): must be at least 1, not 0"),
+        (["--batch-size", "0"], r"batch_size \(--batch-size\): must be at least 1, or auto, not 0"),
         (["--config-override", "model.data_config.clip_count=3"], "model.data_config.clip_count: no such"),
         (["--config-override", "model.data_config.clip_counts=many"], "model.data_config.clip_counts: Value 'many'"),
         (["--precision", "64"], "--precision"),
+        (["--batch-size", "many"], r"batch_size \(--batch-size\): must be at least 1, or auto, not many"),
         (["--output-filename", "result.csv"], "--output-filename"),
+        (["--num-gpus", "0"], "--num-gpus"),
+        (["--num-nodes", "0"], "--num-nodes"),
+        (["--cge-pool", "gene"], "--cge-pool.*needs --emb-type cge"),
+        (["--config-override", "model.inference_config.reference_stale_indices=true"], "needs --pretrained-embedding"),
+        (
+            ["--model-type", "esm2ce", "--config-override", "model.inference_config.output_keys=[llh]"],
+            "esm2ce has",
+        ),
+        (["--data-file", "gopher://somewhere/cells.zarr"], "no zarr store can be read there"),
         (["--output-path", "a file"], "--output-path a file: embeddings.h5ad cannot be written there"),
         (["--output-filename", "x" * 250 + ".h5ad"], "--output-path .*cannot be written there"),
         (["--data-file", "x" * 300], "no such file"),
         (["--embedding-layer-index", "9"], "--embedding-layer-index"),
         (["--checkpoint-path", "nowhere"], "--checkpoint-path nowhere: no such folder"),
-        (["--emb-type", "cge"], "--emb-type cge is not available yet"),
-        (["--model-type", "esm2ce"], "--model-type esm2ce is not available yet"),
-        (["--pretrained-embedding", "mouse.h5"], "--pretrained-embedding is not available yet"),
-        (["--oom-dataloader"], "--oom-dataloader is not available yet"),
-        (["--num-gpus", "2"], "--num-gpus other than 1 is not available yet"),
         pytest.param(
             ["--device", "cuda"],
             "--device cuda: not available here",
@@ -276,7 +282,7 @@ def test_a_folder_without_permission_is_refused(folder: Path) -> None:
         (lambda path: (path / "config.json").write_text('{"model": {}}'), "the key 'model.model_config' is missing"),
         (lambda path: (path / "model_weights.pt").unlink(), r"model_weights\.pt: missing"),
         (lambda path: (path / "model_weights.pt").write_bytes(b"PK"), r"model_weights\.pt: truncated"),
-        (lambda path: torch.save({"a": torch.ones(1)}, path / "model_weights.pt"), "missing: gene_embeddings.*: a"),
+        (lambda path: torch.save({"a": torch.ones(1)}, path / "model_weights.pt"), "embedding.weight is missing"),
         (lambda path: (path / "vocabs" / "homo_sapiens_gene.h5").unlink(), "vocabulary file missing"),
     ],
 )
@@ -313,7 +319,7 @@ def limit_size_of_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(folder: Path) -> None:
+def test_a_full_disk_is_one_line_and_what_is_computed_is_kept(folder: Path) -> None:
     command: list[str | Path] = [COMMAND, "inference", "--checkpoint-path", CHECKPOINT, "--data-file", CELLS]
     done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit_size_of_files)
     assert done.returncode == 1
@@ -321,7 +327,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder: Path) -> None:
     assert re.fullmatch(
         r"ERROR: inference_results/embeddings\.h5ad: cannot be written .*", done.stderr.splitlines()[-1]
     )
-    assert list((folder / "inference_results").iterdir()) == []
+    assert [path.name for path in (folder / "inference_results").iterdir()] == ["embeddings.h5ad.parts"]
+
+    without_option = invoke("--data-file", CELLS, "--precision", "16-mixed")
+    assert_refused(without_option, 2, r"embeddings\.h5ad\.parts: holds what .*add --resume", folder / "nothing")
+    again = invoke("--data-file", CELLS, "--precision", "16-mixed", "--resume")
+    assert "24 of them are done already" in again.stderr
+    assert [path.name for path in (folder / "inference_results").iterdir()] == ["embeddings.h5ad"]
 
 
 def test_a_scheduler_that_started_several_tasks_does_not_confuse_it(
@@ -364,7 +376,7 @@ def let_interrupts_through() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores them for what it runs in the background
 
 
-def test_ctrl_c_ends_the_run_and_leaves_nothing(folder: Path) -> None:
+def test_ctrl_c_ends_the_run_and_keeps_what_there_is(folder: Path) -> None:
     random_adata(5_000).write_h5ad(folder / "cells.h5ad")
     command: list[str | Path] = [COMMAND, "inference", "--checkpoint-path", CHECKPOINT, "--data-file", "cells.h5ad"]
     with subprocess.Popen(
@@ -372,11 +384,15 @@ def test_ctrl_c_ends_the_run_and_leaves_nothing(folder: Path) -> None:
     ) as process:
         assert process.stderr is not None
         assert "5000 cells" in process.stderr.readline()
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130
     assert "Traceback" not in rest
-    assert list((folder / "inference_results").iterdir()) == []
+    kept = re.search(r"INFO: (\d+) of 5000 cells are kept in .*embeddings\.h5ad\.parts; .*--resume", rest)
+    assert kept is not None
+    assert 0 < int(kept[1]) < 5000
+    assert [path.name for path in (folder / "inference_results").iterdir()] == ["embeddings.h5ad.parts"]
 
 
 def test_an_unknown_option_is_a_usage_error(folder: Path) -> None:

@@ -1,16 +1,29 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
 import numpy as np
-import pandas as pd
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tests.golden_cases import CELLS, CHECKPOINT
+from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import GENES, make_adata, random_adata
 from transcriptformer.config import DataConfig
-from transcriptformer.data.dataset import LENGTH_MULTIPLE, CellDataset, as_is
-from transcriptformer.errors import DataError
+from transcriptformer.data.dataset import (
+    LENGTH_MULTIPLE,
+    Batch,
+    BatchLimits,
+    CellDataset,
+    as_is,
+    group_by_length,
+    positions,
+)
+from transcriptformer.data.reader import CellReader
+from transcriptformer.data.source import open_source
+from transcriptformer.data.survey import survey_cells
 from transcriptformer.vocab import AuxVocab, GeneVocab, read_aux_vocab
 
 SPECIAL = ("unknown", "[PAD]", "[START]", "[END]")
@@ -19,19 +32,44 @@ PAD = 1
 ASSAY = read_aux_vocab(CHECKPOINT / "vocabs" / "assay_vocab.json", "assay", "unknown")
 
 
-def make_dataset(
+def make_readers(
     *sources: Path | anndata.AnnData, seq_len: int = 127, aux_vocabs: dict[str, AuxVocab] | None = None, **config: float
-) -> CellDataset:
+) -> list[CellReader]:
     aux_vocabs = {"assay": ASSAY} if aux_vocabs is None else aux_vocabs
-    return CellDataset(sources, VOCAB, aux_vocabs, DataConfig(**config), seq_len)  # type: ignore[arg-type]
+    data = DataConfig(**config)  # type: ignore[arg-type]
+    return [CellReader(open_source(source), VOCAB, aux_vocabs, data, seq_len) for source in sources]
+
+
+def make_dataset(
+    *sources: Path | anndata.AnnData,
+    seq_len: int = 127,
+    max_cells: int = 4,
+    max_tokens: int = 10**9,
+    min_positions: int = 0,
+    aux_vocabs: dict[str, AuxVocab] | None = None,
+    **config: float,
+) -> CellDataset:
+    readers = make_readers(*sources, seq_len=seq_len, aux_vocabs=aux_vocabs, **config)
+    data = readers[0].config
+    limits = BatchLimits(max_cells, max_tokens)
+    survey = survey_cells(readers, data)
+    return CellDataset(readers, survey, PAD, seq_len, limits, data.block_size, min_positions)
+
+
+def only_batch(*sources: Path | anndata.AnnData, **settings: float) -> Batch:
+    (batch,) = make_dataset(*sources, **settings)  # type: ignore[arg-type]
+    return batch
+
+
+def rows_of(batches: Iterator[Batch] | CellDataset | DataLoader[Batch]) -> list[int]:
+    return [row for batch in batches for row in batch.rows.tolist()]
 
 
 def test_batch_holds_each_cells_genes_then_padding() -> None:
-    dataset = make_dataset(make_adata([[0, 3, 0, 1], [2, 0, 0, 0]]))
-    batch = dataset.__getitems__([1, 0])
-    assert batch.rows.tolist() == [1, 0]
-    assert batch.gene_tokens[:, :3].tolist() == [[4, PAD, PAD], [5, 7, PAD]]
-    assert batch.gene_counts[:, :3].tolist() == [[2, 0, 0], [3, 1, 0]]
+    batch = only_batch(make_adata([[2, 0, 0, 0], [0, 3, 0, 1]]))
+    assert batch.rows.tolist() == [1, 0]  # the longest first
+    assert batch.gene_tokens[:, :3].tolist() == [[5, 7, PAD], [4, PAD, PAD]]
+    assert batch.gene_counts[:, :3].tolist() == [[3, 1, 0], [2, 0, 0]]
     assert (batch.gene_tokens[:, 3:] == PAD).all()
     assert (batch.gene_counts[:, 3:] == 0).all()
     assert batch.aux_tokens.tolist() == [[ASSAY.ids["10x multiome"]]] * 2
@@ -44,96 +82,108 @@ def test_batch_holds_each_cells_genes_then_padding() -> None:
 def test_cells_run_at_their_own_length_with_room_for_start(n_genes: int, n_positions: int) -> None:
     counts = np.zeros((1, 60))
     counts[0, :n_genes] = 1
-    assert make_dataset(make_adata(counts), seq_len=50)[0].gene_tokens.shape == (1, n_positions)
+    assert only_batch(make_adata(counts), seq_len=50).gene_tokens.shape == (1, n_positions)
 
 
-def test_every_cell_comes_once_and_in_order_whatever_the_workers() -> None:
-    dataset = make_dataset(random_adata(23, density=0.1))
-    for n_workers in (0, 2):
-        loader = DataLoader(dataset, batch_size=4, collate_fn=as_is, num_workers=n_workers)
-        assert [row for batch in loader for row in batch.rows.tolist()] == list(range(23))
+def test_cells_can_be_padded_to_full_length() -> None:
+    assert only_batch(make_adata([[1, 2]]), seq_len=50, min_positions=50).gene_tokens.shape == (1, 50)
 
 
-def test_several_sources_are_one_stream() -> None:
-    parts = [random_adata(n, seed=n) for n in (3, 1, 4)]
-    for i, part in enumerate(parts):
-        part.obs_names = [f"file{i}-{name}" for name in part.obs_names]
-    dataset = make_dataset(*parts)
-    assert list(dataset.obs.index) == [name for part in parts for name in part.obs_names]
-    alone = make_dataset(parts[2])
-    for i in range(4):
-        joined, single = dataset[4 + i], alone[i]
-        np.testing.assert_array_equal(joined.gene_tokens, single.gene_tokens)
-        np.testing.assert_array_equal(joined.gene_counts, single.gene_counts)
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("n_processes", [1, 3])
+def test_every_cell_comes_once_whatever_the_workers_and_processes(n_workers: int, n_processes: int) -> None:
+    rows = []
+    for process in range(n_processes):
+        dataset = make_dataset(random_adata(23, density=0.1), random_adata(9, seed=1), block_size=5)
+        dataset.deal_out(process, n_processes, np.zeros(32, bool))
+        rows += rows_of(DataLoader(dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers))
+    assert sorted(rows) == list(range(32))
 
 
-def test_metadata_of_several_sources_stays_categorical() -> None:
-    parts = [random_adata(2), random_adata(2)]
-    parts[0].obs["assay"] = pd.Categorical(["Drop-seq", "MERFISH"])
-    parts[1].obs["assay"] = pd.Categorical(["Drop-seq", "10x multiome"])
-    obs = make_dataset(*parts).obs
-    assert obs["assay"].tolist() == ["Drop-seq", "MERFISH", "Drop-seq", "10x multiome"]
-    assert isinstance(obs["assay"].dtype, pd.CategoricalDtype)
+def test_every_process_gets_a_share_of_a_small_input() -> None:
+    dataset = make_dataset(random_adata(12))
+    shares = []
+    for process in range(3):
+        dataset.deal_out(process, 3, np.zeros(12, bool))
+        shares.append(len(rows_of(dataset)))
+    assert shares == [4, 4, 4]
 
 
-def test_strings_that_only_some_sources_have_become_categories_with_gaps() -> None:
-    parts = [random_adata(2), random_adata(1)]
-    parts[0].obs["donor"] = ["d1", "d2"]
-    donor = make_dataset(*parts).obs["donor"]
-    assert isinstance(donor.dtype, pd.CategoricalDtype)
-    assert donor.tolist()[:2] == ["d1", "d2"]
-    assert donor.isna().tolist() == [False, False, True]
+def test_cells_that_are_done_do_not_come_again() -> None:
+    dataset = make_dataset(random_adata(20), block_size=6)
+    is_done = np.random.default_rng(0).random(20) < 0.5
+    dataset.deal_out(0, 1, is_done)
+    assert sorted(rows_of(dataset)) == np.flatnonzero(~is_done).tolist()
+    dataset.deal_out(0, 1, np.ones(20, bool))
+    assert rows_of(dataset) == []
 
 
-def test_cells_of_one_name_stay_apart_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = make_dataset(random_adata(3), random_adata(2, seed=1))
-    assert list(dataset.obs.index) == ["c0", "c1", "c2", "c0", "c1"]
-    assert "2 cells bear a name that another one has" in caplog.text
+def test_a_cell_is_the_same_whatever_block_it_is_read_in() -> None:
+    adata = random_adata(30)
+    for settings in ({}, {"randomize_genes": True}, {"sort_genes": True, "normalize_to_scale": 100}):
+        cells = []
+        for block_size in (4, 30):
+            dataset = make_dataset(adata, max_cells=1, block_size=block_size, **settings)
+            cells.append({int(batch.rows[0]): batch for batch in dataset})
+        for row in range(30):
+            torch.testing.assert_close(cells[0][row], cells[1][row], rtol=0, atol=0)
 
 
-def test_filters_look_at_each_source_by_itself_and_names_tell_who_stayed() -> None:
+def test_filters_look_at_each_source_by_itself() -> None:
     shallow = make_adata([[1], [1], [1], [1], [9]])
-    deep = make_adata([[100], [100], [100], [100], [900]])
-    dataset = make_dataset(shallow, deep, filter_outliers=1.5)
-    assert list(dataset.obs.index) == ["c0", "c1", "c2", "c3"] * 2
-    assert dataset.statistics.n_read == 10
-    assert dataset.statistics.n_kept == 8
+    deep = make_adata([[900], [100], [100], [100], [100]])
+    dataset = make_dataset(shallow, deep, filter_outliers=1.5, clip_counts=1000)
+    counts = {
+        row: count
+        for batch in dataset
+        for row, count in zip(*(x.tolist() for x in (batch.rows, batch.gene_counts[:, 0])), strict=True)
+    }
+    assert counts == {0: 1, 1: 1, 2: 1, 3: 1, 4: 100, 5: 100, 6: 100, 7: 100}
 
 
-def test_statistics_of_the_synthetic_cells() -> None:
-    statistics = make_dataset(CELLS).statistics
-    assert (statistics.n_read, statistics.n_kept) == (24, 24)
-    obs = anndata.read_h5ad(CELLS).obs
-    assert statistics.unknown_aux == {"assay": int((obs["assay"] == "a new assay").sum())}
-    assert statistics.unknown_aux["assay"] > 0
-    assert statistics.n_empty == 1
-    assert statistics.n_too_long == 3
+@given(
+    lengths=st.lists(st.integers(0, 150), min_size=1, max_size=60),
+    max_cells=st.integers(1, 20),
+    max_tokens=st.integers(1, 2000),
+)
+def test_batches_respect_both_limits_and_hold_every_cell_once(
+    lengths: list[int], max_cells: int, max_tokens: int
+) -> None:
+    of_cell, seen = np.array(lengths), []
+    for chosen in group_by_length(of_cell, BatchLimits(max_cells, max_tokens), seq_len=100):
+        n_positions = positions(int(of_cell[chosen].max()), 100)
+        assert len(chosen) <= max_cells
+        assert len(chosen) * n_positions <= max_tokens or len(chosen) == 1
+        seen += chosen.tolist()
+    assert sorted(seen) == list(range(len(lengths)))
 
 
-def test_a_missing_metadata_column_is_told_and_taken_as_unknown(caplog: pytest.LogCaptureFixture) -> None:
-    adata = make_adata([[1, 2]])
+def test_little_is_padded_where_cells_of_like_length_are_grouped() -> None:
+    lengths = np.random.default_rng(0).integers(0, 1000, 2048)
+    batches = list(group_by_length(lengths, BatchLimits(16, 10**9), seq_len=2047))
+    padded = sum(len(chosen) * positions(int(lengths[chosen].max()), 2047) for chosen in batches)
+    assert lengths.sum() > 0.97 * padded
+    in_file_order = sum(16 * positions(int(part.max()), 2047) for part in lengths.reshape(-1, 16))
+    assert padded < 0.6 * in_file_order
+
+
+def test_missing_values_and_missing_columns_of_metadata_are_unknown(caplog: pytest.LogCaptureFixture) -> None:
+    adata = make_adata([[1], [1]])
+    adata.obs["assay"] = ["not an assay", "Drop-seq"]
+    adata.obs["assay"] = adata.obs["assay"].astype("category").cat.remove_categories("not an assay")
+    assert sorted(only_batch(adata).aux_tokens.flatten().tolist()) == sorted([ASSAY.unknown, ASSAY.ids["Drop-seq"]])
+    assert caplog.text == ""
     del adata.obs["assay"]
-    assert make_dataset(adata)[0].aux_tokens.tolist() == [[ASSAY.unknown]]
+    assert only_batch(adata).aux_tokens.tolist() == [[ASSAY.unknown]] * 2
     assert "obs has no column 'assay'" in caplog.text
 
 
-def test_missing_values_of_metadata_are_unknown() -> None:
-    adata = make_adata([[1], [1]])
-    adata.obs["assay"] = pd.Categorical([None, "Drop-seq"])
-    assert make_dataset(adata).aux_tokens.tolist() == [[ASSAY.unknown], [ASSAY.ids["Drop-seq"]]]
-
-
 def test_a_checkpoint_without_metadata_columns_has_no_auxiliary_tokens() -> None:
-    assert make_dataset(make_adata([[1, 2]]), aux_vocabs={})[0].aux_tokens.shape == (1, 0)
-
-
-def test_no_cell_left_by_the_filters_is_an_error_that_names_them() -> None:
-    with pytest.raises(DataError, match=r"no cell is left by the filters: 2 were read.*min_expressed_genes=9"):
-        make_dataset(make_adata([[1, 2], [3, 4]]), min_expressed_genes=9)
+    assert next(iter(make_dataset(make_adata([[1, 2]]), aux_vocabs={}))).aux_tokens.shape == (1, 0)
 
 
 def test_counts_of_the_source_are_left_as_they_are() -> None:
     adata = random_adata(5)
     before = adata.X.copy()
-    make_dataset(adata, clip_counts=2, normalize_to_scale=100)[0]
+    list(make_dataset(adata, clip_counts=2, normalize_to_scale=100))
     np.testing.assert_array_equal(adata.X.toarray(), before.toarray())

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.h5ad_files import make_adata, random_adata
+from tests.h5ad_files import random_adata
 from transcriptformer.config import DataConfig
-from transcriptformer.data.counts import read_counts
+from transcriptformer.data.counts import to_canonical_csr
 from transcriptformer.data.tokenize import Tokens, cells_to_keep, select_genes, tokenize, tokens_of_columns
 from transcriptformer.errors import DataError
 from transcriptformer.vocab import GeneVocab
@@ -34,14 +34,14 @@ def tokenized(cells: Tokens, config: DataConfig, seq_len: int = 100) -> list[dic
 
 
 def test_genes_keep_the_column_order_and_the_unknown_are_dropped() -> None:
-    counts = read_counts(make_adata([[1, 2, 3, 4], [0, 0, 5, 0], [0, 6, 0, 0]], genes=["C", "x", "A", "D"]))
-    columns = tokens_of_columns(counts.gene_ids, VOCAB, filter_to_vocabs=True, name="")
+    counts = to_canonical_csr(np.array([[1, 2, 3, 4], [0, 0, 5, 0], [0, 6, 0, 0]]))
+    columns = tokens_of_columns(np.array(["C", "x", "A", "D"], dtype=object), VOCAB, filter_to_vocabs=True, name="")
     assert cells_of(select_genes(counts, columns)) == [{6: 1, 4: 3, 7: 4}, {4: 5}, {}]
 
 
 def test_unknown_genes_can_stay_as_unknown() -> None:
-    counts = read_counts(make_adata([[1, 2, 3]], genes=["C", "x", "A"]))
-    columns = tokens_of_columns(counts.gene_ids, VOCAB, filter_to_vocabs=False, name="")
+    counts = to_canonical_csr(np.array([[1, 2, 3]]))
+    columns = tokens_of_columns(np.array(["C", "x", "A"], dtype=object), VOCAB, filter_to_vocabs=False, name="")
     assert cells_of(select_genes(counts, columns)) == [{6: 1, 0: 2, 4: 3}]
 
 
@@ -94,23 +94,30 @@ def test_shuffling_depends_on_seed_and_cell_alone() -> None:
     assert list(together[0]) != list(other_seed[0])
 
 
-def test_outliers_lie_strictly_within_standard_deviations_of_the_mean_total() -> None:
-    cells = ragged({4: 1}, {4: 3}, {4: 1}, {4: 3})  # mean 2, standard deviation 1
-    assert cells_to_keep(cells, filter_outliers=1.0, min_expressed_genes=0).tolist() == []
-    assert cells_to_keep(cells, filter_outliers=1.01, min_expressed_genes=0).tolist() == [0, 1, 2, 3]
-    cells = ragged({4: 2}, {4: 2}, {4: 2}, {4: 2}, {4: 20})
-    assert cells_to_keep(cells, filter_outliers=1.5, min_expressed_genes=0).tolist() == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    ("totals", "filter_outliers", "kept"),
+    [
+        ([1, 3, 1, 3], 1.0, []),  # mean 2, standard deviation 1
+        ([1, 3, 1, 3], 1.01, [0, 1, 2, 3]),
+        ([2, 2, 2, 2, 20], 1.5, [0, 1, 2, 3]),
+        ([2, 2, 2, 2, 20], 0, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_outliers_lie_strictly_within_standard_deviations_of_the_mean_total(
+    totals: list[float], filter_outliers: float, kept: list[int]
+) -> None:
+    lengths = np.ones(len(totals), np.int32)
+    assert np.flatnonzero(cells_to_keep(lengths, np.array(totals, float), filter_outliers, 0)).tolist() == kept
 
 
 def test_cells_with_too_few_genes_are_dropped() -> None:
-    cells = ragged({4: 1, 5: 1}, {4: 9}, {}, {4: 1, 5: 1, 6: 1})
-    assert cells_to_keep(cells, filter_outliers=0, min_expressed_genes=2).tolist() == [0, 3]
+    assert cells_to_keep(np.array([2, 1, 0, 3]), np.ones(4), 0, min_expressed_genes=2).tolist() == [1, 0, 0, 1]
 
 
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=20))
 def test_taking_rows_equals_taking_them_one_by_one(rows: list[int]) -> None:
-    counts = read_counts(random_adata(12, n_genes=15, density=0.2))
-    tokens = Tokens(counts.matrix.indices, counts.matrix.data, counts.matrix.indptr.astype(np.int64))
+    counts = to_canonical_csr(random_adata(12, n_genes=15, density=0.2).X)
+    tokens = Tokens(counts.indices, counts.data, counts.indptr.astype(np.int64))
     all_cells = cells_of(tokens)
     assert cells_of(tokens.take(np.array(rows))) == [all_cells[row] for row in rows]
 

@@ -18,7 +18,10 @@ class UseRaw(StrEnum):
 def inference(
     checkpoint_path: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the checkpoint.")],
     data_file: Annotated[
-        list[Path], typer.Option(metavar="FILE", help="h5ad file with raw counts; may be given several times.")
+        list[str],
+        typer.Option(
+            metavar="FILE", help="h5ad file or zarr store (a path, s3:// or https://) with raw counts; may be repeated."
+        ),
     ],
     output_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the result.", show_default="./inference_results")
@@ -27,7 +30,7 @@ def inference(
         str | None, typer.Option(metavar="NAME", help="Name of the result.", show_default="embeddings.h5ad")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="INT", help="Most cells in a batch.", show_default="8")
+        str | None, typer.Option(metavar="INT|auto", help="Most cells in a batch.", show_default="8")
     ] = None,
     gene_col_name: Annotated[
         str | None,
@@ -46,7 +49,7 @@ def inference(
         ),
     ] = None,
     pretrained_embedding: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Protein embeddings of a new species (not available yet).")
+        list[Path] | None, typer.Option(metavar="FILE", help="Protein embeddings of a new species; may be repeated.")
     ] = None,
     clip_counts: Annotated[
         float | None, typer.Option(metavar="NUMBER", help="Counts above this are set to it.", show_default="30")
@@ -77,7 +80,7 @@ def inference(
     model_type: Annotated[
         str | None,
         typer.Option(
-            help="transcriptformer, or esm2ce (not available yet).",
+            help="transcriptformer; or esm2ce, the genes' protein embeddings without a transformer.",
             metavar="transcriptformer|esm2ce",
             show_default="transcriptformer",
         ),
@@ -85,10 +88,14 @@ def inference(
     emb_type: Annotated[
         str | None,
         typer.Option(
-            help="cell: one vector per cell; cge: one per gene and cell (not available yet).",
+            help="cell: one vector per cell; cge: one per gene and cell.",
             metavar="cell|cge",
             show_default="cell",
         ),
+    ] = None,
+    cge_pool: Annotated[
+        str | None,
+        typer.Option(metavar="gene|COLUMN", help="With cge, the mean per gene, or per gene and value of this column."),
     ] = None,
     remove_duplicate_genes: Annotated[
         bool | None,
@@ -102,14 +109,25 @@ def inference(
     ] = None,
     num_gpus: Annotated[
         int | None,
-        typer.Option(metavar="INT", help="Devices to use (other than 1: not available yet).", show_default="1"),
+        typer.Option(metavar="INT", help="GPUs to use, -1 for all; on a CPU, processes.", show_default="1"),
+    ] = None,
+    num_nodes: Annotated[
+        int | None,
+        typer.Option(metavar="INT", help="Machines, on each of which the command is started.", show_default="1"),
     ] = None,
     oom_dataloader: Annotated[
         bool | None,
-        typer.Option("--oom-dataloader", help="Read files larger than memory (not available yet)."),
+        typer.Option(
+            "--oom-dataloader/--no-oom-dataloader",
+            help="Read counts in blocks as they are needed, or read files into memory first.",
+            show_default="in blocks",
+        ),
     ] = None,
     n_data_workers: Annotated[
         int | None, typer.Option(metavar="INT", help="Processes that prepare batches.", show_default="0")
+    ] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on with a run of the same that was ended before it was done.")
     ] = None,
     config_override: Annotated[
         list[str] | None,
@@ -121,9 +139,9 @@ def inference(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Embed the cells of h5ad files.
+    """Embed the cells of h5ad files or zarr stores.
 
-    The result is one h5ad file with an embedding per cell, beside the cells' names and metadata.
+    The result is one file (or store) with an embedding per cell, beside the cells' names and metadata.
     """
     options: dict[str, object] = {
         "model.model_type": model_type,
@@ -135,13 +153,16 @@ def inference(
         "model.data_config.n_data_workers": n_data_workers,
         "model.inference_config.output_path": output_path and str(output_path),
         "model.inference_config.output_filename": output_filename,
-        "model.inference_config.batch_size": batch_size,
+        "model.inference_config.batch_size": int(batch_size) if batch_size and batch_size.isdigit() else batch_size,
         "model.inference_config.precision": precision,
         "model.inference_config.pretrained_embedding": [str(p) for p in pretrained_embedding or []] or None,
         "model.inference_config.embedding_layer_index": embedding_layer_index,
         "model.inference_config.emb_type": emb_type,
         "model.inference_config.device": device,
+        "model.inference_config.cge_pool": cge_pool,
         "model.inference_config.num_gpus": num_gpus,
+        "model.inference_config.num_nodes": num_nodes,
+        "model.inference_config.resume": resume,
         "model.inference_config.oom_dataloader": oom_dataloader,
     }
     from transcriptformer.cli.reporting import CellProgress, plain_errors
@@ -153,5 +174,6 @@ def inference(
 
         config = load_config(checkpoint_path, options, config_override or [])
         with CellProgress() as progress:
-            output, result = run(data_file, checkpoint_path, config, progress.update)
-        typer.echo(f"{describe(result)} in {output}")
+            output = run(data_file, checkpoint_path, config, progress.update)
+        if output is not None:
+            typer.echo(f"{describe(output)} in {output}")

@@ -1,25 +1,17 @@
-"""One dataset over one or several files, its batches, and how cells are padded to a common length."""
+"""The cells of one or several sources as a stream of batches, of cells of like length, at their own length."""
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import anndata
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import IterableDataset, get_worker_info
 
-from transcriptformer.config import DataConfig
-from transcriptformer.data.counts import read_counts
-from transcriptformer.data.tokenize import Tokens, cells_to_keep, select_genes, tokenize, tokens_of_columns
-from transcriptformer.errors import DataError
-from transcriptformer.vocab import AuxVocab, GeneVocab
-
-logger = logging.getLogger(__name__)
+from transcriptformer.data.reader import CellReader
+from transcriptformer.data.survey import Survey
+from transcriptformer.data.tokenize import Tokens
 
 LENGTH_MULTIPLE = 16
 """Batches are padded to a multiple of this many positions: few shapes, little padding."""
@@ -31,7 +23,7 @@ class Batch(NamedTuple):
     Attributes
     ----------
     rows
-        Where each cell stands in the dataset (B,), int64.
+        Where each cell stands among the kept cells (B,), int64.
     gene_tokens
         (B, L), int64, [PAD] after a cell's last gene.
     gene_counts
@@ -47,99 +39,105 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CellStatistics:
-    """What is worth telling about the cells of a dataset."""
+class BatchLimits:
+    """How large a batch may be."""
 
-    n_read: int
-    """Cells in the files."""
-    n_kept: int
-    """Cells that passed the filters."""
-    n_empty: int
-    """Kept cells without any gene of the vocabulary."""
-    n_too_long: int
-    """Kept cells with more genes than the model has positions; the rest of their genes is not seen."""
-    unknown_aux: dict[str, int]
-    """Per auxiliary column, kept cells whose value is not in its vocabulary."""
+    max_cells: int
+    """Most cells."""
+    max_tokens: int
+    """Most positions, padding included; a single cell may have more."""
 
 
-class CellDataset(Dataset[Batch]):
-    """The cells of one or several sources, in order, held in memory as ragged tokens.
+class CellDataset(IterableDataset[Batch]):
+    """The kept cells of several sources, as a stream of batches.
 
-    It is map-style and hands out whole batches: `dataset.__getitems__([3, 4, 5])` is a `Batch` of three cells, which
-    is what a `DataLoader` with `collate_fn=as_is` asks for.
+    The stream runs over blocks of consecutive cells. A block is read at once, and its cells form batches by length, so
+    that little is spent on padding: within a block, batches do not follow the order of the file; `Batch.rows` tells
+    where each cell belongs. Blocks are dealt out to processes and their workers in turn.
 
     Parameters
     ----------
-    sources
-        h5ad files or AnnData objects; filters look at each one by itself.
-    gene_vocab, aux_vocabs
-        Vocabularies of the checkpoint; `aux_vocabs` in the order of the auxiliary tokens.
-    config
-        How counts become tokens.
+    readers
+        The sources, in order.
+    survey
+        What was found in them.
+    pad
+        Token after a cell's last gene.
     seq_len
         Most genes of a cell.
-
-    Attributes
-    ----------
-    obs
-        Metadata of the cells that passed the filters, as found; several sources are concatenated.
-    statistics
-        How many cells were read, kept, empty, too long or of an unknown kind.
-
-    Raises
-    ------
-    DataError
-        If a source cannot be used, or no cell passes the filters.
+    limits
+        Of a batch.
+    block_size
+        Most cells that are read at once.
+    min_positions
+        Pad every cell to at least this many positions.
     """
 
     def __init__(
         self,
-        sources: Sequence[Path | anndata.AnnData],
-        gene_vocab: GeneVocab,
-        aux_vocabs: Mapping[str, AuxVocab],
-        config: DataConfig,
+        readers: Sequence[CellReader],
+        survey: Survey,
+        pad: int,
         seq_len: int,
+        limits: BatchLimits,
+        block_size: int,
+        min_positions: int = 0,
     ) -> None:
-        self.pad, self.seq_len = gene_vocab.pad, seq_len
-        parts = [_read_source(source, gene_vocab, aux_vocabs, config, seq_len) for source in sources]
-        self.tokens = _concatenate([part.tokens for part in parts])
-        self.aux_tokens = np.concatenate([part.aux_tokens for part in parts])
-        self.obs = _concatenate_obs([part.obs for part in parts])
-        self.statistics = CellStatistics(
-            n_read=sum(part.n_read for part in parts),
-            n_kept=len(self.obs),
-            n_empty=int((self.tokens.lengths == 0).sum()),
-            n_too_long=sum(part.n_too_long for part in parts),
-            unknown_aux={
-                column: int((self.aux_tokens[:, i] == vocab.unknown).sum())
-                for i, (column, vocab) in enumerate(aux_vocabs.items())
-            },
+        self.readers, self.kept = readers, survey.kept
+        self.pad, self.seq_len, self.limits, self.min_positions = pad, seq_len, limits, min_positions
+        self.block_size, self.n_kept = block_size, survey.n_kept
+        self.is_done = np.zeros(self.n_kept, bool)
+        self.process, self.n_processes = 0, 1
+
+    def deal_out(self, process: int, n_processes: int, is_done: np.ndarray) -> None:
+        """Serve one process of several, and leave out rows whose results are there, `is_done` (kept cells,)."""
+        self.process, self.n_processes, self.is_done = process, n_processes, is_done
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        shard, n_shards = self.process * n_workers + number, self.n_processes * n_workers
+        # Small inputs are cut into smaller blocks, so that every process and worker has some.
+        block_size = (
+            min(self.block_size, max(1, -(-self.n_kept // (2 * n_shards)))) if n_shards > 1 else self.block_size
         )
-        if len(self) == 0:
-            raise DataError(
-                f"no cell is left by the filters: {self.statistics.n_read} were read; see "
-                f"model.data_config.filter_outliers={config.filter_outliers:g}, "
-                f"min_expressed_genes={config.min_expressed_genes}"
+        for i, block in enumerate(_blocks(self.readers, self.kept, block_size)):
+            if i % n_shards == shard:
+                todo = ~self.is_done[block.rows]
+                if todo.any():
+                    yield from self._batches(block.reader, block.start, block.cells[todo], block.rows[todo])
+
+    def _batches(self, reader: CellReader, start: int, cells: np.ndarray, rows: np.ndarray) -> Iterator[Batch]:
+        tokens = reader.tokens(start, cells)
+        aux_tokens = reader.aux_tokens(start, int(cells[-1]) + 1)[cells - start]
+        for chosen in group_by_length(tokens.lengths, self.limits, self.seq_len, self.min_positions):
+            genes, counts = pad_to_common_length(tokens.take(chosen), self.pad, self.seq_len, self.min_positions)
+            yield Batch(
+                rows=torch.from_numpy(rows[chosen]),
+                gene_tokens=torch.from_numpy(genes),
+                gene_counts=torch.from_numpy(counts),
+                aux_tokens=torch.from_numpy(aux_tokens[chosen]),
             )
-        n_repeated = int(self.obs.index.duplicated().sum())
-        if n_repeated:
-            logger.warning("%d cells bear a name that another one has; rows are in the order of the input", n_repeated)
 
-    def __len__(self) -> int:
-        return len(self.obs)
 
-    def __getitem__(self, row: int) -> Batch:
-        return self.__getitems__([row])
+class _Block(NamedTuple):
+    """Consecutive cells of a source: those kept, by their index there, and their rows among all kept cells."""
 
-    def __getitems__(self, rows: Sequence[int]) -> Batch:
-        cells = np.asarray(rows, dtype=np.int64)
-        genes, counts = pad_to_common_length(self.tokens.take(cells), self.pad, self.seq_len)
-        return Batch(
-            rows=torch.from_numpy(cells),
-            gene_tokens=torch.from_numpy(genes),
-            gene_counts=torch.from_numpy(counts),
-            aux_tokens=torch.from_numpy(self.aux_tokens[cells]),
-        )
+    reader: CellReader
+    start: int
+    cells: np.ndarray
+    rows: np.ndarray
+
+
+def _blocks(readers: Sequence[CellReader], kept: np.ndarray, block_size: int) -> Iterator[_Block]:
+    first_cell = first_row = 0
+    for reader in readers:
+        for start in range(0, len(reader), block_size):
+            stop = min(start + block_size, len(reader))
+            cells = start + np.flatnonzero(kept[first_cell + start : first_cell + stop])
+            yield _Block(reader, start, cells, first_row + np.arange(len(cells)))
+            first_row += len(cells)
+        first_cell += len(reader)
 
 
 def as_is(batch: Any) -> Any:
@@ -147,85 +145,42 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
-def pad_to_common_length(tokens: Tokens, pad: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gene tokens, int64, and counts, float32, as (cells, positions) arrays.
+def group_by_length(
+    lengths: np.ndarray, limits: BatchLimits, seq_len: int, min_positions: int = 0
+) -> Iterator[np.ndarray]:
+    """Indices of the cells of each batch: the longest first, as many as the limits allow.
 
-    There is room for the longest cell and one position more, for [START] moves every gene up by one; the number of
-    positions is a multiple of `LENGTH_MULTIPLE`, or `seq_len` where that is less.
+    Parameters
+    ----------
+    lengths
+        Genes of each cell (cells,).
     """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        n_positions = positions(int(lengths[order[start]]), seq_len, min_positions)
+        size = min(limits.max_cells, max(1, limits.max_tokens // n_positions))
+        yield order[start : start + size]
+        start += size
+
+
+def positions(longest: int, seq_len: int, min_positions: int = 0) -> int:
+    """Positions of a batch whose longest cell has `longest` genes.
+
+    There is room for one more, for [START] moves every gene up by one; the number is a multiple of `LENGTH_MULTIPLE`,
+    or `seq_len` where that is less.
+    """
+    return min(-(-max(longest + 1, min_positions) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, seq_len)
+
+
+def pad_to_common_length(
+    tokens: Tokens, pad: int, seq_len: int, min_positions: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gene tokens, int64, and counts, float32, as (cells, positions) arrays."""
     lengths = tokens.lengths
-    longest = int(lengths.max(initial=0)) + 1
-    width = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, seq_len)
+    width = positions(int(lengths.max(initial=0)), seq_len, min_positions)
     is_gene = np.arange(width) < lengths[:, None]  # (cells, positions)
     genes = np.full(is_gene.shape, pad, dtype=np.int64)
     counts = np.zeros(is_gene.shape, dtype=np.float32)
     genes[is_gene], counts[is_gene] = tokens.genes, tokens.counts
     return genes, counts
-
-
-class _Source(NamedTuple):
-    """One source, read, filtered and tokenized."""
-
-    tokens: Tokens
-    aux_tokens: np.ndarray
-    obs: pd.DataFrame
-    n_read: int
-    n_too_long: int
-
-
-def _read_source(
-    source: Path | anndata.AnnData,
-    gene_vocab: GeneVocab,
-    aux_vocabs: Mapping[str, AuxVocab],
-    config: DataConfig,
-    seq_len: int,
-) -> _Source:
-    counts = read_counts(source, config.gene_col_name, config.use_raw, config.remove_duplicate_genes)
-    column_tokens = tokens_of_columns(counts.gene_ids, gene_vocab, config.filter_to_vocabs, counts.name)
-    selected = select_genes(counts, column_tokens)
-    cells = cells_to_keep(selected, config.filter_outliers, config.min_expressed_genes)
-    if len(cells) < len(counts.obs):
-        selected = selected.take(cells)
-    obs = counts.obs.iloc[cells]
-    return _Source(
-        tokens=tokenize(selected, config, seq_len, cells),
-        aux_tokens=_aux_tokens(obs, aux_vocabs, counts.name),
-        obs=obs,
-        n_read=len(counts.obs),
-        n_too_long=int((selected.lengths > seq_len).sum()),
-    )
-
-
-def _aux_tokens(obs: pd.DataFrame, vocabs: Mapping[str, AuxVocab], name: str) -> np.ndarray:
-    """Auxiliary tokens (cells, columns), int64."""
-    tokens = np.empty((len(obs), len(vocabs)), dtype=np.int64)
-    for i, (column, vocab) in enumerate(vocabs.items()):
-        if column in obs.columns:
-            tokens[:, i] = vocab.lookup(obs[column])
-        else:
-            logger.warning("%s: obs has no column %r; its cells are taken as %r", name, column, "unknown")
-            tokens[:, i] = vocab.unknown
-    return tokens
-
-
-def _concatenate(parts: Sequence[Tokens]) -> Tokens:
-    if len(parts) == 1:
-        return parts[0]
-    lengths = np.concatenate([part.lengths for part in parts])
-    return Tokens(
-        np.concatenate([part.genes for part in parts]),
-        np.concatenate([part.counts for part in parts]),
-        np.concatenate([[0], np.cumsum(lengths)]),
-    )
-
-
-def _concatenate_obs(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Join metadata; anndata's rules keep a categorical column categorical where the files' categories differ."""
-    if len(parts) == 1:
-        return parts[0]
-    with anndata.settings.override(check_uniqueness=False):
-        joined = anndata.concat([anndata.AnnData(obs=part) for part in parts], join="outer").obs
-    for column in joined.select_dtypes(object):
-        if joined[column].isna().any() and pd.api.types.infer_dtype(joined[column], skipna=True) == "string":
-            joined[column] = pd.Categorical(joined[column])  # strings that only some files have
-    return joined

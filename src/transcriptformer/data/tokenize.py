@@ -5,9 +5,10 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+from scipy import sparse
 
 from transcriptformer.config import DataConfig
-from transcriptformer.data.counts import Counts, looks_like_gene_ids
+from transcriptformer.data.source import looks_like_gene_ids
 from transcriptformer.errors import DataError
 from transcriptformer.vocab import GeneVocab
 
@@ -98,31 +99,32 @@ def _compare(gene_ids: np.ndarray, vocab: GeneVocab) -> str:
     return f"vocabulary: the file has {theirs}, …; the vocabulary has {ours}, …; {advice}"
 
 
-def select_genes(counts: Counts, column_tokens: np.ndarray) -> Tokens:
+def select_genes(counts: sparse.csr_array, column_tokens: np.ndarray) -> Tokens:
     """Replace columns by tokens and drop the columns whose token is -1; column order stays."""
-    matrix = counts.matrix
-    tokens = Tokens(column_tokens.take(matrix.indices), matrix.data, matrix.indptr.astype(np.int64))
+    tokens = Tokens(column_tokens.take(counts.indices), counts.data, counts.indptr.astype(np.int64))
     return tokens if (column_tokens >= 0).all() else tokens.keep(tokens.genes >= 0)
 
 
-def cells_to_keep(tokens: Tokens, filter_outliers: float, min_expressed_genes: int) -> np.ndarray:
-    """Indices of the cells that pass both filters, which look at the whole file.
+def cells_to_keep(
+    lengths: np.ndarray, totals: np.ndarray, filter_outliers: float, min_expressed_genes: int
+) -> np.ndarray:
+    """Mask (cells,) of the cells that pass both filters, which look at the whole file.
 
     Parameters
     ----------
-    tokens
-        All cells of a file, with genes selected and counts as read.
+    lengths
+        Genes of each cell (cells,), once genes are selected.
+    totals
+        Sum of their counts as read (cells,), float64.
     filter_outliers
         Keep totals strictly within this many standard deviations of the mean total; 0: all.
     min_expressed_genes
         Keep cells with at least this many genes.
     """
-    keep = np.ones(len(tokens.lengths), dtype=bool)
+    keep = lengths >= min_expressed_genes
     if filter_outliers > 0:
-        totals = tokens.totals()
         keep &= np.abs(totals - totals.mean()) < filter_outliers * totals.std()
-    keep &= tokens.lengths >= min_expressed_genes
-    return np.flatnonzero(keep)
+    return keep
 
 
 def tokenize(tokens: Tokens, config: DataConfig, seq_len: int, cell_indices: np.ndarray) -> Tokens:
@@ -137,17 +139,28 @@ def tokenize(tokens: Tokens, config: DataConfig, seq_len: int, cell_indices: np.
     cell_indices
         Number of each cell in its file (cells,): seeds the shuffle, so that it depends on nothing else.
     """
-    if config.sort_genes:
-        tokens = tokens.reorder(np.lexsort((-tokens.counts, tokens.rows)))  # stable: ties stay in column order
-    elif config.randomize_genes:
-        tokens = tokens.reorder(_shuffle(tokens.offsets, config.seed, cell_indices))
-    if tokens.lengths.max(initial=0) > seq_len:
-        position = np.arange(len(tokens.genes)) - np.repeat(tokens.offsets[:-1], tokens.lengths)
-        tokens = tokens.keep(position < seq_len)
+    tokens = shorten(order_genes(tokens, config, cell_indices), seq_len)
     counts = tokens.counts
     if config.normalize_to_scale > 0:
         counts = counts / tokens.totals().astype(np.float32)[tokens.rows] * np.float32(config.normalize_to_scale)
     return tokens._replace(counts=np.minimum(counts, np.float32(config.clip_counts)))
+
+
+def order_genes(tokens: Tokens, config: DataConfig, cell_indices: np.ndarray) -> Tokens:
+    """Genes of each cell in column order, by count, or shuffled."""
+    if config.sort_genes:
+        return tokens.reorder(np.lexsort((-tokens.counts, tokens.rows)))  # stable: ties stay in column order
+    if config.randomize_genes:
+        return tokens.reorder(_shuffle(tokens.offsets, config.seed, cell_indices))
+    return tokens
+
+
+def shorten(tokens: Tokens, seq_len: int) -> Tokens:
+    """The first `seq_len` genes of each cell."""
+    if tokens.lengths.max(initial=0) <= seq_len:
+        return tokens
+    position = np.arange(len(tokens.genes)) - np.repeat(tokens.offsets[:-1], tokens.lengths)
+    return tokens.keep(position < seq_len)
 
 
 def _shuffle(offsets: np.ndarray, seed: int, cell_indices: np.ndarray) -> np.ndarray:

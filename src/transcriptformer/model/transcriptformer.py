@@ -74,6 +74,15 @@ class TranscriptFormer(nn.Module):
             MLP(dim, config.gene_head_hidden_dim, n_genes, dropout) if loss_config.gene_id_loss_weight > 0 else None
         )
 
+    def replace_genes(self, protein_embedding: Tensor) -> None:
+        """Take the genes of another species, special tokens included, by their protein embeddings (V, P).
+
+        What the count head adds for a gene is not known of new ones: 0. The gene head keeps meaning the trained genes.
+        """
+        n_genes, protein_dim = protein_embedding.shape
+        self.gene_embeddings.embedding = nn.Embedding(n_genes, protein_dim, _weight=protein_embedding, _freeze=True)
+        self.mu.gene_embedding = nn.Embedding(n_genes, 1, _weight=protein_embedding.new_zeros(n_genes, 1))
+
     def forward(
         self,
         gene_tokens: Tensor,

@@ -1,0 +1,236 @@
+"""A file, a store or an AnnData as a source of cells: counts in blocks, the gene id of each column, metadata."""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anndata
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from transcriptformer.data.counts import Matrix, MatrixInMemory, open_matrix, to_canonical_csr
+from transcriptformer.data.metadata import Metadata, MetadataInMemory, open_metadata
+from transcriptformer.data.store import Location, Store, damaged
+from transcriptformer.errors import DataError, TranscriptFormerError
+
+logger = logging.getLogger(__name__)
+
+# Ensembl (ENSG…, ENSMUSG…), FlyBase, WormBase and the systematic names of yeast.
+_GENE_ID = re.compile(r"(ENS[A-Z]*G\d{6,}|FBgn\d{6,}|WBGene\d{6,}|Y[A-P][LR]\d{3}[WC](-[A-Z])?)(\.\d+)?")
+
+
+class CellSource:
+    """Cells of one file or AnnData.
+
+    Attributes
+    ----------
+    name
+        The file, for messages.
+    gene_ids
+        Gene id of each column (genes,), without versions; empty where there is none.
+    is_repeated
+        Columns (genes,) whose gene id an earlier column has.
+    obs
+        Metadata of the cells, as found.
+    """
+
+    def __init__(self, name: str, matrix: Matrix, gene_ids: np.ndarray, obs: Metadata) -> None:
+        self.name, self.matrix, self.gene_ids, self.obs = name, matrix, gene_ids, obs
+        self.is_repeated = pd.Index(gene_ids).duplicated() & (gene_ids != "")
+
+    def __len__(self) -> int:
+        return self.matrix.shape[0]
+
+    def counts(self, start: int, stop: int) -> sparse.csr_array:
+        """Counts (cells, genes), float32, of the cells from `start` to before `stop`; see `to_canonical_csr`.
+
+        Raises
+        ------
+        DataError
+            If they cannot be read, are negative or not finite.
+        """
+        try:
+            values = self.matrix.rows(start, stop)
+        except DataError:
+            raise
+        except Exception as error:  # h5py and zarr raise whatever damaged data leads them to
+            raise damaged(self.name, error) from error
+        matrix = to_canonical_csr(values, self.name)
+        self._check(matrix, start)
+        return matrix
+
+    def _check(self, matrix: sparse.csr_array, start: int) -> None:
+        counts = matrix.data
+        if np.isfinite(counts).all() and counts.min(initial=0) >= 0:
+            return
+        for is_bad, kind in ((~np.isfinite(counts), "NaN or infinite"), (counts < 0, "negative")):
+            if is_bad.any():
+                entry = int(is_bad.argmax())
+                row = start + int(np.searchsorted(matrix.indptr, entry, side="right")) - 1
+                cell = self.obs.rows(row, row + 1, []).index[0]
+                raise DataError(
+                    f"{self.name}: counts are {kind}, the first in cell {cell!r} (row {row}), "
+                    f"gene {self.gene_ids[matrix.indices[entry]]}: {counts[entry]}; raw counts are needed"
+                )
+
+
+def open_source(
+    source: Location | anndata.AnnData,
+    gene_col_name: str = "ensembl_id",
+    use_raw: bool | str | None = None,
+    remove_duplicate_genes: bool = False,
+    read_in_blocks: bool = True,
+    layer: str | None = None,
+) -> CellSource:
+    """Find counts, gene ids and cell metadata, and check that they fit together; no count is looked at yet.
+
+    Parameters
+    ----------
+    source
+        An h5ad file or a zarr store, of which only `obs` and one matrix with its `var` are read; or an AnnData, which
+        is left as it is.
+    gene_col_name
+        Column of `var` with the gene ids; `index` for the index of `var`.
+    use_raw
+        True: `.raw`; False: `.X`; None or "auto": `.raw` where there is one. Names and counts come from the same place.
+    remove_duplicate_genes
+        Keep the first column of each gene id instead of refusing duplicates.
+    read_in_blocks
+        Leave the counts where they are and read them as they are needed; otherwise read them into memory now.
+    layer
+        Take the counts of this layer of an AnnData, with its `var`.
+
+    Raises
+    ------
+    UsageError
+        If the file does not exist.
+    DataError
+        If it cannot be read, has no cells, no such column, or duplicate genes.
+    """
+    if isinstance(source, anndata.AnnData):
+        name = "the AnnData"
+        found = _from_anndata(source, use_raw, layer, name)
+    else:
+        name = str(source)
+        found = _from_store(source, use_raw, read_in_blocks)
+    shape = len(found.obs), len(found.var)
+    if 0 in shape:
+        raise DataError(f"{name}: there are no {'cells' if shape[0] == 0 else 'genes'} in it")
+    if found.matrix.shape != shape:
+        raise DataError(
+            f"{name}: damaged: counts of shape {found.matrix.shape} for {shape[0]} cells and {shape[1]} genes"
+        )
+    cells = CellSource(name, found.matrix, _without_versions(_gene_column(found, gene_col_name, name)), found.obs)
+    _check_duplicates(cells, gene_col_name, remove_duplicate_genes)
+    return cells
+
+
+class _Found(NamedTuple):
+    """Counts as they were found, with the metadata of their genes and cells, and where that is."""
+
+    matrix: Matrix
+    var: pd.DataFrame
+    obs: Metadata
+    is_raw: bool
+
+
+def _from_anndata(adata: anndata.AnnData, use_raw: bool | str | None, layer: str | None, name: str) -> _Found:
+    obs = MetadataInMemory(adata.obs)
+    if layer is not None:
+        if layer not in adata.layers:
+            raise DataError(f"{name}: has no layer {layer!r}; there are: {', '.join(adata.layers) or 'none'}")
+        return _Found(_in_memory(adata.layers[layer], name), adata.var, obs, is_raw=False)
+    if _choose_raw(adata.raw is not None, use_raw, name):
+        return _Found(_in_memory(adata.raw.X, name), adata.raw.var, obs, is_raw=True)
+    if adata.X is None:
+        raise DataError(f"{name}: has no matrix X")
+    return _Found(_in_memory(adata.X, name), adata.var, obs, is_raw=False)
+
+
+def _in_memory(values: Any, name: str) -> MatrixInMemory:
+    try:
+        return MatrixInMemory(values)
+    except ValueError as error:
+        raise DataError(f"{name}: damaged: the sparse matrix of counts is inconsistent ({error})") from error
+
+
+def _from_store(location: Location, use_raw: bool | str | None, read_in_blocks: bool) -> _Found:
+    store = Store(location)
+    try:
+        if _is_old_layout(store):
+            store.close()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # anndata advises to write the file anew
+                return _from_anndata(anndata.read_h5ad(Path(location)), use_raw, None, store.name)
+        is_raw = _choose_raw("raw" in store, use_raw, store.name)
+        place = "raw/" if is_raw else ""
+        if f"{place}X" not in store:
+            raise DataError(f"{store.name}: has no matrix {place}X")
+        matrix = open_matrix(store, f"{place}X", read_in_blocks)
+        return _Found(matrix, anndata.io.read_elem(store[f"{place}var"]), open_metadata(store, "obs"), is_raw)
+    except TranscriptFormerError:
+        raise
+    except Exception as error:  # h5py, zarr and anndata raise whatever damaged data leads them to
+        raise damaged(store.name, error) from error
+
+
+def _is_old_layout(store: Store) -> bool:
+    """Whether it was written by anndata before 0.7: data frames as tables, `.raw` beside `.X`."""
+    return "raw.X" in store or any(hasattr(store[frame], "shape") for frame in ("obs", "var"))
+
+
+def _choose_raw(has_raw: bool, use_raw: bool | str | None, name: str) -> bool:
+    if use_raw is True and not has_raw:
+        raise DataError(f"{name}: has no .raw; leave out --use-raw true (or give false) to use .X")
+    return has_raw if use_raw in (None, "auto") else bool(use_raw)
+
+
+def _gene_column(found: _Found, column: str, name: str) -> pd.Series | pd.Index:
+    var = found.var
+    if column in var.columns:
+        return var[column]
+    if column in ("index", var.index.name):
+        return var.index
+    candidates = [c for c in var.columns if looks_like_gene_ids(var[c])]
+    if looks_like_gene_ids(var.index):
+        candidates.append("index")
+    columns = ", ".join(map(str, var.columns)) or "none"
+    hint = f"; {candidates[0]!r} looks like gene ids: add --gene-col-name {candidates[0]!r}" if candidates else ""
+    where = "raw.var (--use-raw false takes X and var instead)" if found.is_raw else "var"
+    raise DataError(f"{name}: {where} has no column {column!r}, its columns are: {columns}{hint}")
+
+
+def looks_like_gene_ids(values: Iterable[object]) -> bool:
+    """Whether most of the first hundred `values` have the form of a gene id, such as ENSG00000139618.19."""
+    first = [str(value) for value in islice(values, 100)]
+    return sum(_GENE_ID.fullmatch(value) is not None for value in first) > len(first) / 2
+
+
+def _without_versions(gene_ids: pd.Series | pd.Index) -> np.ndarray:
+    """Names up to the first dot; a missing one becomes the empty string, which no vocabulary has."""
+    values = pd.Series(gene_ids, dtype=object)
+    names = [str(gene) for gene in values.where(values.notna(), "")]
+    if "." in "".join(names):
+        names = [name.partition(".")[0] for name in names]
+    return np.array(names, dtype=object)
+
+
+def _check_duplicates(cells: CellSource, column: str, remove: bool) -> None:
+    n_repeated = int(cells.is_repeated.sum())
+    if n_repeated and not remove:
+        some = ", ".join(pd.unique(cells.gene_ids[cells.is_repeated])[:5])
+        advice = (
+            "add --remove-duplicate-genes to keep the first of each"
+            if looks_like_gene_ids(cells.gene_ids)
+            else f"{column!r} does not look like Ensembl gene ids: name a column of var that does by --gene-col-name"
+        )
+        raise DataError(
+            f"{cells.name}: {n_repeated} columns repeat a gene id (versions dropped), such as {some}; {advice}"
+        )
+    if n_repeated:
+        logger.warning("%s: dropped %d columns that repeat a gene id", cells.name, n_repeated)

@@ -1,0 +1,154 @@
+"""Contextual gene embeddings pooled as they come: a mean vector and a count per gene, or per gene and group."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from transcriptformer.output import GENE_COLUMN, N_CELLS_COLUMN
+from transcriptformer.parts import SECONDS_AT_RISK, cannot_write
+
+NO_GROUP = -1
+"""Cells of this group are left out."""
+
+
+class Pool:
+    """Sums of vectors in float64, and how many there were, for every gene and group that occurs.
+
+    Parameters
+    ----------
+    group_of_row
+        Group of each kept cell (cells,), from 0, or `NO_GROUP`.
+    n_tokens
+        Size of the gene vocabulary.
+    width
+        Of a vector, D.
+    """
+
+    def __init__(self, group_of_row: np.ndarray, n_tokens: int, width: int) -> None:
+        self.group_of_row, self.n_tokens = group_of_row, n_tokens
+        self.slots: dict[int, int] = {}
+        self.sums = np.zeros((0, width), np.float64)
+        self.counts = np.zeros(0, np.int64)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Group × vocabulary size + gene token, for each sum."""
+        return np.fromiter(self.slots, np.int64, len(self.slots))
+
+    def add(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take the results of a batch, by name of the field."""
+        group = np.repeat(self.group_of_row[values["rows"]].astype(np.int64), values["n_genes"])
+        keys = group * self.n_tokens + values["genes"]
+        grouped = np.flatnonzero(group != NO_GROUP)
+        order = grouped[np.argsort(keys[grouped], kind="stable")]
+        distinct, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
+        if len(distinct):
+            sums = np.add.reduceat(values["cge_embeddings"][order], starts, axis=0, dtype=np.float64)
+            self.add_sums(distinct, sums, counts)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def add_sums(self, keys: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
+        """Take what has been summed elsewhere, each key once."""
+        slots = np.array([self.slots.setdefault(key, len(self.slots)) for key in keys.tolist()], np.int64)
+        if len(self.slots) > len(self.counts):
+            room = max(len(self.slots), 3 * len(self.counts) // 2)
+            self.sums = np.concatenate([self.sums, np.zeros((room - len(self.sums), self.sums.shape[1]))])
+            self.counts = np.concatenate([self.counts, np.zeros(room - len(self.counts), np.int64)])
+        self.sums[slots] += sums
+        self.counts[slots] += counts
+
+    def table(self, gene_names: np.ndarray, groups: pd.Index, column: str | None) -> tuple[pd.DataFrame, np.ndarray]:
+        """Genes, groups and numbers of cells, and the mean vectors (sums, D), float32, in the order of the vocabulary.
+
+        Parameters
+        ----------
+        gene_names
+            Name of each gene token (tokens,).
+        groups
+            Name of each group.
+        column
+            What the groups are called; None: there is only one.
+        """
+        keys = self.keys
+        group, gene = np.divmod(keys, self.n_tokens)
+        order = np.lexsort((group, gene))
+        means = np.empty((len(keys), self.sums.shape[1]), np.float32)
+        for start in range(0, len(keys), 1024):  # in blocks, for the sums may take half of the memory
+            here = order[start : start + 1024]
+            means[start : start + 1024] = self.sums[here] / self.counts[here, None]
+        names = gene_names[gene[order]].astype(str)
+        index = names if column is None else names + " | " + groups[group[order]].astype(str).to_numpy().astype(str)
+        table = pd.DataFrame({GENE_COLUMN: names}, index=index)
+        if column is not None:
+            table[column] = pd.Categorical.from_codes(group[order], groups)
+        table[N_CELLS_COLUMN] = self.counts[order]
+        return table, means
+
+
+class PoolWriter:
+    """A pool that is saved, with the rows it has taken, every now and then: one file, replaced as a whole."""
+
+    def __init__(self, folder: Path, number: int, pool: Pool) -> None:
+        attempt = 1 + max((int(path.name.split("-")[0]) for path in folder.glob(f"*-{number:05}.pool")), default=0)
+        self.path = folder / f"{attempt:04}-{number:05}.pool"
+        self.pool, self.rows = pool, np.zeros(len(pool.group_of_row), bool)
+        self.last_saved, self.seconds_to_save, self.n_unsaved = time.monotonic(), 0.0, 0
+
+    def add(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take the results of a batch; saving takes at most about a twentieth of the time."""
+        self.pool.add(values)
+        self.rows[values["rows"]] = True
+        self.n_unsaved += len(values["rows"])
+        if time.monotonic() - self.last_saved > max(SECONDS_AT_RISK, 20 * self.seconds_to_save):
+            self.flush()
+
+    def flush(self) -> None:
+        """Save, safely on disk.
+
+        Raises
+        ------
+        OutputError
+            If there is no room; what was saved before stays.
+        """
+        if self.n_unsaved:
+            started, n = time.monotonic(), len(self.pool.slots)
+            temporary = self.path.with_suffix(".tmp")
+            try:
+                with temporary.open("wb") as file:
+                    np.savez(
+                        file,
+                        rows=np.packbits(self.rows),
+                        keys=self.pool.keys,
+                        sums=self.pool.sums[:n],
+                        counts=self.pool.counts[:n],
+                    )
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.path)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise cannot_write(self.path.parent, error) from error
+            self.n_unsaved, self.seconds_to_save = 0, time.monotonic() - started
+        self.last_saved = time.monotonic()
+
+
+def rows_pooled(folder: Path, n_rows: int) -> np.ndarray:
+    """Mask (n_rows,) of the rows that the saved pools in a folder have taken."""
+    done = np.zeros(n_rows, bool)
+    for path in folder.glob("*.pool"):
+        with np.load(path) as saved:
+            done |= np.unpackbits(saved["rows"], count=n_rows).astype(bool)
+    return done
+
+
+def read_pools(folder: Path, pool: Pool) -> None:
+    """Add all saved pools in a folder to `pool`."""
+    for path in sorted(folder.glob("*.pool")):
+        with np.load(path) as saved:
+            pool.add_sums(saved["keys"], saved["sums"], saved["counts"])

@@ -1,0 +1,116 @@
+"""Predictions leave the Trainer: into memory, or into parts on disk."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+import pytorch_lightning as pl
+
+from transcriptformer.errors import OutputError
+from transcriptformer.lightning import Prediction
+from transcriptformer.parts import N_GENES, ROWS, Layout
+
+OnProgress = Callable[[int, int], None]
+"""Called with how many cells are done and how many there are."""
+
+SIGTERM_EXIT_CODE = 143
+
+
+class Recorder(Protocol):
+    """Takes results batch by batch, by name of the field."""
+
+    def add(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take the results of a batch."""
+        ...
+
+    def flush(self) -> None:
+        """See to it that nothing of them can be lost."""
+        ...
+
+
+class MemoryRecorder:
+    """Keeps results of `n_cells` cells in memory; reads like `transcriptformer.parts.Parts`."""
+
+    def __init__(self, layout: Layout, n_cells: int) -> None:
+        self.layout = layout
+        self.cells = {
+            name: np.empty((n_cells, *field.shape), field.dtype) for name, field in layout.items() if not field.per_gene
+        }
+        self.genes: dict[str, list[np.ndarray]] = {name: [] for name, field in layout.items() if field.per_gene}
+        self.rows: list[np.ndarray] = []
+
+    def add(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take the results of a batch."""
+        rows = values[ROWS]
+        for name, array in self.cells.items():
+            array[rows] = values[name]
+        for name, arrays in self.genes.items():
+            arrays.append(values[name])
+        self.rows.append(rows)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    @property
+    def n_genes(self) -> np.ndarray:
+        """Genes of each cell with a record of their own (cells,)."""
+        return self.cells[N_GENES]
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """What each cell from `start` to before `stop` has once."""
+        return self.cells[name][start:stop]
+
+    def read_genes(self, name: str, start: int, stop: int) -> np.ndarray:
+        """What each gene of those cells has, cell after cell."""
+        rows = np.concatenate(self.rows)
+        row_of_gene = np.repeat(rows, self.n_genes[rows])
+        order = np.argsort(row_of_gene, kind="stable")
+        ends = np.concatenate([[0], np.cumsum(self.n_genes)])
+        return np.concatenate(self.genes[name])[order[ends[start] : ends[stop]]]
+
+
+class Recording(pl.Callback):
+    """Hands every batch's predictions to a recorder.
+
+    Parameters
+    ----------
+    on_progress
+        Called in the first process before the first and after every batch.
+    """
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self.on_progress = on_progress
+        self.recorder: Recorder | None = None
+
+    def expect(self, n_cells: int, open_recorder: Callable[[int], Recorder], n_done: int = 0) -> None:
+        """Say how many cells there are, how many of them are done, and where results go, by number of the process."""
+        self.n_cells, self.n_done, self.open_recorder = n_cells, n_done, open_recorder
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self.recorder = self.open_recorder(trainer.global_rank)
+        if not trainer.is_global_zero:
+            self.on_progress = None
+        if self.on_progress is not None:
+            self.on_progress(self.n_done, self.n_cells)
+
+    def on_predict_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Prediction, *unused: object
+    ) -> None:
+        assert self.recorder is not None
+        self.recorder.add({name: value.cpu().numpy() for name, value in outputs._asdict().items() if value is not None})
+        if self.on_progress is not None:
+            # Other processes are taken to be as far as this one.
+            self.n_done = min(self.n_done + len(outputs.rows) * trainer.world_size, self.n_cells)
+            self.on_progress(self.n_done, self.n_cells)
+        if trainer.received_sigterm:  # as a scheduler sends it some seconds before it kills
+            raise SystemExit(SIGTERM_EXIT_CODE)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        assert self.recorder is not None
+        self.recorder.flush()
+        trainer.strategy.barrier()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Keep what is there."""
+        if self.recorder is not None and not isinstance(exception, OutputError):
+            self.recorder.flush()

@@ -1,0 +1,122 @@
+"""The folder beside a result in which a run keeps what it has, until the result is whole; and whether it may go on."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transcriptformer.config import Config
+from transcriptformer.data.store import Location, Store, is_url, is_zarr
+from transcriptformer.data.survey import Survey
+from transcriptformer.errors import UsageError
+
+_FREE_TO_CHANGE = {
+    "model.data_config.n_data_workers",
+    "model.data_config.block_size",
+    *(
+        f"model.inference_config.{name}"
+        for name in (
+            *("batch_size", "tokens_per_batch", "device", "attention", "num_gpus", "num_nodes", "oom_dataloader"),
+            *("resume", "output_path", "output_filename", "pretrained_embedding"),
+        )
+    ),
+}
+"""Settings that say how to compute, not what; a run may go on with others. (Files are compared by what is in them.)"""
+
+
+class Workspace:
+    """`<result>.parts`, with `run.json`, which says what is computed there, and the survey of the cells.
+
+    Parameters
+    ----------
+    output
+        The result to be.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.with_name(f"{output.name}.parts")
+
+    @property
+    def exists(self) -> bool:
+        """Whether an earlier run left something to go on with."""
+        return (self.folder / "run.json").is_file()
+
+    def create(self, identity: Mapping[str, Any], survey: Survey) -> None:
+        """Begin anew."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        survey.save(self.folder / "survey.npz")
+        temporary = self.folder / "run.json.tmp"
+        temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        temporary.replace(self.folder / "run.json")
+
+    def survey(self) -> Survey:
+        """The survey that was made when the run began."""
+        return Survey.load(self.folder / "survey.npz")
+
+    def identity(self) -> dict[str, Any]:
+        """What is computed here."""
+        return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+
+    def check_same(self, identity: Mapping[str, Any]) -> None:
+        """Raise UsageError where the earlier run was of other inputs, another checkpoint or other settings."""
+        changes = list(differences(self.identity(), identity))
+        if changes:
+            more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+            raise UsageError(
+                f"--resume: {self.folder} holds another run; changed: {'; '.join(changes[:5])}{more}; undo the change, "
+                "or delete that folder to begin anew"
+            )
+
+    def remove(self) -> None:
+        """Delete it all; the result is whole."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def identify(locations: Sequence[Location], config: Config, compute_dtype: str, weights_sha256: str) -> dict[str, Any]:
+    """What decides about the numbers of a run: settings, inputs, checkpoint."""
+    settings = {key: value for key, value in _flat(asdict(config)) if key not in _FREE_TO_CHANGE}
+    files = [Path(file) for file in config.model.inference_config.pretrained_embedding]
+    return {
+        "settings": {**settings, "type of matrix products": compute_dtype},
+        "inputs": [_identify_location(location) for location in locations],
+        "pretrained embeddings": [_identify_location(file) for file in files],
+        "checkpoint": {"weights": weights_sha256},
+    }
+
+
+def _identify_location(location: Location) -> dict[str, Any]:
+    if is_url(location):
+        root = Store(location).root
+        shapes = {key: value.shape for key, value in root.members(max_depth=None) if hasattr(value, "shape")}
+        return {"name": str(location), "shapes": {key: list(shape) for key, shape in sorted(shapes.items())}}
+    path = Path(location)
+    files = sorted(path.rglob("*")) if is_zarr(location) and path.is_dir() else [path]
+    status = [file.stat() for file in files]
+    return {
+        # A path may hold bytes that are not text.
+        "name": path.name.encode(errors="replace").decode(),
+        "bytes": sum(file.st_size for file in status),
+        "modified": max(file.st_mtime_ns for file in status),
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """What changed, in words."""
+    before, after = (dict(_flat(json.loads(json.dumps(identity)))) for identity in (old, new))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield f"{key} was {before.get(key)}, is {after.get(key)}"
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items: Any = values.items() if isinstance(values, Mapping) else enumerate(values)
+    for key, value in items:
+        if isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping)):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

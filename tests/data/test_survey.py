@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+
+from tests.data.test_dataset import make_readers
+from tests.golden_cases import CELLS
+from tests.h5ad_files import make_adata, random_adata
+from transcriptformer.config import DataConfig
+from transcriptformer.data.survey import Survey, survey_cells
+from transcriptformer.errors import DataError
+
+
+def survey(*sources: Path | anndata.AnnData, seq_len: int = 127, **config: float) -> Survey:
+    readers = make_readers(*sources, seq_len=seq_len, **config)  # type: ignore[arg-type]
+    return survey_cells(readers, readers[0].config)
+
+
+def test_statistics_of_the_synthetic_cells() -> None:
+    found = survey(CELLS)
+    assert (found.n_read, found.n_kept) == (24, 24)
+    obs = anndata.read_h5ad(CELLS).obs
+    n_unknown = int((obs["assay"] == "a new assay").sum())
+    assert found.unknown_aux.sum(axis=0).tolist() == [n_unknown]
+    assert n_unknown > 0
+    assert found.n_empty == 1
+    assert found.n_too_long(127) == 3
+
+
+def test_counts_beyond_the_positions_of_the_model_are_unseen() -> None:
+    found = survey(make_adata([[1, 2, 3, 4], [0, 0, 0, 10]]), seq_len=3)
+    assert found.unseen.tolist() == [4, 0]
+    assert found.unseen_share == pytest.approx(0.2)
+    found = survey(make_adata([[1, 2, 3, 4]]), seq_len=3, sort_genes=True)
+    assert found.unseen.tolist() == [1]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 100])
+def test_blocks_change_nothing(block_size: int) -> None:
+    whole, in_blocks = (
+        survey(random_adata(17), random_adata(5, seed=1), block_size=size, filter_outliers=1)
+        for size in (50, block_size)
+    )
+    np.testing.assert_array_equal(whole.kept, in_blocks.kept)
+    np.testing.assert_array_equal(whole.lengths, in_blocks.lengths)
+    assert 0 < whole.n_kept < 22
+
+
+def test_a_survey_is_found_again_in_its_file(tmp_path: Path) -> None:
+    found = survey(CELLS)
+    found.save(tmp_path / "survey.npz")
+    again = Survey.load(tmp_path / "survey.npz")
+    for name in ("kept", "lengths", "unknown_aux", "totals", "unseen", "n_fractional", "n_repeated_names"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
+
+
+def test_counts_that_are_not_whole_numbers_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert survey(make_adata([[1, 2.5]]), make_adata([[1, 2]])).n_fractional == 1
+    assert "counts are not whole numbers" in caplog.text
+    caplog.clear()
+    assert survey(make_adata([[1, 2]])).n_fractional == 0
+    assert caplog.text == ""
+
+
+def test_cells_of_one_name_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert survey(random_adata(3), random_adata(2, seed=1)).n_repeated_names == 2
+    assert "2 cells bear a name that another one has" in caplog.text
+
+
+def test_no_cell_left_by_the_filters_is_an_error_that_names_them() -> None:
+    with pytest.raises(DataError, match=r"no cell is left by the filters: 2 were read.*min_expressed_genes=9"):
+        survey(make_adata([[1, 2], [3, 4]]), min_expressed_genes=9)
+
+
+def test_progress_is_told_in_cells() -> None:
+    told: list[tuple[int, int]] = []
+    readers = make_readers(random_adata(5), random_adata(2))
+    survey_cells(readers, DataConfig(block_size=3), lambda *progress: told.append(progress))
+    assert told == [(3, 7), (5, 7), (7, 7)]
