@@ -99,7 +99,7 @@ def make_cells(path: Path, n_cells: int, seed: int = 0) -> None:
         {"assay": pd.Categorical(rng.choice(["10x 3' v3", "Drop-seq"], n_cells))},
         index=[f"cell{i}" for i in range(n_cells)],
     )
-    empty = sparse.csr_matrix((n_cells, N_GENES), dtype=np.float32)
+    empty = sparse.csr_array((n_cells, N_GENES), dtype=np.float32)
     anndata.AnnData(empty, obs=obs, var=genes).write_h5ad(path)
     with h5py.File(path, "r+") as file:
         matrix = file["X"]
@@ -108,16 +108,15 @@ def make_cells(path: Path, n_cells: int, seed: int = 0) -> None:
             matrix.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(2**18,))
         n_entries, indptr = 0, [np.zeros(1, np.int64)]
         for start in range(0, n_cells, 10_000):
-            block = sparse.random_array(
-                (min(10_000, n_cells - start), N_GENES), density=EXPRESSED, format="csr", dtype=np.float32, rng=rng
-            )
+            shape = min(10_000, n_cells - start), N_GENES
+            block = sparse.csr_array(sparse.random_array(shape, density=EXPRESSED, dtype=np.float32, rng=rng))
             block.sort_indices()
             n_entries += block.nnz
             for name in ("data", "indices"):
                 matrix[name].resize((n_entries,))
             matrix["data"][-block.nnz :] = np.ceil(block.data * 20)
             matrix["indices"][-block.nnz :] = block.indices
-            indptr.append(block.indptr[1:] + (n_entries - block.nnz))
+            indptr.append(block.indptr[1:].astype(np.int64) + (n_entries - block.nnz))
         attributes = dict(matrix["indptr"].attrs)
         del matrix["indptr"]
         matrix["indptr"] = np.concatenate(indptr)

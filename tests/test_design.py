@@ -15,7 +15,8 @@ LAYERS = [
     {"parts", "output", "pooling", "recording", "batching", "distributed", "workspace"},
     {"inputs"},
     {"file_run"},
-    {"inference"},
+    {"inference", "check"},
+    {"api"},
     {"cli"},
 ]
 """Lower layers first; a module imports from its own layer or below, but `data` and `model` never from each other."""

@@ -104,5 +104,5 @@ def test_training_forward_equals_the_reference(case: GoldenCase, attention: str)
                 figures[name][batch.rows] = values
 
     assert len(figures) == 4
-    for name, values in figures.items():
-        assert relative_error(values, case.expected[name]) < TOLERANCE, name
+    for name, array in figures.items():
+        assert relative_error(array, case.expected[name]) < TOLERANCE, name

@@ -1,9 +1,32 @@
 """TranscriptFormer: embeddings of single cells from their RNA counts, for any species.
 
-This module imports nothing heavy; the work is in `transcriptformer.inference` (`embed`), `transcriptformer.checkpoint`
-(`load_checkpoint`) and `transcriptformer.config` (`load_config`).
+>>> import transcriptformer as tf
+>>> model = tf.load("checkpoints/tf_sapiens")
+>>> tf.embed(adata, model)                    # adds adata.obsm["X_transcriptformer"]
+>>> tf.embed("cells.h5ad", model)             # a new AnnData
+>>> tf.gene_embeddings(adata, model)          # the mean contextual embedding of every gene
+
+Importing this imports nothing heavy; PyTorch comes with the first call.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from transcriptformer.errors import TranscriptFormerError
 
-__all__ = ["TranscriptFormerError"]
+if TYPE_CHECKING:
+    from transcriptformer.api import embed, gene_embeddings, load
+
+__all__ = ["TranscriptFormerError", "embed", "gene_embeddings", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("embed", "gene_embeddings", "load"):
+        return getattr(import_module("transcriptformer.api"), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("transcriptformer")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
@@ -18,7 +19,7 @@ from transcriptformer.batching import batch_limits
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import Config
 from transcriptformer.data.store import Location, is_url
-from transcriptformer.data.survey import survey_cells
+from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.distributed import Processes, plan_processes
 from transcriptformer.errors import TranscriptFormerError, UsageError
 from transcriptformer.file_run import FileRun
@@ -66,29 +67,63 @@ def embed(
     TranscriptFormerError
         If a source, or an option that speaks of it, cannot be used.
     """
+    computed = compute(sources, checkpoint, on_progress, layer)
+    names, results = checkpoint.gene_vocab.names(), computed.results
+    if isinstance(results, Pool):
+        table, means = results.table(names, computed.groups, computed.inputs.group_column)
+        return pooled_to_anndata(table, means, computed.provenance)
+    return to_anndata(computed.inputs.obs(computed.survey), results, names, computed.provenance)
+
+
+class Computed(NamedTuple):
+    """Results in memory, and what they are of.
+
+    Attributes
+    ----------
+    inputs, survey
+        The cells.
+    results
+        In the order of the kept cells; or pooled.
+    groups
+        Names of the groups of a pool.
+    provenance
+        How they were made.
+    """
+
+    inputs: Inputs
+    survey: Survey
+    results: MemoryRecorder | Pool
+    groups: pd.Index
+    provenance: dict[str, object]
+
+
+def compute(
+    sources: Source | Sequence[Source],
+    checkpoint: Checkpoint,
+    on_progress: OnProgress | None = None,
+    layer: str | None = None,
+) -> Computed:
+    """What `embed` returns, before it is made an AnnData; parameters and errors are the same."""
     several = _as_list(sources)
-    inference, vocab = checkpoint.config.model.inference_config, checkpoint.gene_vocab
+    inference = checkpoint.config.model.inference_config
     inputs = Inputs(several, checkpoint, layer)
     survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
     inputs.tell(survey)
-    recorder: MemoryRecorder | Pool
+    results: MemoryRecorder | Pool
     if inference.cge_pool is None:
-        recorder = MemoryRecorder(layout_of(inference, checkpoint.width), survey.n_kept)
+        groups = pd.Index([])
+        results = MemoryRecorder(layout_of(inference, checkpoint.width), survey.n_kept)
     else:
         group_of_row, groups = inputs.groups(survey)
-        recorder = Pool(group_of_row, len(vocab), checkpoint.width)
+        results = Pool(group_of_row, len(checkpoint.gene_vocab), checkpoint.width)
     recording = Recording(on_progress)
-    recording.expect(survey.n_kept, lambda process: recorder)
+    recording.expect(survey.n_kept, lambda process: results)
     loader = inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool))
     with ThreadPoolExecutor(1) as background:
         sha256 = background.submit(checkpoint.weights_sha256)
         trainer = _trainer(checkpoint, Processes(1, 1, LightningEnvironment()), recording)
         _predict(trainer, make_module(checkpoint), dataloaders=loader)
-    provenance = provenance_of(several, checkpoint, sha256.result())
-    if isinstance(recorder, Pool):
-        table, means = recorder.table(vocab.names(), groups, inputs.group_column)
-        return pooled_to_anndata(table, means, provenance)
-    return to_anndata(inputs.obs(survey), recorder, vocab.names(), provenance)
+    return Computed(inputs, survey, results, groups, provenance_of(several, checkpoint, sha256.result()))
 
 
 def run(

@@ -14,6 +14,7 @@ from transcriptformer.data.dataset import Batch, BatchLimits, CellDataset, as_is
 from transcriptformer.data.metadata import BLOCK_SIZE, JoinedMetadata
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.source import open_source
+from transcriptformer.data.species import likely_species
 from transcriptformer.data.survey import Survey
 from transcriptformer.errors import DataError
 from transcriptformer.output import select_columns
@@ -69,6 +70,7 @@ class Inputs:
         self.metadata = [reader.source.obs for reader in self.readers]
         columns = dict.fromkeys(column for part in self.metadata for column in part.columns)
         self.columns = select_columns(list(columns), model.inference_config.obs_keys)
+        self.joined = JoinedMetadata(self.metadata, self.columns)
         pool = model.inference_config.cge_pool
         self.group_column = None if pool == ALL_CELLS else pool
         if self.group_column not in (None, *columns):
@@ -101,7 +103,7 @@ class Inputs:
 
     def obs_blocks(self, survey: Survey) -> Iterator[pd.DataFrame]:
         """Metadata of the kept cells, in order, in blocks."""
-        yield from self._blocks(JoinedMetadata(self.metadata, self.columns), survey)
+        yield from self._blocks(self.joined, survey)
 
     def obs(self, survey: Survey) -> pd.DataFrame:
         """Metadata of the kept cells."""
@@ -141,6 +143,10 @@ class Inputs:
     def tell(self, survey: Survey) -> None:
         """Log what is worth knowing about the cells."""
         n_kept, seq_len = survey.n_kept, self.seq_len
+        gene_ids = np.concatenate([reader.source.gene_ids for reader in self.readers])
+        n_known = int((self.checkpoint.gene_vocab.lookup(gene_ids) >= 0).sum())
+        species = likely_species(gene_ids)
+        genes = f"; {n_known} of {len(gene_ids)} genes are in the vocabulary{f' ({species})' if species else ''}"
         dropped = f" of {survey.n_read} (the filters dropped the others)" if n_kept < survey.n_read else ""
         unknown = survey.unknown_aux[survey.kept].sum(axis=0).tolist()
         unseen = f"with more than {seq_len} genes, of which the model sees {seq_len}"
@@ -153,4 +159,4 @@ class Inputs:
             ),
         ]
         told = "".join(f"; {n} {what}" for n, what in notes if n)
-        logger.info("%d cells%s%s", n_kept, dropped, told)
+        logger.info("%d cells%s%s%s", n_kept, dropped, genes, told)

@@ -160,6 +160,23 @@ def pooled_to_anndata(table: pd.DataFrame, means: np.ndarray, provenance: Mappin
     return anndata.AnnData(obs=table, obsm={EMBEDDINGS_KEY: means}, uns={PROVENANCE_KEY: dict(provenance)})
 
 
+def to_rows_of_genes(result: anndata.AnnData) -> anndata.AnnData:
+    """Contextual gene embeddings of `to_anndata` as an AnnData with a row for every gene of every cell."""
+    cell_index = result.uns[CGE_CELLS_KEY]
+    obs = pd.DataFrame(
+        {
+            "cell": pd.Categorical.from_codes(cell_index, result.obs_names)
+            if result.obs_names.is_unique
+            else result.obs_names.to_numpy()[cell_index],
+            "cell_index": cell_index,
+            GENE_COLUMN: pd.Categorical(result.uns[CGE_GENES_KEY]),
+        },
+        index=pd.RangeIndex(len(cell_index)).astype(str),
+    )
+    embeddings = {EMBEDDINGS_KEY: result.uns[CGE_KEY]}
+    return anndata.AnnData(obs=obs, obsm=embeddings, uns={PROVENANCE_KEY: result.uns[PROVENANCE_KEY]})
+
+
 def write_anndata(adata: anndata.AnnData, path: Path) -> None:
     """Write a result that is in memory."""
     with new_anndata(path) as root:

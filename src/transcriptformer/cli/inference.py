@@ -15,6 +15,11 @@ class UseRaw(StrEnum):
     auto = "auto"
 
 
+def use_raw_setting(value: UseRaw | None) -> bool | str | None:
+    """The configuration's value."""
+    return {"true": True, "false": False, "auto": "auto", None: None}[value]
+
+
 def inference(
     checkpoint_path: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the checkpoint.")],
     data_file: Annotated[
@@ -148,7 +153,7 @@ def inference(
         "model.data_config.gene_col_name": gene_col_name,
         "model.data_config.clip_counts": clip_counts,
         "model.data_config.filter_to_vocabs": filter_to_vocabs,
-        "model.data_config.use_raw": {"true": True, "false": False, "auto": "auto", None: None}[use_raw],
+        "model.data_config.use_raw": use_raw_setting(use_raw),
         "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
         "model.data_config.n_data_workers": n_data_workers,
         "model.inference_config.output_path": output_path and str(output_path),

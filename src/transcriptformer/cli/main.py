@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from transcriptformer.cli.check import check
 from transcriptformer.cli.inference import inference
 
 app = typer.Typer(
@@ -34,3 +35,4 @@ def transcriptformer(
 
 
 app.command()(inference)
+app.command()(check)

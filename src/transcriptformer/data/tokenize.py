@@ -9,6 +9,7 @@ from scipy import sparse
 
 from transcriptformer.config import DataConfig
 from transcriptformer.data.source import looks_like_gene_ids
+from transcriptformer.data.species import likely_species
 from transcriptformer.errors import DataError
 from transcriptformer.vocab import GeneVocab
 
@@ -91,10 +92,12 @@ def _compare(gene_ids: np.ndarray, vocab: GeneVocab) -> str:
     """Both sides' first gene ids, and what is likely to be wrong."""
     ours, theirs = (", ".join(islice(genes, 3)) for genes in (vocab.genes, gene_ids))
     kinds = [looks_like_gene_ids(genes) for genes in (vocab.genes, gene_ids)]
+    species = likely_species(gene_ids)
     advice = (
         "these look like gene symbols: name a column of var with Ensembl ids by --gene-col-name"
         if kinds == [True, False]
-        else "is it another species, or a checkpoint for other genes?"
+        else f"is it another species{f' ({species})' if species else ''}, or a checkpoint for other genes? "
+        "--pretrained-embedding brings the genes of a new species"
     )
     return f"vocabulary: the file has {theirs}, …; the vocabulary has {ours}, …; {advice}"
 

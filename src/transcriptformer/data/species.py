@@ -1,0 +1,43 @@
+"""Which species gene ids are likely to be of, by how they begin."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+
+SPECIES_OF_PREFIX = {
+    "ENSG": "homo_sapiens",
+    "ENSMUSG": "mus_musculus",
+    "ENSDARG": "danio_rerio",
+    "FBgn": "drosophila_melanogaster",
+    "WBGene": "caenorhabditis_elegans",
+    "ENSOCUG": "oryctolagus_cuniculus",
+    "ENSGALG": "gallus_gallus",
+    "ENSXETG": "xenopus_tropicalis",
+    "ENSRNOG": "rattus_norvegicus",
+    "ENSSSCG": "sus_scrofa",
+    "ENSPTRG": "pan_troglodytes",
+    "ENSGGOG": "gorilla_gorilla",
+    "ENSMMUG": "macaca_mulatta",
+    "ENSCJAG": "callithrix_jacchus",
+    "ENSOANG": "ornithorhynchus_anatinus",
+    "ENSMODG": "monodelphis_domestica",
+    "ENSHGLG": "heterocephalus_glaber",
+    "ENSPMAG": "petromyzon_marinus",
+    "PF3D7_": "plasmodium_falciparum",
+    "Y": "saccharomyces_cerevisiae",
+}
+"""Prefixes of stable ids at Ensembl, FlyBase, WormBase, PlasmoDB and the Saccharomyces Genome Database."""
+
+# The letters in front of the number; for yeast the systematic names, such as YAL001C.
+_PREFIX = re.compile(r"(ENS[A-Z]*G|FBgn|WBGene|PF3D7_)\d{5,}|(Y)[A-P][LR]\d{3}[WC]")
+
+
+def likely_species(gene_ids: Iterable[object]) -> str | None:
+    """The species that most of the first thousand ids are of; None where they tell of none."""
+    first = [str(gene) for gene in islice(gene_ids, 1000)]
+    found = Counter(match[1] or match[2] for match in map(_PREFIX.match, first) if match)
+    if not found:
+        return None
+    prefix, n = found.most_common(1)[0]
+    return SPECIES_OF_PREFIX.get(prefix) if n > len(first) / 2 else None
