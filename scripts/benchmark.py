@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py CHECKPOINT FILE [--precision 32] [--batch-size 8] [--cells 16] [--copies 1]
     python scripts/benchmark.py CHECKPOINT FILE --stream [--workers 2] [--batch-size 64]
-    python scripts/benchmark.py --make-cells 1000000 FILE
+    python scripts/benchmark.py CHECKPOINT FILE --make-cells 1000000
 
 - load: seconds from the folder to a model that is ready to run, and the most memory the process held meanwhile. Run it
   twice: the first run may read the weights from disk, the second finds them in the file cache.
@@ -12,7 +12,8 @@
 - embed: cells per second through the model alone; median over batches, the first one apart. `--cells 0` leaves it out.
 - stream (instead of these): cells per second of the first pass over a file and of the batches that reach the main
   process from the workers, with counts left on disk; and the most memory that the main process held.
-- make-cells: writes a file of random cells with 20,000 genes of which about 1 % is expressed, for `--stream`.
+- make-cells: writes a file of random cells with 20,000 genes of which about 1 % is expressed, and a tiny checkpoint
+  with random weights for these genes.
 """
 
 import argparse
@@ -32,23 +33,25 @@ from rich.console import Console
 from rich.table import Table
 from scipy import sparse
 
-from transcriptformer.checkpoint import Checkpoint, load_checkpoint
+from transcriptformer.checkpoint import Checkpoint, load_checkpoint, read_vocabs
 from transcriptformer.config import load_config
 from transcriptformer.data.dataset import Batch, BatchLimits
 from transcriptformer.data.survey import survey_cells
 from transcriptformer.inference import make_module
 from transcriptformer.inputs import Inputs
+from transcriptformer.model.transcriptformer import TranscriptFormer
 
 MIB = 2**20
 REPEATS = 5
 N_GENES, EXPRESSED = 20_000, 0.01
+GENES = [f"ENSG{i:011}" for i in range(N_GENES)]
 
 
 def main() -> None:
     """Run the measurements that were asked for and print them."""
     logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(description="Measure loading, tokenizing and embedding on this machine.")
-    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("checkpoint", type=Path)
     parser.add_argument("file", type=Path)
     parser.add_argument("--precision", default="16-mixed")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -56,10 +59,11 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=1, help="how often to repeat the cells before tokenizing")
     parser.add_argument("--stream", action="store_true", help="read the file in blocks, from disk")
     parser.add_argument("--workers", type=int, default=0, help="worker processes of --stream")
-    parser.add_argument("--make-cells", type=int, metavar="N", help="write FILE with N random cells")
+    parser.add_argument("--make-cells", type=int, metavar="N", help="write CHECKPOINT and FILE, N random cells")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     if arguments.make_cells:
+        make_checkpoint(arguments.checkpoint)
         make_cells(arguments.file, arguments.make_cells)
         return
 
@@ -89,12 +93,30 @@ def main() -> None:
     show(figures, as_json=arguments.json)
 
 
+def make_checkpoint(path: Path, seed: int = 0) -> None:
+    """Write a tiny checkpoint with random weights, for the genes of `make_cells`."""
+    (path / "vocabs").mkdir(parents=True, exist_ok=True)
+    sizes = {"num_layers": 2, "num_heads": 2, "embed_dim": 32, "model_dim": 32, "seq_len": 2047, "aux_len": 1}
+    sections = {
+        "model_config": {**sizes, "gene_head_hidden_dim": 32},
+        "data_config": {"aux_cols": "assay", "esm2_mappings": ["random_gene.h5"]},
+        "loss_config": {},
+    }
+    (path / "config.json").write_text(json.dumps({"model": sections}))
+    (path / "vocabs" / "assay_vocab.json").write_text(json.dumps({"unknown": 0, "10x 3' v3": 1, "Drop-seq": 2}))
+    with h5py.File(path / "vocabs" / "random_gene.h5", "w") as file:
+        file["keys"] = np.array(GENES, dtype="S")
+    model = load_config(path).model
+    genes, assays = read_vocabs(path, load_config(path))
+    torch.manual_seed(seed)
+    weights = TranscriptFormer(model.model_config, model.loss_config, genes, assays, protein_dim=16).state_dict()
+    torch.save(weights, path / "model_weights.pt")
+
+
 def make_cells(path: Path, n_cells: int, seed: int = 0) -> None:
     """Write random cells block by block, as an h5ad with a CSR matrix; memory does not grow with their number."""
     rng = np.random.default_rng(seed)
-    genes = pd.DataFrame(
-        {"ensembl_id": [f"ENSG{i:011}" for i in range(N_GENES)]}, index=[f"g{i}" for i in range(N_GENES)]
-    )
+    genes = pd.DataFrame({"ensembl_id": GENES}, index=[f"g{i}" for i in range(N_GENES)])
     obs = pd.DataFrame(
         {"assay": pd.Categorical(rng.choice(["10x 3' v3", "Drop-seq"], n_cells))},
         index=[f"cell{i}" for i in range(n_cells)],

@@ -106,8 +106,8 @@ def embed(
 
     Returns
     -------
-    For an AnnData None, or the copy: `obsm[key_added]` (cells, D), float32, has a row for every cell, NaN for cells that
-    the filters of the model's settings leave out; `obs[key_added + '_llh']` if the settings ask for llh;
+    For an AnnData None, or the copy: `obsm[key_added]` (cells, D), float32, has a row for every cell, NaN for cells
+    that the filters of the model's settings leave out; `obs[key_added + '_llh']` if the settings ask for llh;
     `uns[key_added]` says how it was made. For files a new AnnData of the kept cells with their metadata.
 
     Raises

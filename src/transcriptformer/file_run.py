@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader
 
 from transcriptformer.batching import batch_limits
 from transcriptformer.checkpoint import Checkpoint
-from transcriptformer.data.dataset import Batch
+from transcriptformer.data.dataset import BatchLoader
 from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.device import compute_dtype
@@ -89,7 +88,7 @@ class FileRun(pl.LightningDataModule):
             if n_done:
                 logger.info("%d of them are done already", n_done)
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def predict_dataloader(self) -> BatchLoader:
         """Batches of this process."""
         assert self.trainer is not None and self.survey is not None  # noqa: PT018
         limits = batch_limits(self.checkpoint, self.processes_per_node)

@@ -7,10 +7,9 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
-from torch.utils.data import DataLoader
 
 from transcriptformer.checkpoint import Checkpoint
-from transcriptformer.data.dataset import Batch, BatchLimits, CellDataset, as_is
+from transcriptformer.data.dataset import BatchLimits, BatchLoader, CellDataset
 from transcriptformer.data.metadata import BLOCK_SIZE, JoinedMetadata
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.source import open_source
@@ -80,24 +79,18 @@ class Inputs:
 
     def loader(
         self, survey: Survey, limits: BatchLimits, process: int, n_processes: int, is_done: np.ndarray
-    ) -> DataLoader[Batch]:
+    ) -> BatchLoader:
         """Batches for one of several processes, without the rows that are done (kept cells,)."""
         data = self.checkpoint.config.model.data_config
-        dataset = CellDataset(
-            self.readers,
-            survey,
+        dataset = CellDataset(self.readers, survey, data.block_size)
+        dataset.deal_out(process, n_processes, is_done)
+        return BatchLoader(
+            dataset,
+            limits,
             self.checkpoint.gene_vocab.pad,
             self.seq_len,
-            limits,
-            data.block_size,
             self.checkpoint.min_positions,
-        )
-        dataset.deal_out(process, n_processes, is_done)
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            collate_fn=as_is,
-            num_workers=data.n_data_workers,
+            data.n_data_workers,
             pin_memory=self.checkpoint.device.type == "cuda",
         )
 

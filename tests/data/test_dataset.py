@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
@@ -7,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import GENES, make_adata, random_adata
@@ -16,8 +14,8 @@ from transcriptformer.data.dataset import (
     LENGTH_MULTIPLE,
     Batch,
     BatchLimits,
+    BatchLoader,
     CellDataset,
-    as_is,
     group_by_length,
     positions,
 )
@@ -40,28 +38,31 @@ def make_readers(
     return [CellReader(open_source(source), VOCAB, aux_vocabs, data, seq_len) for source in sources]
 
 
-def make_dataset(
+def make_loader(
     *sources: Path | anndata.AnnData,
     seq_len: int = 127,
     max_cells: int = 4,
     max_tokens: int = 10**9,
     min_positions: int = 0,
+    n_workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+    is_done: np.ndarray | None = None,
     aux_vocabs: dict[str, AuxVocab] | None = None,
     **config: float,
-) -> CellDataset:
+) -> BatchLoader:
     readers = make_readers(*sources, seq_len=seq_len, aux_vocabs=aux_vocabs, **config)
-    data = readers[0].config
-    limits = BatchLimits(max_cells, max_tokens)
-    survey = survey_cells(readers, data)
-    return CellDataset(readers, survey, PAD, seq_len, limits, data.block_size, min_positions)
+    survey = survey_cells(readers, readers[0].config)
+    dataset = CellDataset(readers, survey, readers[0].config.block_size)
+    dataset.deal_out(*share, np.zeros(survey.n_kept, bool) if is_done is None else is_done)
+    return BatchLoader(dataset, BatchLimits(max_cells, max_tokens), PAD, seq_len, min_positions, n_workers)
 
 
 def only_batch(*sources: Path | anndata.AnnData, **settings: float) -> Batch:
-    (batch,) = make_dataset(*sources, **settings)  # type: ignore[arg-type]
+    (batch,) = make_loader(*sources, **settings)  # type: ignore[arg-type]
     return batch
 
 
-def rows_of(batches: Iterator[Batch] | CellDataset | DataLoader[Batch]) -> list[int]:
+def rows_of(batches: BatchLoader) -> list[int]:
     return [row for batch in batches for row in batch.rows.tolist()]
 
 
@@ -92,30 +93,22 @@ def test_cells_can_be_padded_to_full_length() -> None:
 @pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize("n_processes", [1, 3])
 def test_every_cell_comes_once_whatever_the_workers_and_processes(n_workers: int, n_processes: int) -> None:
-    rows = []
+    sources, rows = (random_adata(23, density=0.1), random_adata(9, seed=1)), []
     for process in range(n_processes):
-        dataset = make_dataset(random_adata(23, density=0.1), random_adata(9, seed=1), block_size=5)
-        dataset.deal_out(process, n_processes, np.zeros(32, bool))
-        rows += rows_of(DataLoader(dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers))
+        rows += rows_of(make_loader(*sources, block_size=5, n_workers=n_workers, share=(process, n_processes)))
     assert sorted(rows) == list(range(32))
 
 
 def test_every_process_gets_a_share_of_a_small_input() -> None:
-    dataset = make_dataset(random_adata(12))
-    shares = []
-    for process in range(3):
-        dataset.deal_out(process, 3, np.zeros(12, bool))
-        shares.append(len(rows_of(dataset)))
+    shares = [len(rows_of(make_loader(random_adata(12), share=(process, 3)))) for process in range(3)]
     assert shares == [4, 4, 4]
 
 
 def test_cells_that_are_done_do_not_come_again() -> None:
-    dataset = make_dataset(random_adata(20), block_size=6)
     is_done = np.random.default_rng(0).random(20) < 0.5
-    dataset.deal_out(0, 1, is_done)
-    assert sorted(rows_of(dataset)) == np.flatnonzero(~is_done).tolist()
-    dataset.deal_out(0, 1, np.ones(20, bool))
-    assert rows_of(dataset) == []
+    left = rows_of(make_loader(random_adata(20), block_size=6, is_done=is_done))
+    assert sorted(left) == np.flatnonzero(~is_done).tolist()
+    assert rows_of(make_loader(random_adata(20), is_done=np.ones(20, bool))) == []
 
 
 def test_a_cell_is_the_same_whatever_block_it_is_read_in() -> None:
@@ -123,8 +116,8 @@ def test_a_cell_is_the_same_whatever_block_it_is_read_in() -> None:
     for settings in ({}, {"randomize_genes": True}, {"sort_genes": True, "normalize_to_scale": 100}):
         cells = []
         for block_size in (4, 30):
-            dataset = make_dataset(adata, max_cells=1, block_size=block_size, **settings)
-            cells.append({int(batch.rows[0]): batch for batch in dataset})
+            loader = make_loader(adata, max_cells=1, block_size=block_size, **settings)
+            cells.append({int(batch.rows[0]): batch for batch in loader})
         for row in range(30):
             torch.testing.assert_close(cells[0][row], cells[1][row], rtol=0, atol=0)
 
@@ -132,10 +125,10 @@ def test_a_cell_is_the_same_whatever_block_it_is_read_in() -> None:
 def test_filters_look_at_each_source_by_itself() -> None:
     shallow = make_adata([[1], [1], [1], [1], [9]])
     deep = make_adata([[900], [100], [100], [100], [100]])
-    dataset = make_dataset(shallow, deep, filter_outliers=1.5, clip_counts=1000)
+    loader = make_loader(shallow, deep, filter_outliers=1.5, clip_counts=1000)
     counts = {
         row: count
-        for batch in dataset
+        for batch in loader
         for row, count in zip(*(x.tolist() for x in (batch.rows, batch.gene_counts[:, 0])), strict=True)
     }
     assert counts == {0: 1, 1: 1, 2: 1, 3: 1, 4: 100, 5: 100, 6: 100, 7: 100}
@@ -179,11 +172,11 @@ def test_missing_values_and_missing_columns_of_metadata_are_unknown(caplog: pyte
 
 
 def test_a_checkpoint_without_metadata_columns_has_no_auxiliary_tokens() -> None:
-    assert next(iter(make_dataset(make_adata([[1, 2]]), aux_vocabs={}))).aux_tokens.shape == (1, 0)
+    assert next(iter(make_loader(make_adata([[1, 2]]), aux_vocabs={}))).aux_tokens.shape == (1, 0)
 
 
 def test_counts_of_the_source_are_left_as_they_are() -> None:
     adata = random_adata(5)
     before = adata.X.copy()
-    list(make_dataset(adata, clip_counts=2, normalize_to_scale=100))
+    list(make_loader(adata, clip_counts=2, normalize_to_scale=100))
     np.testing.assert_array_equal(adata.X.toarray(), before.toarray())

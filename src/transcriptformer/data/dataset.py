@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.survey import Survey
@@ -48,12 +48,28 @@ class BatchLimits:
     """Most positions, padding included; a single cell may have more."""
 
 
-class CellDataset(IterableDataset[Batch]):
-    """The kept cells of several sources, as a stream of batches.
+class CellBlock(NamedTuple):
+    """Consecutive cells as tokens, on their way from the process that reads to the one that computes.
 
-    The stream runs over blocks of consecutive cells. A block is read at once, and its cells form batches by length, so
-    that little is spent on padding: within a block, batches do not follow the order of the file; `Batch.rows` tells
-    where each cell belongs. Blocks are dealt out to processes and their workers in turn.
+    Attributes
+    ----------
+    rows
+        Where each cell stands among the kept cells (cells,), int64.
+    tokens
+        Their genes and counts, ragged.
+    aux_tokens
+        (cells, columns), int64.
+    """
+
+    rows: np.ndarray
+    tokens: Tokens
+    aux_tokens: np.ndarray
+
+
+class CellDataset(IterableDataset[CellBlock]):
+    """The kept cells of several sources, as a stream of blocks of consecutive cells, each of which is read at once.
+
+    Blocks are dealt out to processes and their workers in turn.
 
     Parameters
     ----------
@@ -61,30 +77,12 @@ class CellDataset(IterableDataset[Batch]):
         The sources, in order.
     survey
         What was found in them.
-    pad
-        Token after a cell's last gene.
-    seq_len
-        Most genes of a cell.
-    limits
-        Of a batch.
     block_size
         Most cells that are read at once.
-    min_positions
-        Pad every cell to at least this many positions.
     """
 
-    def __init__(
-        self,
-        readers: Sequence[CellReader],
-        survey: Survey,
-        pad: int,
-        seq_len: int,
-        limits: BatchLimits,
-        block_size: int,
-        min_positions: int = 0,
-    ) -> None:
+    def __init__(self, readers: Sequence[CellReader], survey: Survey, block_size: int) -> None:
         self.readers, self.kept = readers, survey.kept
-        self.pad, self.seq_len, self.limits, self.min_positions = pad, seq_len, limits, min_positions
         self.block_size, self.n_kept = block_size, survey.n_kept
         self.is_done = np.zeros(self.n_kept, bool)
         self.process, self.n_processes = 0, 1
@@ -93,56 +91,88 @@ class CellDataset(IterableDataset[Batch]):
         """Serve one process of several, and leave out rows whose results are there, `is_done` (kept cells,)."""
         self.process, self.n_processes, self.is_done = process, n_processes, is_done
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[CellBlock]:
         worker = get_worker_info()
         number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         shard, n_shards = self.process * n_workers + number, self.n_processes * n_workers
         # Small inputs are cut into smaller blocks, so that every process and worker has some.
-        block_size = (
-            min(self.block_size, max(1, -(-self.n_kept // (2 * n_shards)))) if n_shards > 1 else self.block_size
-        )
-        for i, block in enumerate(_blocks(self.readers, self.kept, block_size)):
-            if i % n_shards == shard:
-                todo = ~self.is_done[block.rows]
-                if todo.any():
-                    yield from self._batches(block.reader, block.start, block.cells[todo], block.rows[todo])
-
-    def _batches(self, reader: CellReader, start: int, cells: np.ndarray, rows: np.ndarray) -> Iterator[Batch]:
-        tokens = reader.tokens(start, cells)
-        aux_tokens = reader.aux_tokens(start, int(cells[-1]) + 1)[cells - start]
-        for chosen in group_by_length(tokens.lengths, self.limits, self.seq_len, self.min_positions):
-            genes, counts = pad_to_common_length(tokens.take(chosen), self.pad, self.seq_len, self.min_positions)
-            yield Batch(
-                rows=torch.from_numpy(rows[chosen]),
-                gene_tokens=torch.from_numpy(genes),
-                gene_counts=torch.from_numpy(counts),
-                aux_tokens=torch.from_numpy(aux_tokens[chosen]),
-            )
+        share = max(1, -(-self.n_kept // (2 * n_shards)))
+        block_size = min(self.block_size, share) if n_shards > 1 else self.block_size
+        for i, (reader, start, cells, rows) in enumerate(_blocks(self.readers, self.kept, block_size)):
+            todo = ~self.is_done[rows]
+            if i % n_shards == shard and todo.any():
+                cells, rows = cells[todo], rows[todo]
+                aux_tokens = reader.aux_tokens(start, int(cells[-1]) + 1)[cells - start]
+                yield CellBlock(rows, reader.tokens(start, cells), aux_tokens)
 
 
-class _Block(NamedTuple):
-    """Consecutive cells of a source: those kept, by their index there, and their rows among all kept cells."""
-
-    reader: CellReader
-    start: int
-    cells: np.ndarray
-    rows: np.ndarray
-
-
-def _blocks(readers: Sequence[CellReader], kept: np.ndarray, block_size: int) -> Iterator[_Block]:
+def _blocks(
+    readers: Sequence[CellReader], kept: np.ndarray, block_size: int
+) -> Iterator[tuple[CellReader, int, np.ndarray, np.ndarray]]:
+    """Of each block the source, where it starts there, its kept cells there, and their rows among all kept cells."""
     first_cell = first_row = 0
     for reader in readers:
         for start in range(0, len(reader), block_size):
             stop = min(start + block_size, len(reader))
             cells = start + np.flatnonzero(kept[first_cell + start : first_cell + stop])
-            yield _Block(reader, start, cells, first_row + np.arange(len(cells)))
+            yield reader, start, cells, first_row + np.arange(len(cells))
             first_row += len(cells)
         first_cell += len(reader)
 
 
-def as_is(batch: Any) -> Any:
-    """The `collate_fn` for a `CellDataset`, whose batches are complete."""
-    return batch
+class BatchLoader:
+    """Batches of cells of like length, made of the blocks of a dataset.
+
+    Within a block, batches do not follow the order of the file, so that little is spent on padding; `Batch.rows` tells
+    where each cell belongs. Worker processes hand over whole blocks, for every hand-over costs some milliseconds.
+
+    Parameters
+    ----------
+    dataset
+        Where the blocks come from.
+    limits
+        Of a batch.
+    pad
+        Token after a cell's last gene.
+    seq_len
+        Most positions of a cell.
+    min_positions
+        Pad every cell to at least this many positions.
+    n_workers
+        Processes that read; 0: this one does.
+    pin_memory
+        Put batches where a GPU can fetch them by itself.
+    """
+
+    def __init__(
+        self,
+        dataset: CellDataset,
+        limits: BatchLimits,
+        pad: int,
+        seq_len: int,
+        min_positions: int = 0,
+        n_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.limits, self.pad, self.seq_len, self.min_positions = limits, pad, seq_len, min_positions
+        self.pin_memory = pin_memory
+        self.blocks = DataLoader(dataset, batch_size=None, collate_fn=_as_is, num_workers=n_workers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for block in self.blocks:
+            for cells in group_by_length(block.tokens.lengths, self.limits, self.seq_len, self.min_positions):
+                batch = self._batch(block, cells)
+                yield Batch(*(values.pin_memory() for values in batch)) if self.pin_memory else batch
+
+    def _batch(self, block: CellBlock, cells: np.ndarray) -> Batch:
+        tokens = block.tokens.take(cells)
+        genes, counts = pad_to_common_length(tokens, self.pad, self.seq_len, self.min_positions)
+        arrays = block.rows[cells], genes, counts, block.aux_tokens[cells]
+        return Batch(*map(torch.from_numpy, arrays))
+
+
+def _as_is(block: Any) -> Any:
+    return block
 
 
 def group_by_length(

@@ -167,7 +167,7 @@ def _from_store(location: Location, use_raw: bool | str | None, read_in_blocks: 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # anndata advises to write the file anew
                 return _from_anndata(anndata.read_h5ad(Path(location)), use_raw, None, store.name)
-        is_raw = _choose_raw("raw" in store, use_raw, store.name)
+        is_raw = _choose_raw("raw/X" in store, use_raw, store.name)  # a zarr store has an empty raw
         place = "raw/" if is_raw else ""
         if f"{place}X" not in store:
             raise DataError(f"{store.name}: has no matrix {place}X")
