@@ -96,9 +96,9 @@ def main() -> None:
 def make_checkpoint(path: Path, seed: int = 0) -> None:
     """Write a tiny checkpoint with random weights, for the genes of `make_cells`."""
     (path / "vocabs").mkdir(parents=True, exist_ok=True)
-    sizes = {"num_layers": 2, "num_heads": 2, "embed_dim": 32, "model_dim": 32, "seq_len": 2047, "aux_len": 1}
+    sizes = {"num_layers": 1, "num_heads": 1, "embed_dim": 16, "model_dim": 16, "seq_len": 2047, "aux_len": 1}
     sections = {
-        "model_config": {**sizes, "gene_head_hidden_dim": 32},
+        "model_config": {**sizes, "gene_head_hidden_dim": 16},
         "data_config": {"aux_cols": "assay", "esm2_mappings": ["random_gene.h5"]},
         "loss_config": {},
     }

@@ -84,6 +84,15 @@ def test_bfloat16_is_near_float32() -> None:
     assert 0 < relative_error(rounded, exact) < 2e-2
 
 
+@given(order=st.permutations(range(12)), batch_size=st.integers(1, 12))
+@settings(max_examples=15)
+def test_in_16_mixed_a_cell_does_not_depend_on_its_neighbours(order: list[int], batch_size: int) -> None:
+    alone = results(CELLS_OF_EVERY_LENGTH, batch_size=1, precision="16-mixed").obsm["embeddings"]
+    together = results(CELLS_OF_EVERY_LENGTH[order].copy(), batch_size, precision="16-mixed").obsm["embeddings"]
+    for row, cell in enumerate(order):
+        assert relative_error(together[row], alone[cell]) < 1e-3
+
+
 def test_a_cell_without_genes_has_the_embedding_of_start_alone_and_no_llh() -> None:
     result = reference()
     assert np.isfinite(result.obsm["embeddings"][0]).all()

@@ -29,7 +29,7 @@ from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.output import check_writable, pooled_to_anndata, provenance_of, read_provenance, to_anndata
 from transcriptformer.parts import layout_of
 from transcriptformer.pooling import Pool
-from transcriptformer.recording import MemoryRecorder, OnProgress, Recording
+from transcriptformer.recording import SIGTERM_EXIT_CODE, MemoryRecorder, OnProgress, Recording
 from transcriptformer.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
@@ -152,11 +152,14 @@ def run(
     with ThreadPoolExecutor(1) as background:
         sha256 = background.submit(checkpoint.weights_sha256)
         workspace, recording = Workspace(output), Recording(on_progress)
+        trainer = _trainer(checkpoint, processes, recording)
+        if not trainer.is_global_zero:  # one process tells what all of them find
+            logging.getLogger("transcriptformer").setLevel(logging.ERROR)
         file_run = FileRun(locations, checkpoint, workspace, sha256.result, recording, processes.per_node)
         if inference.resume and not workspace.exists and _is_complete(output, file_run.identity()):
             logger.info("%s is complete already", output)
+            workspace.remove()  # of which a kill may have left something
             return output
-        trainer = _trainer(checkpoint, processes, recording)
         try:
             _predict(trainer, make_module(checkpoint), datamodule=file_run)
         except BaseException:
@@ -208,8 +211,8 @@ def _predict(trainer: pl.Trainer, module: EmbeddingModule, **data: Any) -> None:
     try:
         with _quiet_lightning():
             trainer.predict(module, **data, return_predictions=False)
-    except SystemExit:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
-        if trainer.interrupted:
+    except SystemExit as error:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
+        if trainer.interrupted and error.code != SIGTERM_EXIT_CODE:
             raise KeyboardInterrupt from None
         raise
     except TranscriptFormerError as error:

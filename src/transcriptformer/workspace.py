@@ -74,6 +74,7 @@ class Workspace:
 
     def remove(self) -> None:
         """Delete it all; the result is whole."""
+        (self.folder / "run.json").unlink(missing_ok=True)  # first: what a kill leaves of the rest is no run
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -359,6 +359,7 @@ def test_help_tells_the_defaults_that_are_in_force() -> None:
         "--emb-type": model.inference_config.emb_type,
         "--device": model.inference_config.device,
         "--num-gpus": model.inference_config.num_gpus,
+        "--num-nodes": model.inference_config.num_nodes,
         "--n-data-workers": model.data_config.n_data_workers,
     }.items():
         assert re.search(rf"{option} (?:(?! --).)*\[default: \({re.escape(str(value))}\)\]", text), option
@@ -376,7 +377,10 @@ def let_interrupts_through() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores them for what it runs in the background
 
 
-def test_ctrl_c_ends_the_run_and_keeps_what_there_is(folder: Path) -> None:
+@pytest.mark.parametrize(("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_or_a_scheduler_ends_the_run_and_what_there_is_is_kept(
+    sent: signal.Signals, exit_code: int, folder: Path
+) -> None:
     random_adata(5_000).write_h5ad(folder / "cells.h5ad")
     command: list[str | Path] = [COMMAND, "inference", "--checkpoint-path", CHECKPOINT, "--data-file", "cells.h5ad"]
     with subprocess.Popen(
@@ -385,9 +389,9 @@ def test_ctrl_c_ends_the_run_and_keeps_what_there_is(folder: Path) -> None:
         assert process.stderr is not None
         assert "5000 cells" in process.stderr.readline()
         time.sleep(1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         rest = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == exit_code
     assert "Traceback" not in rest
     kept = re.search(r"INFO: (\d+) of 5000 cells are kept in .*embeddings\.h5ad\.parts; .*--resume", rest)
     assert kept is not None
@@ -406,7 +410,7 @@ def test_help_names_every_published_option() -> None:
         *("checkpoint-path", "data-file", "output-path", "output-filename", "batch-size", "gene-col-name", "precision"),
         *("pretrained-embedding", "clip-counts", "filter-to-vocabs", "use-raw", "embedding-layer-index", "model-type"),
         *("emb-type", "num-gpus", "oom-dataloader", "n-data-workers", "config-override", "remove-duplicate-genes"),
-        *("device", "debug"),
+        *("device", "debug", "cge-pool", "num-nodes", "resume"),
     ):
         assert f"--{option}" in text
 

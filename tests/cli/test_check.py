@@ -1,0 +1,115 @@
+"""`transcriptformer check`: what it tells, and that it refuses what `inference` refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from tests.golden_cases import CELLS, CHECKPOINT, SYNTHETIC
+from tests.h5ad_files import GENES, make_adata, random_adata
+from transcriptformer.cli.main import app
+
+
+def check(*arguments: object, checkpoint: Path | None = CHECKPOINT) -> Result:
+    options = ["--checkpoint-path", checkpoint, "--precision", "32", "--device", "cpu"] if checkpoint else []
+    return CliRunner().invoke(app, ["check", *map(str, [*arguments, *options])], env={"COLUMNS": "200"})
+
+
+def report(*arguments: object, checkpoint: Path | None = CHECKPOINT) -> dict[str, Any]:
+    result = check(*arguments, "--json", checkpoint=checkpoint)
+    (only,) = json.loads(result.stdout)["files"]
+    assert result.exit_code == (0 if only["refused"] is None else 1)
+    return only
+
+
+def test_the_synthetic_cells_are_described() -> None:
+    found = report(CELLS)
+    assert found["refused"] is None
+    assert (found["cells"], found["cells_kept"], found["cells_empty"], found["cells_too_long"]) == (24, 24, 1, 3)
+    assert (found["genes"], found["genes_known"], found["species"]) == (340, 305, "homo_sapiens")
+    assert found["whole_numbers"] is True
+    assert found["unseen_share"] == pytest.approx(0.159, abs=0.001)
+    assert found["unknown_values"] == {"assay": {"a new assay": 8}}
+    assert found["memory_gib"] > 0.5
+    assert found["seconds"] > 0
+
+
+def test_the_same_is_a_table_for_people() -> None:
+    result = check(CELLS)
+    assert result.exit_code == 0
+    for text in ("305 (89.7 % of the file's genes)", "likely homo_sapiens", "a new assay (8 cells)", "would accept it"):
+        assert text in result.stdout
+
+
+def test_a_file_tells_something_without_a_checkpoint() -> None:
+    found = report(CELLS, checkpoint=None)
+    assert (found["cells"], found["genes"], found["species"]) == (24, 340, "homo_sapiens")
+    assert found["genes_known"] is None
+    assert found["mean_genes_per_cell"] > 100
+    assert check(CELLS, "--batch-size", 4, checkpoint=None).exit_code == 2
+
+
+def test_another_species_is_named_and_accepted_with_its_protein_embeddings() -> None:
+    other = SYNTHETIC / "other_species.h5ad"
+    found = report(other)
+    assert found["species"] == "mus_musculus"
+    assert found["genes_known"] == 0
+    assert "is it another species (mus_musculus)" in found["refused"]
+    found = report(other, "--pretrained-embedding", SYNTHETIC / "other_species_gene.h5")
+    assert found["refused"] is None
+    assert found["genes_known"] > 200
+
+
+def test_what_inference_would_refuse_is_exit_code_1(tmp_path: Path) -> None:
+    make_adata([[1, np.nan]]).write_h5ad(tmp_path / "nan.h5ad")
+    make_adata([[1, 2]], genes=[f"{GENES[0]}.1", f"{GENES[0]}.2"]).write_h5ad(tmp_path / "repeated.h5ad")
+    make_adata([[1, 2]], genes=["TP53", "BRCA1"]).write_h5ad(tmp_path / "symbols.h5ad")
+    (tmp_path / "broken.h5ad").write_bytes(CELLS.read_bytes()[:5000])
+    for name, reason in {
+        "nan.h5ad": "counts are NaN",
+        "repeated.h5ad": "1 columns repeat a gene id",
+        "symbols.h5ad": "these look like gene symbols",
+        "broken.h5ad": "truncated or damaged",
+        "nowhere.h5ad": "no such file",
+    }.items():
+        assert reason in report(tmp_path / name)["refused"], name
+    assert "NaN" in report(tmp_path / "nan.h5ad", checkpoint=None)["refused"]
+    assert report(tmp_path / "repeated.h5ad")["repeated_genes"] == 1
+    assert report(tmp_path / "repeated.h5ad", "--remove-duplicate-genes")["refused"] is None
+
+
+def test_one_bad_file_among_several_does_not_hide_the_others(tmp_path: Path) -> None:
+    random_adata(3).write_h5ad(tmp_path / "good.h5ad")
+    result = check(tmp_path / "nowhere.h5ad", tmp_path / "good.h5ad", "--json")
+    assert result.exit_code == 1
+    bad, good = json.loads(result.stdout)["files"]
+    assert "no such file" in bad["refused"]
+    assert good["refused"] is None
+
+
+def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    for i, value in enumerate(["young", 3.5]):
+        adata = random_adata(3)
+        adata.obs["age"] = value
+        adata.write_h5ad(tmp_path / f"{i}.h5ad")
+    result = check(tmp_path / "0.h5ad", tmp_path / "1.h5ad", "--json")
+    assert result.exit_code == 1
+    assert "column 'age' holds text in one input" in json.loads(result.stdout)["files"][0]["refused"]
+
+
+def test_doubtful_counts_and_names_are_told(tmp_path: Path) -> None:
+    adata = make_adata([[1.5, 2], [1, 1]])
+    adata.obs_names = ["twice", "twice"]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    found = report(tmp_path / "cells.h5ad")
+    assert found["refused"] is None
+    assert found["whole_numbers"] is False
+    assert found["repeated_cell_names"] == 1
+
+
+def test_bad_options_are_usage_errors() -> None:
+    assert check(CELLS, "--config-override", "model.data_config.clip_count=3").exit_code == 2
+    assert check(CELLS, checkpoint=Path("nowhere")).exit_code == 2
