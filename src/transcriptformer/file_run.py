@@ -73,14 +73,17 @@ class FileRun(pl.LightningDataModule):
                     "or delete that folder to begin anew"
                 )
             self.workspace.check_same(self.identity())
-            return
-        survey = survey_cells(self.inputs.readers, self.checkpoint.config.model.data_config)
-        self.workspace.create(self.identity(), survey)
+            self.workspace.lock()
+            self.survey = self.workspace.survey()
+        else:
+            self.survey = survey_cells(self.inputs.readers, self.checkpoint.config.model.data_config)
+            self.workspace.create(self.identity(), self.survey)
+        self.workspace.note_done(self._is_done())
 
     def setup(self, stage: str) -> None:
         """Find out what there is to do; in every process."""
         self.survey = self.workspace.survey()
-        self.is_done = self._is_done()
+        self.is_done = self.workspace.done()
         n_done = int(self.is_done.sum())
         self.recording.expect(self.survey.n_kept, self.open_recorder, n_done)
         if self.trainer is None or self.trainer.is_global_zero:

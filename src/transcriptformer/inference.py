@@ -221,6 +221,14 @@ def _predict(trainer: pl.Trainer, module: EmbeddingModule, **data: Any) -> None:
         if str(error).startswith("Caught ") and name in str(error):
             raise type(error)(str(error).rpartition(name)[2].strip()) from None
         raise
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        if not trainer.is_global_zero:  # whatever it was, it has been said there
+            raise SystemExit(1) from None
+        raise TranscriptFormerError(
+            "another process of this run has ended; see what it said; the same command with --resume goes on"
+        ) from error
 
 
 @contextmanager

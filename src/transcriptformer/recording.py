@@ -1,5 +1,6 @@
 """Predictions leave the Trainer: into memory, or into parts on disk."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -81,6 +82,7 @@ class Recording(pl.Callback):
     def __init__(self, on_progress: OnProgress | None) -> None:
         self.on_progress = on_progress
         self.recorder: Recorder | None = None
+        self.parent = os.getppid()
 
     def expect(self, n_cells: int, open_recorder: Callable[[int], Recorder], n_done: int = 0) -> None:
         """Say how many cells there are, how many of them are done, and where results go, by number of the process."""
@@ -97,6 +99,8 @@ class Recording(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Prediction, *unused: object
     ) -> None:
         assert self.recorder is not None
+        if self._is_orphan(trainer):
+            raise SystemExit(SIGTERM_EXIT_CODE)  # the first process was killed; a resumed run may be at work already
         self.recorder.add({name: value.cpu().numpy() for name, value in outputs._asdict().items() if value is not None})
         if self.on_progress is not None:
             # Other processes are taken to be as far as this one.
@@ -112,5 +116,9 @@ class Recording(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Keep what is there."""
-        if self.recorder is not None and not isinstance(exception, OutputError):
+        if self.recorder is not None and not self._is_orphan(trainer) and not isinstance(exception, OutputError):
             self.recorder.flush()
+
+    def _is_orphan(self, trainer: pl.Trainer) -> bool:
+        """Whether the process that started this one, to work beside it, is gone."""
+        return trainer.local_rank > 0 and os.getppid() != self.parent

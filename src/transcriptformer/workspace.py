@@ -1,16 +1,25 @@
 """The folder beside a result in which a run keeps what it has, until the result is whole; and whether it may go on."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import filelock
+import numpy as np
+
 from transcriptformer.config import Config
 from transcriptformer.data.store import Location, Store, is_url, is_zarr
 from transcriptformer.data.survey import Survey
 from transcriptformer.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 30.0
+"""Seconds to wait for the worker processes of a killed run, which notice its end after some seconds."""
 
 _FREE_TO_CHANGE = {
     "model.data_config.n_data_workers",
@@ -38,6 +47,7 @@ class Workspace:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = output.with_name(f"{output.name}.parts")
+        self._lock = filelock.FileLock(self.folder / "lock")
 
     @property
     def exists(self) -> bool:
@@ -49,10 +59,34 @@ class Workspace:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir()
+        self.lock()
         survey.save(self.folder / "survey.npz")
         temporary = self.folder / "run.json.tmp"
         temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
         temporary.replace(self.folder / "run.json")
+
+    def lock(self) -> None:
+        """Keep other runs out of the folder until this process ends, however it does.
+
+        Raises
+        ------
+        UsageError
+            If another run is at work there.
+        """
+        try:
+            self._lock.acquire(timeout=PATIENCE)
+        except filelock.Timeout as error:
+            raise UsageError(f"{self.folder}: another process is at work there; wait until it is done") from error
+        except (NotImplementedError, OSError):
+            logger.warning("%s: files cannot be locked here; do not start a second run of the same", self.folder)
+
+    def note_done(self, is_done: np.ndarray) -> None:
+        """Note which of the kept cells (cells,) need not be computed: the same for all processes of a run."""
+        np.save(self.folder / "done.npy", is_done)
+
+    def done(self) -> np.ndarray:
+        """What was noted: a mask (kept cells,)."""
+        return np.load(self.folder / "done.npy")
 
     def survey(self) -> Survey:
         """The survey that was made when the run began."""
@@ -74,6 +108,7 @@ class Workspace:
 
     def remove(self) -> None:
         """Delete it all; the result is whole."""
+        self._lock.release()
         (self.folder / "run.json").unlink(missing_ok=True)  # first: what a kill leaves of the rest is no run
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,7 +89,10 @@ class CellDataset(IterableDataset[CellBlock]):
         self.process, self.n_processes = 0, 1
 
     def deal_out(self, process: int, n_processes: int, is_done: np.ndarray) -> None:
-        """Serve one process of several, and leave out rows whose results are there, `is_done` (kept cells,)."""
+        """Serve one process of several, and leave out rows whose results are there, `is_done` (kept cells,).
+
+        All processes must be told the same of what is done, for it decides which blocks each of them gets.
+        """
         self.process, self.n_processes, self.is_done = process, n_processes, is_done
 
     def __iter__(self) -> Iterator[CellBlock]:
@@ -96,14 +100,17 @@ class CellDataset(IterableDataset[CellBlock]):
         number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         shard, n_shards = self.process * n_workers + number, self.n_processes * n_workers
         # Small inputs are cut into smaller blocks, so that every process and worker has some.
-        share = max(1, -(-self.n_kept // (2 * n_shards)))
+        n_left = self.n_kept - int(self.is_done.sum())
+        share = max(1, -(-n_left // (2 * n_shards)))
         block_size = min(self.block_size, share) if n_shards > 1 else self.block_size
-        for i, (reader, start, cells, rows) in enumerate(_blocks(self.readers, self.kept, block_size)):
-            todo = ~self.is_done[rows]
-            if i % n_shards == shard and todo.any():
-                cells, rows = cells[todo], rows[todo]
-                aux_tokens = reader.aux_tokens(start, int(cells[-1]) + 1)[cells - start]
-                yield CellBlock(rows, reader.tokens(start, cells), aux_tokens)
+        unfinished = (
+            (reader, start, cells[todo], rows[todo])
+            for reader, start, cells, rows in _blocks(self.readers, self.kept, block_size)
+            if (todo := ~self.is_done[rows]).any()
+        )
+        for reader, start, cells, rows in islice(unfinished, shard, None, n_shards):
+            aux_tokens = reader.aux_tokens(start, int(cells[-1]) + 1)[cells - start]
+            yield CellBlock(rows, reader.tokens(start, cells), aux_tokens)
 
 
 def _blocks(
