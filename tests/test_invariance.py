@@ -47,9 +47,9 @@ def results(source: Any, batch_size: int = 5, precision: str = "32") -> anndata.
 
 
 @cache
-def reference() -> anndata.AnnData:
+def reference(precision: str = "32") -> anndata.AnnData:
     """Every cell in a batch of its own."""
-    return results(CELLS_OF_EVERY_LENGTH, batch_size=1)
+    return results(CELLS_OF_EVERY_LENGTH, batch_size=1, precision=precision)
 
 
 @settings(max_examples=25)
@@ -84,10 +84,10 @@ def test_bfloat16_is_near_float32() -> None:
     assert 0 < relative_error(rounded, exact) < 2e-2
 
 
-@given(order=st.permutations(range(12)), batch_size=st.integers(1, 12))
-@settings(max_examples=15)
+@given(order=st.permutations(range(12)), batch_size=st.integers(2, 12))
+@settings(max_examples=8)
 def test_in_16_mixed_a_cell_does_not_depend_on_its_neighbours(order: list[int], batch_size: int) -> None:
-    alone = results(CELLS_OF_EVERY_LENGTH, batch_size=1, precision="16-mixed").obsm["embeddings"]
+    alone = reference("16-mixed").obsm["embeddings"]
     together = results(CELLS_OF_EVERY_LENGTH[order].copy(), batch_size, precision="16-mixed").obsm["embeddings"]
     for row, cell in enumerate(order):
         assert relative_error(together[row], alone[cell]) < 1e-3
