@@ -1,4 +1,4 @@
-"""Weights are held once: loading a checkpoint takes hardly more memory than its file."""
+"""Memory depends neither on how many cells there are nor on how large the results are; weights are held once."""
 
 import json
 import shutil
@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.commands import inference_command
 from tests.golden_cases import CHECKPOINT
+from tests.h5ad_files import random_adata
 from transcriptformer.config import load_config
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.vocab import read_aux_vocab, read_gene_vocab
@@ -58,3 +60,36 @@ def test_loading_holds_the_weights_once(large_checkpoint: Path, precision: str) 
     code = [sys.executable, "-c", LOAD_AND_PRINT_PEAK_MEMORY, str(large_checkpoint), precision]
     peak = int(subprocess.run(code, check=True, capture_output=True, text=True).stdout)
     assert peak < 1.2 * (large_checkpoint / "model_weights.pt").stat().st_size
+
+
+RUN_AND_PRINT_PEAK_MEMORY = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, capture_output=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
+@pytest.fixture(scope="module")
+def few_and_many_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells that fill the sequence: 10,000 of them have 1,270,000 gene embeddings of 128 bytes."""
+    folder = tmp_path_factory.mktemp("cells")
+    for n_cells in (1_000, 10_000):
+        random_adata(n_cells, n_genes=130, density=1).write_h5ad(folder / f"{n_cells}.h5ad")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in other units elsewhere")
+@pytest.mark.parametrize(
+    "options", [(), ("--emb-type", "cge"), ("--emb-type", "cge", "--cge-pool", "gene")], ids=" ".join
+)
+def test_ten_times_the_cells_take_no_more_memory(
+    few_and_many_cells: Path, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    peaks = []
+    for n_cells in (1_000, 10_000):
+        data = few_and_many_cells / f"{n_cells}.h5ad"
+        command = inference_command("--data-file", data, "--output-path", tmp_path / str(n_cells), *options)
+        run = [sys.executable, "-c", RUN_AND_PRINT_PEAK_MEMORY, *command]
+        peaks.append(int(subprocess.run(run, check=True, capture_output=True, text=True).stdout))
+    assert peaks[1] < 1.15 * peaks[0]

@@ -25,7 +25,7 @@ EMBEDDINGS_KEY, LLH_KEY, PROVENANCE_KEY = "embeddings", "llh", "transcriptformer
 CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY = "cge_embeddings", "cge_cell_indices", "cge_gene_names"
 GENE_COLUMN, N_CELLS_COLUMN = "gene", "n_cells"
 
-BLOCK_BYTES = 2**25
+BLOCK_BYTES = 2**23
 """Results are moved in blocks of about this size."""
 
 CHUNK_BYTES = 2**20

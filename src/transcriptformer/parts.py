@@ -21,7 +21,7 @@ ROWS, N_GENES = "rows", "n_genes"
 SECONDS_AT_RISK = 5.0
 """Results wait in memory for this long at most."""
 
-BYTES_AT_RISK = 2**26
+BYTES_AT_RISK = 2**25
 """And no more than this many bytes of them."""
 
 _GAP = 4096

@@ -33,9 +33,12 @@ class MatrixInMemory:
     """A SciPy matrix, a NumPy array, or what a backed AnnData has in their place, as `Matrix`."""
 
     def __init__(self, values: Any) -> None:
-        if getattr(values, "format", None) == "csc":  # whose rows are slow to come by
-            values = values.to_memory() if hasattr(values, "to_memory") else values
-            check_sparse(values)
+        is_csc = getattr(values, "format", None) == "csc"  # whose rows are slow to come by
+        if is_csc and hasattr(values, "to_memory"):
+            values = values.to_memory()
+        if sparse.issparse(values):
+            check_sparse(values)  # now, for SciPy may crash where indices point outside
+        if is_csc:
             values = values.tocsr()
         self.values, self.shape = values, tuple(values.shape)
 
@@ -65,6 +68,8 @@ class StoredCsr:
         n_entries = int(group["indptr"][-1])
         if lengths != {"data": n_entries, "indices": n_entries, "indptr": self.shape[0] + 1}:
             raise DataError(f"{store.name}: damaged: {key} of shape {self.shape} has arrays of lengths {lengths}")
+        if group["indptr"][0] != 0:
+            raise DataError(f"{store.name}: damaged: the entries of {key} do not begin with the first one")
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:  # noqa: D102
         group = self.store[self.key]
@@ -148,4 +153,5 @@ def to_canonical_csr(values: Any, name: str = "the AnnData") -> sparse.csr_array
 def check_sparse(values: Any) -> None:
     """Raise ValueError where a CSR or CSC matrix points outside itself."""
     if getattr(values, "format", "dense") in ("csr", "csc"):
-        values.check_format(full_check=True)
+        arrays = values.data, values.indices, values.indptr
+        type(values)(arrays, shape=values.shape).check_format(full_check=True)  # which may replace the arrays

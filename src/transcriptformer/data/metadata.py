@@ -163,8 +163,9 @@ class JoinedMetadata:
                 f"obs: column {column!r} holds text in one input and something else in another; leave it out by "
                 "model.inference_config.obs_keys"
             )
-        everywhere = all(column in part.columns for part in self.parts)
-        return object if everywhere else pd.CategoricalDtype(self._distinct(column))
+        # Plain text has no gaps in a file; what is categorical in one of them may have some.
+        is_plain = [column in part.columns and part.rows(0, 1, [column])[column].dtype == object for part in self.parts]
+        return object if all(is_plain) else pd.CategoricalDtype(self._distinct(column))
 
     def _distinct(self, column: str) -> list[str]:
         found: set[str] = set()

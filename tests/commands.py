@@ -1,0 +1,71 @@
+"""The command in processes of its own, which may be killed like those of a user."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from tests.golden_cases import CHECKPOINT, TOLERANCE, relative_error
+
+COMMAND = Path(sys.executable).with_name("transcriptformer")
+
+
+def inference_command(*options: object, checkpoint: Path = CHECKPOINT) -> list[str]:
+    fixed = ["inference", "--checkpoint-path", checkpoint, "--precision", "32", "--device", "cpu"]
+    return [str(part) for part in (COMMAND, *fixed, *options)]
+
+
+def start(command: list[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Run in a process group of its own."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},  # threads that wait for a busy core slow it down
+    )
+
+
+def finish(process: subprocess.Popen[str], kill_after: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Wait for the end, or kill the whole group at once, as a scheduler does; nothing is left running."""
+    try:
+        process.wait(300 if kill_after is None else kill_after)
+    except subprocess.TimeoutExpired:
+        assert kill_after is not None, "it hangs"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_command(*options: object, kill_after: float | None = None) -> subprocess.CompletedProcess[str]:
+    return finish(start(inference_command(*options)), kill_after)
+
+
+def read_result(path: Path) -> anndata.AnnData:
+    return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
+
+
+def assert_same(result: anndata.AnnData, expected: anndata.AnnData) -> None:
+    """The same cells in the same order, with the same metadata and numbers."""
+    assert list(result.obs_names) == list(expected.obs_names)
+    pd.testing.assert_frame_equal(result.obs, expected.obs)
+    assert result.obsm.keys() == expected.obsm.keys()
+    for key in expected.obsm:
+        assert relative_error(result.obsm[key], expected.obsm[key]) < TOLERANCE
+    assert result.uns.keys() == expected.uns.keys()
+    for key in expected.uns.keys() - {"transcriptformer"}:
+        values, wanted = np.asarray(result.uns[key]), np.asarray(expected.uns[key])
+        if wanted.dtype.kind == "f":
+            assert np.isnan(wanted).all() or relative_error(values, wanted) < TOLERANCE
+        else:
+            np.testing.assert_array_equal(values, wanted)
