@@ -89,8 +89,7 @@ class PartWriter:
     """
 
     def __init__(self, folder: Path, number: int, layout: Layout) -> None:
-        attempt = 1 + max((int(path.name.split("-")[0]) for path in folder.glob(f"*-{number:05}.{ROWS}")), default=0)
-        self.stem = folder / f"{attempt:04}-{number:05}"
+        self.stem = new_part(folder, number, ROWS).with_suffix("")
         self.layout = {**layout, ROWS: Field("int64")}  # rows last: they say what is complete
         self.waiting: dict[str, list[np.ndarray]] = {name: [] for name in self.layout}
         self.n_bytes, self.last_flush = 0, time.monotonic()
@@ -132,6 +131,12 @@ class PartWriter:
 
     def _path(self, name: str) -> Path:
         return self.stem.with_name(f"{self.stem.name}.{name}")
+
+
+def new_part(folder: Path, number: int, ending: str) -> Path:
+    """A path for what process `number` is going to keep, beside what it has kept in earlier attempts."""
+    earlier = [int(path.name.partition("-")[0]) for path in folder.glob(f"*-{number:05}.{ending}")]
+    return folder / f"{1 + max(earlier, default=0):04}-{number:05}.{ending}"
 
 
 def cannot_write(folder: Path, error: OSError) -> OutputError:

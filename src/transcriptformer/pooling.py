@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from transcriptformer.output import GENE_COLUMN, N_CELLS_COLUMN
-from transcriptformer.parts import SECONDS_AT_RISK, cannot_write
+from transcriptformer.parts import SECONDS_AT_RISK, cannot_write, new_part
 
 NO_GROUP = -1
 """Cells of this group are left out."""
@@ -95,8 +95,7 @@ class PoolWriter:
     """A pool that is saved, with the rows it has taken, every now and then: one file, replaced as a whole."""
 
     def __init__(self, folder: Path, number: int, pool: Pool) -> None:
-        attempt = 1 + max((int(path.name.split("-")[0]) for path in folder.glob(f"*-{number:05}.pool")), default=0)
-        self.path = folder / f"{attempt:04}-{number:05}.pool"
+        self.path = new_part(folder, number, "pool")
         self.pool, self.rows = pool, np.zeros(len(pool.group_of_row), bool)
         self.last_saved, self.seconds_to_save, self.n_unsaved = time.monotonic(), 0.0, 0
 
