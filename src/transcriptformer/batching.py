@@ -50,7 +50,7 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
     states = 6 * 4 * config.embed_dim
     products = size * (7 * config.embed_dim + 2 * config.model_dim)
     queries = QUERY_BLOCK if inference.attention == "fast" else config.seq_len
-    scores = config.num_heads * queries * (2 * 4 + size)
+    scores = config.num_heads * queries * 3 * 4  # three times float32 at most, whatever the precision
     gene = (4 + size) * protein_dim + (4 + size) * config.embed_dim
     heads = 4 * 4 * config.embed_dim if "llh" in inference.output_keys else 0
     return states + products + scores + gene + heads
