@@ -1,5 +1,9 @@
+import os
 import shutil
 from pathlib import Path
+
+# For models of this size a second thread costs more than it brings; here and in the commands that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from hypothesis import HealthCheck, settings

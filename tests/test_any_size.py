@@ -20,8 +20,8 @@ from transcriptformer.config import load_config
 from transcriptformer.inference import embed, run
 
 STORED_AS = ("csr.h5ad", "csc.h5ad", "dense.h5ad", "csr.zarr", "dense.zarr")
-# Each keeps a cell whatever the counts: the first of every file has more than 5 genes, and one is always near the mean.
-FILTERS: tuple[dict[str, float], ...] = ({}, {"min_expressed_genes": 5}, {"filter_outliers": 1.0})
+# The first cell of every file has more than 5 genes; of several cells one is always this near the mean.
+FILTERS: tuple[dict[str, float], ...] = ({}, {"min_expressed_genes": 5}, {"filter_outliers": 1.5})
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ RUNS = st.builds(
     tokens_per_batch=st.sampled_from([None, 1, 300]),
     block_size=st.integers(1, 30),
     ending=st.sampled_from(["h5ad", "zarr"]),
-)
+).filter(lambda way: max(way.sizes) > 1 or "filter_outliers" not in way.filters)
 
 
 def check(way: Run) -> None:

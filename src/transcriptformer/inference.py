@@ -165,10 +165,14 @@ def run(
         except BaseException:
             if trainer.is_global_zero:
                 file_run.tell_what_is_kept()
+            workspace.unlock()
             raise
         if not trainer.is_global_zero:
             return None
-        file_run.write()
+        try:
+            file_run.write()
+        finally:
+            workspace.unlock()
     return output
 
 

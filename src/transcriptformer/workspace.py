@@ -66,7 +66,7 @@ class Workspace:
         temporary.replace(self.folder / "run.json")
 
     def lock(self) -> None:
-        """Keep other runs out of the folder until this process ends, however it does.
+        """Keep other runs out of the folder until `unlock`, or until this process ends, however it does.
 
         Raises
         ------
@@ -79,6 +79,10 @@ class Workspace:
             raise UsageError(f"{self.folder}: another process is at work there; wait until it is done") from error
         except (NotImplementedError, OSError):
             logger.warning("%s: files cannot be locked here; do not start a second run of the same", self.folder)
+
+    def unlock(self) -> None:
+        """Let other runs in."""
+        self._lock.release()
 
     def note_done(self, is_done: np.ndarray) -> None:
         """Note which of the kept cells (cells,) need not be computed: the same for all processes of a run."""
@@ -108,7 +112,6 @@ class Workspace:
 
     def remove(self) -> None:
         """Delete it all; the result is whole."""
-        self._lock.release()
         (self.folder / "run.json").unlink(missing_ok=True)  # first: what a kill leaves of the rest is no run
         shutil.rmtree(self.folder, ignore_errors=True)
 

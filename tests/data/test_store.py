@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,19 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def serve(folder: Path, handler: type[QuietHandler] = QuietHandler) -> Iterator[str]:
+    web = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    thread = threading.Thread(target=web.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{web.server_port}"
+    finally:
+        web.shutdown()
+        thread.join()
+        web.server_close()
+
+
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the same cells in both formats of zarr."""
@@ -68,13 +82,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def places(stores: Path) -> Iterator[dict[str, str]]:
     """Where that folder can be read."""
-    handler = functools.partial(QuietHandler, directory=str(stores))
-    web = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=web.serve_forever)
-    thread.start()
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     moto.start()
-    with pytest.MonkeyPatch.context() as patch:
+    with serve(stores) as web, pytest.MonkeyPatch.context() as patch:
         endpoint = "http://{}:{}".format(*moto.get_host_and_port())
         # What people set for a storage of their own.
         patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
@@ -87,11 +97,22 @@ def places(stores: Path) -> Iterator[dict[str, str]]:
             if path.is_file():
                 client.upload_file(str(path), "cells", str(path.relative_to(stores)))
         client.close()
-        yield {"folder": str(stores), "http": f"http://127.0.0.1:{web.server_port}", "s3": "s3://cells"}
+        yield {"folder": str(stores), "http": web, "s3": "s3://cells"}
     moto.stop()
-    web.shutdown()
-    thread.join()
-    web.server_close()
+
+
+class HandlerWithoutListing(QuietHandler):
+    def list_directory(self, *unused: object) -> None:
+        self.send_error(403)
+
+
+@pytest.mark.parametrize("consolidated", [True, False])
+def test_a_web_server_need_not_tell_what_there_is(consolidated: bool, tmp_path: Path) -> None:
+    write_zarr(the_cells(), tmp_path / "cells.zarr", 2)
+    if not consolidated:
+        (tmp_path / "cells.zarr" / ".zmetadata").unlink()
+    with serve(tmp_path, HandlerWithoutListing) as address:
+        assert_holds_the_cells(open_source(f"{address}/cells.zarr"))
 
 
 def assert_holds_the_cells(source: CellSource) -> None:
