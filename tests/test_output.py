@@ -186,6 +186,21 @@ def test_a_zarr_store_replaces_the_old_one_when_it_is_whole(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["embeddings.zarr"]
 
 
+def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".embeddings.h5ad.4711.tmp").write_bytes(b"half")
+    write_anndata(make_adata([[1]]), tmp_path / "embeddings.h5ad")
+    assert [path.name for path in tmp_path.iterdir()] == ["embeddings.h5ad"]
+
+
+def test_inputs_are_closed_when_the_run_is_done(tmp_path: Path) -> None:
+    adata = make_adata([[1], [2]])
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    config = load_config(CHECKPOINT)
+    embed(tmp_path / "cells.h5ad", load_checkpoint(CHECKPOINT, config))
+    run_on(tmp_path / "cells.h5ad", tmp_path / "out")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+
+
 def test_a_failure_leaves_no_half_written_store(tmp_path: Path) -> None:
     for name in ("embeddings.zarr", "embeddings.h5ad"):
         with pytest.raises(ZeroDivisionError), new_anndata(tmp_path / name):

@@ -72,7 +72,9 @@ def embed(
     if isinstance(results, Pool):
         table, means = results.table(names, computed.groups, computed.inputs.group_column)
         return pooled_to_anndata(table, means, computed.provenance)
-    return to_anndata(computed.inputs.obs(computed.survey), results, names, computed.provenance)
+    obs = computed.inputs.obs(computed.survey)
+    computed.inputs.close()
+    return to_anndata(obs, results, names, computed.provenance)
 
 
 class Computed(NamedTuple):
@@ -123,6 +125,7 @@ def compute(
         sha256 = background.submit(checkpoint.weights_sha256)
         trainer = _trainer(checkpoint, Processes(1, 1, LightningEnvironment()), recording)
         _predict(trainer, make_module(checkpoint), dataloaders=loader)
+    inputs.close()
     return Computed(inputs, survey, results, groups, provenance_of(several, checkpoint, sha256.result()))
 
 
@@ -162,17 +165,16 @@ def run(
             return output
         try:
             _predict(trainer, make_module(checkpoint), datamodule=file_run)
+            if not trainer.is_global_zero:
+                return None
+            file_run.write()
         except BaseException:
             if trainer.is_global_zero:
                 file_run.tell_what_is_kept()
-            workspace.unlock()
             raise
-        if not trainer.is_global_zero:
-            return None
-        try:
-            file_run.write()
         finally:
             workspace.unlock()
+            file_run.inputs.close()
     return output
 
 

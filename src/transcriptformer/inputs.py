@@ -77,6 +77,11 @@ class Inputs:
                 f"--cge-pool {pool}: obs has no such column; its columns are: {', '.join(columns) or 'none'}"
             )
 
+    def close(self) -> None:
+        """Let go of the files; they are opened again where something is read."""
+        for reader in self.readers:
+            reader.source.close()
+
     def loader(
         self, survey: Survey, limits: BatchLimits, process: int, n_processes: int, is_done: np.ndarray
     ) -> BatchLoader:

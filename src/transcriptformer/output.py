@@ -1,5 +1,6 @@
 """Results become an AnnData, in memory, in an h5ad file or in a zarr store. The only place that names their keys."""
 
+import glob
 import io
 import json
 import os
@@ -273,6 +274,8 @@ def new_anndata(path: Path) -> Iterator[h5py.File | zarr.Group]:
         If the disk is full or the folder cannot be written to.
     """
     temporary = _temporary(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a run that was killed while it wrote
+        _remove(left)
     try:
         with _strings_as_they_are(), _open_new(temporary, path.suffix == ".zarr") as root:
             anndata.io.write_elem(root, "/", anndata.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str))))

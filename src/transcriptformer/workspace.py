@@ -15,6 +15,7 @@ from transcriptformer.config import Config
 from transcriptformer.data.store import Location, Store, is_url, is_zarr
 from transcriptformer.data.survey import Survey
 from transcriptformer.errors import UsageError
+from transcriptformer.parts import cannot_write
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,17 @@ class Workspace:
 
     def create(self, identity: Mapping[str, Any], survey: Survey) -> None:
         """Begin anew."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir()
-        self.lock()
-        survey.save(self.folder / "survey.npz")
-        temporary = self.folder / "run.json.tmp"
-        temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-        temporary.replace(self.folder / "run.json")
+        try:
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            self.lock()
+            survey.save(self.folder / "survey.npz")
+            temporary = self.folder / "run.json.tmp"
+            temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+            temporary.replace(self.folder / "run.json")
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
 
     def lock(self) -> None:
         """Keep other runs out of the folder until `unlock`, or until this process ends, however it does.
@@ -86,7 +90,10 @@ class Workspace:
 
     def note_done(self, is_done: np.ndarray) -> None:
         """Note which of the kept cells (cells,) need not be computed: the same for all processes of a run."""
-        np.save(self.folder / "done.npy", is_done)
+        try:
+            np.save(self.folder / "done.npy", is_done)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
 
     def done(self) -> np.ndarray:
         """What was noted: a mask (kept cells,)."""

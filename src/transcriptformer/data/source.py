@@ -39,12 +39,19 @@ class CellSource:
         Metadata of the cells, as found.
     """
 
-    def __init__(self, name: str, matrix: Matrix, gene_ids: np.ndarray, obs: Metadata) -> None:
-        self.name, self.matrix, self.gene_ids, self.obs = name, matrix, gene_ids, obs
+    def __init__(
+        self, name: str, matrix: Matrix, gene_ids: np.ndarray, obs: Metadata, store: Store | None = None
+    ) -> None:
+        self.name, self.matrix, self.gene_ids, self.obs, self.store = name, matrix, gene_ids, obs, store
         self.is_repeated = pd.Index(gene_ids).duplicated() & (gene_ids != "")
 
     def __len__(self) -> int:
         return self.matrix.shape[0]
+
+    def close(self) -> None:
+        """Let go of the file; it is opened again where something is read."""
+        if self.store is not None:
+            self.store.close()
 
     def counts(self, start: int, stop: int) -> sparse.csr_array:
         """Counts (cells, genes), float32, of the cells from `start` to before `stop`; see `to_canonical_csr`.
@@ -125,7 +132,8 @@ def open_source(
         raise DataError(
             f"{name}: damaged: counts of shape {found.matrix.shape} for {shape[0]} cells and {shape[1]} genes"
         )
-    cells = CellSource(name, found.matrix, _without_versions(_gene_column(found, gene_col_name, name)), found.obs)
+    gene_ids = _without_versions(_gene_column(found, gene_col_name, name))
+    cells = CellSource(name, found.matrix, gene_ids, found.obs, found.store)
     _check_duplicates(cells, gene_col_name, remove_duplicate_genes)
     return cells
 
@@ -137,6 +145,7 @@ class _Found(NamedTuple):
     var: pd.DataFrame
     obs: Metadata
     is_raw: bool
+    store: Store | None = None
 
 
 def _from_anndata(adata: anndata.AnnData, use_raw: bool | str | None, layer: str | None, name: str) -> _Found:
@@ -172,7 +181,8 @@ def _from_store(location: Location, use_raw: bool | str | None, read_in_blocks: 
         if f"{place}X" not in store:
             raise DataError(f"{store.name}: has no matrix {place}X")
         matrix = open_matrix(store, f"{place}X", read_in_blocks)
-        return _Found(matrix, anndata.io.read_elem(store[f"{place}var"]), open_metadata(store, "obs"), is_raw)
+        var, obs = anndata.io.read_elem(store[f"{place}var"]), open_metadata(store, "obs")
+        return _Found(matrix, var, obs, is_raw, store)
     except TranscriptFormerError:
         raise
     except Exception as error:  # h5py, zarr and anndata raise whatever damaged data leads them to
