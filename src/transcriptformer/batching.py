@@ -29,8 +29,7 @@ def batch_limits(checkpoint: Checkpoint, n_processes: int = 1) -> BatchLimits:
     most_tokens = inference.tokens_per_batch or NO_LIMIT
     if isinstance(inference.batch_size, int):
         return BatchLimits(inference.batch_size, most_tokens)
-    weights = sum(weight.numel() * weight.element_size() for weight in checkpoint.model.parameters())
-    room = SHARE_OF_FREE_MEMORY * (free_memory(checkpoint.device, n_processes) - weights)
+    room = SHARE_OF_FREE_MEMORY * (free_memory(checkpoint.device, n_processes) - checkpoint.weights_bytes)
     fitting = max(1, int(room / bytes_per_token(checkpoint)))
     return BatchLimits(MOST_CELLS, min(fitting, most_tokens, MOST_TOKENS[checkpoint.device.type]))
 

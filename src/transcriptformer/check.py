@@ -1,6 +1,5 @@
 """What `inference` would make of files, without computing anything: `transcriptformer check`."""
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,6 @@ from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.inputs import Inputs
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.vocab import make_gene_vocab
-
-logger = logging.getLogger(__name__)
 
 IMPORTS_BYTES = 5 * 2**28
 """Memory of a process before it holds weights or cells: Python, PyTorch, and blocks of counts on their way."""
@@ -182,8 +179,7 @@ def _estimate(report: Report, survey: Survey, checkpoint: Checkpoint, seconds_pe
     longest = positions(int(lengths.max()), seq_len, checkpoint.min_positions)
     most = int((lengths + LENGTH_MULTIPLE).clip(max=seq_len).sum())
     widest = min(limits.max_cells * longest, max(limits.max_tokens, longest), most)
-    weights = sum(weight.numel() * weight.element_size() for weight in checkpoint.model.parameters())
-    report.memory_gib = (IMPORTS_BYTES + weights + widest * bytes_per_token(checkpoint)) / 2**30
+    report.memory_gib = (IMPORTS_BYTES + checkpoint.weights_bytes + widest * bytes_per_token(checkpoint)) / 2**30
     block = lengths[: model.data_config.block_size]
     padded = sum(
         len(chosen) * positions(int(block[chosen].max()), seq_len, checkpoint.min_positions)

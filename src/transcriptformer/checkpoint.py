@@ -70,6 +70,11 @@ class Checkpoint:
         """Width of an embedding."""
         return self.model.embedding.shape[1] if isinstance(self.model, Esm2CE) else self.model.config.embed_dim
 
+    @property
+    def weights_bytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+
     def weights_sha256(self) -> str:
         """SHA-256 of `model_weights.pt`, as `sha256sum` prints it."""
         with (self.path / "model_weights.pt").open("rb") as file:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transcriptformer.cli.inference import UseRaw, use_raw_setting
+from transcriptformer.cli.inference import UseRaw, batch_size_setting, use_raw_setting
 
 if TYPE_CHECKING:
     from transcriptformer.check import Report
@@ -58,7 +58,7 @@ def check(
         "model.data_config.use_raw": use_raw_setting(use_raw),
         "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
         "model.inference_config.pretrained_embedding": [str(p) for p in pretrained_embedding or []] or None,
-        "model.inference_config.batch_size": int(batch_size) if batch_size and batch_size.isdigit() else batch_size,
+        "model.inference_config.batch_size": batch_size_setting(batch_size),
         "model.inference_config.precision": precision,
         "model.inference_config.device": device,
     }

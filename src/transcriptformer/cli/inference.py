@@ -20,6 +20,11 @@ def use_raw_setting(value: UseRaw | None) -> bool | str | None:
     return {"true": True, "false": False, "auto": "auto", None: None}[value]
 
 
+def batch_size_setting(value: str | None) -> int | str | None:
+    """The configuration's value; what is no number is checked there."""
+    return int(value) if value is not None and value.isdigit() else value
+
+
 def inference(
     checkpoint_path: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the checkpoint.")],
     data_file: Annotated[
@@ -158,7 +163,7 @@ def inference(
         "model.data_config.n_data_workers": n_data_workers,
         "model.inference_config.output_path": output_path and str(output_path),
         "model.inference_config.output_filename": output_filename,
-        "model.inference_config.batch_size": int(batch_size) if batch_size and batch_size.isdigit() else batch_size,
+        "model.inference_config.batch_size": batch_size_setting(batch_size),
         "model.inference_config.precision": precision,
         "model.inference_config.pretrained_embedding": [str(p) for p in pretrained_embedding or []] or None,
         "model.inference_config.embedding_layer_index": embedding_layer_index,

@@ -3,6 +3,7 @@
 import logging
 from typing import Any, Protocol
 
+import anndata
 import numpy as np
 import psutil
 from scipy import sparse
@@ -92,8 +93,6 @@ def open_matrix(store: Store, key: str, read_in_blocks: bool) -> Matrix:
     DataError
         If it is damaged, of an unknown kind, or stored by columns and too large for memory.
     """
-    import anndata
-
     try:
         element = store[key]
         kind = str(element.attrs.get("encoding-type", "array"))

@@ -1,6 +1,5 @@
 """Where an AnnData lies: an h5ad file, or a zarr store, maybe far away; opened anew by every process that reads."""
 
-import logging
 import os
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,8 +8,6 @@ import h5py
 import zarr
 
 from transcriptformer.errors import DataError, UsageError
-
-logger = logging.getLogger(__name__)
 
 Location: TypeAlias = str | Path
 """A path, or a URL such as s3://bucket/cells.zarr."""
