@@ -1,6 +1,8 @@
 """Measure loading, reading, tokenizing and embedding, for a checkpoint and a file, on this machine.
 
-    python scripts/benchmark.py CHECKPOINT FILE [--precision 32] [--batch-size 8] [--cells 16] [--copies 1]
+    python scripts/benchmark.py CHECKPOINT FILE [--precision 32] [--cells 16] [--copies 1] [--json]
+    python scripts/benchmark.py CHECKPOINT FILE --reference PYTHON [--repeats 3] [--cells 6] [--command]
+    python scripts/benchmark.py CHECKPOINT FILE --plot FILE.png [--reference PYTHON]
     python scripts/benchmark.py CHECKPOINT FILE --stream [--workers 2] [--batch-size 64]
     python scripts/benchmark.py CHECKPOINT FILE --make-cells 1000000
 
@@ -9,7 +11,12 @@
 - tokenize: cells per second from counts in memory (CSR) to batches ready for the model, in one process and on one core;
   median of five. A file is aligned with the vocabulary once, however many cells it has; `--copies 20` repeats the cells
   of a small example until they weigh as they do in a file of the usual size.
-- embed: cells per second through the model alone; median over batches, the first one apart. `--cells 0` leaves it out.
+- embed: cells and tokens per second through the model, the first batch apart; which share of the positions is padding;
+  where the time goes; and which fraction of this machine's own matrix-product rate the linear layers amount to, as if
+  nothing else took any time. `--cells 0` leaves it out.
+- reference: runs of the published package, which PYTHON has, and of this one in turn, and the ratio of the medians;
+  with `--command` of whole commands in the shell, start-up and loading included.
+- plot: seconds per cell over genes per cell, of cells that are cut to fewer and fewer genes.
 - stream (instead of these): cells per second of the first pass over a file and of the batches that reach the main
   process from the workers, with counts left on disk; and the most memory that the main process held.
 - make-cells: writes a file of random cells with 20,000 genes of which about 1 % is expressed, and a tiny checkpoint
@@ -22,6 +29,7 @@ import logging
 import resource
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import anndata
@@ -29,21 +37,23 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
+from embedding_speed import measure_embedding
 from rich.console import Console
 from rich.table import Table
 from scipy import sparse
+from versus_reference import REFERENCE_SPEED, compare, compare_commands, plot_over_genes
 
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint, read_vocabs
 from transcriptformer.config import load_config
-from transcriptformer.data.dataset import Batch, BatchLimits
+from transcriptformer.data.dataset import BatchLimits
 from transcriptformer.data.survey import survey_cells
-from transcriptformer.inference import make_module
 from transcriptformer.inputs import Inputs
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
 MIB = 2**20
 REPEATS = 5
 N_GENES, EXPRESSED = 20_000, 0.01
+GENES_PER_CELL = [50, 100, 200, 400, 800, 1200, 1600, 2047]
 GENES = [f"ENSG{i:011}" for i in range(N_GENES)]
 
 
@@ -54,8 +64,18 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("file", type=Path)
     parser.add_argument("--precision", default="16-mixed")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="default: auto; 8 where nothing is embedded")
     parser.add_argument("--cells", type=int, default=16, help="cells to embed; 0: none")
+    parser.add_argument("--only-embed", action="store_true", help="leave the tokenizing out")
+    parser.add_argument("--attention", default="auto", help="auto, blockwise, flex, plain")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--reference", metavar="PYTHON", help="interpreter that has the published package")
+    parser.add_argument("--reference-script", type=Path, default=REFERENCE_SPEED, help="what it runs")
+    parser.add_argument("--reference-cells", type=int, help="cells for it, if not as many")
+    parser.add_argument("--no-compile", action="store_true", help="run it without compiling")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs with --reference")
+    parser.add_argument("--command", action="store_true", help="with --reference: compare whole commands")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw seconds per cell over genes per cell")
     parser.add_argument("--copies", type=int, default=1, help="how often to repeat the cells before tokenizing")
     parser.add_argument("--stream", action="store_true", help="read the file in blocks, from disk")
     parser.add_argument("--workers", type=int, default=0, help="worker processes of --stream")
@@ -66,30 +86,42 @@ def main() -> None:
         make_checkpoint(arguments.checkpoint)
         make_cells(arguments.file, arguments.make_cells)
         return
+    if arguments.plot:
+        show(plot_over_genes(arguments, GENES_PER_CELL), as_json=arguments.json)
+        return
+    if arguments.reference:
+        show(compare_commands(arguments) if arguments.command else compare(arguments), as_json=arguments.json)
+        return
 
     config = load_config(
         arguments.checkpoint,
         {
             "model.inference_config.precision": arguments.precision,
-            "model.inference_config.batch_size": arguments.batch_size,
+            "model.inference_config.batch_size": arguments.batch_size or "auto",
+            "model.inference_config.attention": arguments.attention,
+            "model.inference_config.device": arguments.device,
             "model.data_config.n_data_workers": arguments.workers,
         },
     )
     before = _peak_memory()
     started = time.perf_counter()
     checkpoint = load_checkpoint(arguments.checkpoint, config)
-    figures = {
+    figures: dict[str, object] = {
         "load_s": time.perf_counter() - started,
         "load_peak_mib": _peak_memory() / MIB,
         "load_peak_without_imports_mib": (_peak_memory() - before) / MIB,
         "weights_mib": (arguments.checkpoint / "model_weights.pt").stat().st_size / MIB,
     }
     if arguments.stream:
-        figures |= measure_streaming(arguments.file, checkpoint, arguments.batch_size)
+        figures |= measure_streaming(arguments.file, checkpoint, arguments.batch_size or 8)
     else:
-        figures |= measure_tokenizing(arguments.file, checkpoint, arguments.batch_size, arguments.copies)
+        if not arguments.only_embed:
+            figures |= measure_tokenizing(arguments.file, checkpoint, arguments.batch_size or 8, arguments.copies)
         if arguments.cells:
-            figures |= measure_embedding(arguments.file, checkpoint, arguments.batch_size, arguments.cells)
+            figures |= measure_embedding(anndata.read_h5ad(arguments.file)[: arguments.cells].copy(), checkpoint)
+    figures["peak_mib"] = _peak_memory() / MIB
+    if checkpoint.device.type == "cuda":
+        figures["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / MIB
     show(figures, as_json=arguments.json)
 
 
@@ -185,34 +217,16 @@ def measure_tokenizing(file: Path, checkpoint: Checkpoint, batch_size: int, copi
     }
 
 
-def measure_embedding(file: Path, checkpoint: Checkpoint, batch_size: int, n_cells: int) -> dict[str, float]:
-    """Whole batches through the model, without reading and writing."""
-    inputs = Inputs([anndata.read_h5ad(file)[:n_cells]], checkpoint)
-    survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
-    module = make_module(checkpoint).to(checkpoint.device)
-    seconds_per_cell = []
-    with torch.inference_mode():
-        loader = inputs.loader(survey, BatchLimits(batch_size, 2**62), 0, 1, np.zeros(survey.n_kept, bool))
-        for i, cpu_batch in enumerate(loader):
-            batch = Batch(*(tensor.to(checkpoint.device) for tensor in cpu_batch))
-            started = time.perf_counter()
-            embeddings = module.predict_step(batch, i).embeddings
-            assert embeddings is not None
-            embeddings.cpu()  # waits for the device
-            seconds_per_cell.append((time.perf_counter() - started) / len(batch.rows))
-    later = seconds_per_cell[1:] or seconds_per_cell
-    return {"first_batch_s_per_cell": seconds_per_cell[0], "embed_cells_per_s": 1 / statistics.median(later)}
-
-
-def show(figures: dict[str, float], as_json: bool) -> None:
+def show(figures: Mapping[str, object], as_json: bool) -> None:
     """Print as JSON or as a table, with the machine."""
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": _cpu_name()}
     if as_json:
-        print(json.dumps(machine | figures))
+        print(json.dumps({**machine, **figures}))
         return
     table = Table("figure", "value", title=", ".join(f"{key} {value}" for key, value in machine.items()))
     for name, value in figures.items():
-        table.add_row(name, f"{value:,.3g}" if value < 100 else f"{value:,.0f}")
+        text = str(value) if not isinstance(value, float) else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+        table.add_row(name, text)
     Console().print(table)
 
 

@@ -15,7 +15,7 @@ import torch
 from tests.commands import read_result
 from tests.golden_cases import CHECKPOINT, TOLERANCE, relative_error
 from tests.h5ad_files import make_adata
-from transcriptformer.batching import MOST_CELLS, MOST_TOKENS, NO_LIMIT, batch_limits, bytes_per_token
+from transcriptformer.batching import MOST_CELLS, MOST_TOKENS, batch_limits, bytes_per_token, suitable_tokens
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import load_config
 from transcriptformer.model.transcriptformer import TranscriptFormer
@@ -32,8 +32,17 @@ def load(path: Path = CHECKPOINT, **inference: object) -> Checkpoint:
 
 @pytest.mark.parametrize(("batch_size", "tokens_per_batch"), [(1, None), (8, None), (5000, 100), (8, 2**40)])
 def test_sizes_that_are_given_are_kept(batch_size: int, tokens_per_batch: int | None) -> None:
-    limits = batch_limits(load(batch_size=batch_size, tokens_per_batch=tokens_per_batch))
-    assert (limits.max_cells, limits.max_tokens) == (batch_size, tokens_per_batch or NO_LIMIT)
+    checkpoint = load(batch_size=batch_size, tokens_per_batch=tokens_per_batch)
+    limits = batch_limits(checkpoint)
+    suitable = suitable_tokens(checkpoint.device, checkpoint.width)
+    assert (limits.max_cells, limits.max_tokens) == (batch_size, tokens_per_batch or suitable)
+
+
+def test_a_cpu_likes_batches_that_stay_in_its_cache() -> None:
+    cpu = torch.device("cpu")
+    assert suitable_tokens(cpu, width=2048) == 4096
+    assert suitable_tokens(cpu, width=64) == MOST_TOKENS["cpu"]
+    assert suitable_tokens(torch.device("cuda"), width=2048) == MOST_TOKENS["cuda"]
 
 
 @pytest.mark.parametrize("tokens_per_batch", [None, 100])
@@ -44,13 +53,12 @@ def test_auto_takes_what_fits_but_not_more_than_makes_it_faster(model_type: str,
     checkpoint = load_checkpoint(CHECKPOINT, load_config(CHECKPOINT, {**settings, "model.model_type": model_type}))
     limits = batch_limits(checkpoint)
     assert limits.max_cells == MOST_CELLS
-    assert 1 <= limits.max_tokens <= min(MOST_TOKENS["cpu"], tokens_per_batch or NO_LIMIT)
+    assert 1 <= limits.max_tokens <= min(MOST_TOKENS["cpu"], tokens_per_batch or MOST_TOKENS["cpu"])
     assert limits.max_tokens * bytes_per_token(checkpoint) < psutil.virtual_memory().available
 
 
-def test_processes_share_the_memory_and_a_full_machine_still_takes_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MOST_TOKENS, "cpu", NO_LIMIT)
-    checkpoint = load(batch_size="auto")
+def test_processes_share_the_memory_and_a_full_machine_still_takes_a_cell() -> None:
+    checkpoint = load(batch_size="auto", tokens_per_batch=2**62)
     alone, shared = (batch_limits(checkpoint, n).max_tokens for n in (1, 4))
     assert shared == pytest.approx(alone / 4, rel=0.2)
     assert batch_limits(checkpoint, 10**12).max_tokens == 1
@@ -118,7 +126,7 @@ print(more / ((many - few) * 500), bytes_per_token(checkpoint))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in other units elsewhere")
-@pytest.mark.parametrize("attention", ["fast", "plain"])
+@pytest.mark.parametrize("attention", ["blockwise", "plain"])
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 @pytest.mark.parametrize("keys", ["[embeddings]", "[embeddings,llh]"])
 def test_a_token_takes_no_more_memory_than_is_reckoned_with(
@@ -143,7 +151,8 @@ from transcriptformer.inference import run
 torch.set_num_threads(1)
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 path, data, output, batch_size, megabytes = *map(Path, sys.argv[1:4]), *map(int, sys.argv[4:])
-options = {"precision": "32", "device": "cpu", "batch_size": batch_size, "output_path": str(output)}
+options = {"precision": "32", "device": "cpu", "output_path": str(output)}
+options |= {"batch_size": batch_size, "tokens_per_batch": 2**20}
 config = load_config(path, {f"model.inference_config.{key}": value for key, value in options.items()})
 
 def limit_memory(n_done, n_cells):

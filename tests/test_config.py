@@ -22,7 +22,6 @@ def test_defaults_are_the_published_ones() -> None:
     assert model.data_config.filter_to_vocabs is True
     assert model.data_config.use_raw is None
     assert model.data_config.n_data_workers == 0
-    assert model.inference_config.batch_size == 8
     assert model.inference_config.precision == "16-mixed"
     assert model.inference_config.output_path == "./inference_results"
     assert model.inference_config.output_filename == "embeddings.h5ad"

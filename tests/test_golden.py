@@ -33,7 +33,7 @@ each_other_case = pytest.mark.parametrize(
 each_gene_case = pytest.mark.parametrize(
     "case", [*synthetic_cases("cge", "esm2ce_cge"), *real_cases("cge", "esm2ce_cge")], ids=str
 )
-each_attention = pytest.mark.parametrize("attention", ["plain", "fast"])
+each_attention = pytest.mark.parametrize("attention", ["plain", "blockwise"])
 
 
 @each_attention

@@ -1,18 +1,21 @@
 """How large a batch may be."""
 
+import torch
+
 from transcriptformer.checkpoint import Checkpoint
 from transcriptformer.data.dataset import BatchLimits
 from transcriptformer.device import compute_dtype, free_memory
 from transcriptformer.model.attention import QUERY_BLOCK
 from transcriptformer.model.esm2ce import Esm2CE
 
-NO_LIMIT = 2**62
-
 MOST_CELLS = 4096
 """Of a batch whose size is chosen here."""
 
-MOST_TOKENS = {"cpu": 2**15, "mps": 2**17, "cuda": 2**20}
-"""The same for tokens: more do not make a device faster."""
+MOST_TOKENS = {"cpu": 2**15, "mps": 2**17, "cuda": 2**18}
+"""The same for tokens, by device: more do not make it faster."""
+
+CACHED_BYTES = 2**25
+"""States of a batch, in float32, that a CPU has at hand: larger batches make it slower."""
 
 SHARE_OF_FREE_MEMORY = 0.5
 
@@ -26,12 +29,18 @@ def batch_limits(checkpoint: Checkpoint, n_processes: int = 1) -> BatchLimits:
         Processes that share this machine's memory.
     """
     inference = checkpoint.config.model.inference_config
-    most_tokens = inference.tokens_per_batch or NO_LIMIT
+    most_tokens = inference.tokens_per_batch or suitable_tokens(checkpoint.device, checkpoint.width)
     if isinstance(inference.batch_size, int):
         return BatchLimits(inference.batch_size, most_tokens)
     room = SHARE_OF_FREE_MEMORY * (free_memory(checkpoint.device, n_processes) - checkpoint.weights_bytes)
     fitting = max(1, int(room / bytes_per_token(checkpoint)))
-    return BatchLimits(MOST_CELLS, min(fitting, most_tokens, MOST_TOKENS[checkpoint.device.type]))
+    return BatchLimits(MOST_CELLS, min(fitting, most_tokens))
+
+
+def suitable_tokens(device: torch.device, width: int) -> int:
+    """How many tokens of a model of that width a device likes best."""
+    most = MOST_TOKENS[device.type]
+    return min(most, max(1, CACHED_BYTES // (4 * width))) if device.type == "cpu" else most
 
 
 def bytes_per_token(checkpoint: Checkpoint) -> int:
@@ -48,7 +57,7 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
     protein_dim = checkpoint.model.gene_embeddings.embedding.embedding_dim
     states = 6 * 4 * config.embed_dim
     products = size * (7 * config.embed_dim + 2 * config.model_dim)
-    queries = QUERY_BLOCK if inference.attention == "fast" else config.seq_len
+    queries = config.seq_len if inference.attention == "plain" else QUERY_BLOCK
     scores = config.num_heads * queries * 3 * 4  # three times float32 at most, whatever the precision
     gene = (4 + size) * protein_dim + (4 + size) * config.embed_dim
     heads = 4 * 4 * config.embed_dim if "llh" in inference.output_keys else 0

@@ -14,7 +14,6 @@ from torch import Tensor
 from transcriptformer.config import Config
 from transcriptformer.device import choose_device, compute_dtype
 from transcriptformer.errors import CheckpointError
-from transcriptformer.model.attention import ATTENTION
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.model.layers import Linear
 from transcriptformer.model.transcriptformer import TranscriptFormer
@@ -112,7 +111,6 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
             )
         _check_weights(weights, model.state_dict(), weights_path)
         model.load_state_dict(weights, assign=True)
-        model.transformer_encoder.attention = ATTENTION[inference.attention]
         dtype = compute_dtype(inference.precision, device)
         if dtype != torch.float32:
             _cast_linear_layers(model, weights_path, dtype)

@@ -152,16 +152,17 @@ class LossConfig:
 class InferenceConfig:
     """A run of `transcriptformer inference` (`model.inference_config`)."""
 
-    batch_size: int | str = 8
-    """Most cells in a batch; auto: as many as fit into free memory."""
+    batch_size: int | str = "auto"
+    """Most cells in a batch; auto: as many as suit the device and fit into its free memory."""
     tokens_per_batch: int | None = None
-    """Most positions in a batch, padding included; None: no limit but `batch_size`."""
+    """Most positions in a batch, padding included; None: as many as suit the device."""
     precision: str = "16-mixed"
     """32; bf16-mixed; or 16-mixed: fp16 on a GPU, on a CPU bf16 where it has bf16 matrix instructions, else 32."""
     device: str = "auto"
     """cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there."""
-    attention: str = "fast"
-    """fast, or plain: the slower path that defines the numbers."""
+    attention: str = "auto"
+    """blockwise; flex: compiled by PyTorch's FlexAttention; plain: the slow one that defines the numbers; or auto: flex
+    on a CUDA device that has enough to do, else blockwise."""
     embedding_layer_index: int = -1
     """Block whose output is the embedding, from 0; negative from the end."""
     emb_type: str = "cell"
@@ -202,7 +203,7 @@ class InferenceConfig:
         )
         _require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
         _require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
-        _require_one_of(self.attention, ("fast", "plain"), key + "attention")
+        _require_one_of(self.attention, ("auto", "blockwise", "flex", "plain"), key + "attention")
         _require_one_of(self.emb_type, ("cell", "cge"), key + "emb_type (--emb-type)")
         _require(
             all(isinstance(name, str) for name in self.obs_keys), key + "obs_keys", "must be a list of column names"

@@ -1,11 +1,16 @@
 """Which device a run uses, and in which type its matrix products are computed there."""
 
+import ctypes
+import sys
 from collections.abc import Mapping
 
 import psutil
 import torch
 
 from transcriptformer.errors import UsageError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of two settings in glibc's malloc.h."""
 
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 """PyTorch's names of CPU instructions that multiply bfloat16 matrices (Intel, AMD, Arm)."""
@@ -62,6 +67,17 @@ def free_memory(device: torch.device, n_processes: int = 1) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // n_processes
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees for what it needs next, where the C library can (glibc).
+
+    Otherwise every large tensor on a CPU is taken from the kernel anew, page by page, which costs a tenth of the time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def count_devices(device: torch.device, wanted: int) -> int:

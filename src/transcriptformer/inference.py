@@ -20,6 +20,7 @@ from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import Config
 from transcriptformer.data.store import Location, is_url
 from transcriptformer.data.survey import Survey, survey_cells
+from transcriptformer.device import keep_freed_memory
 from transcriptformer.distributed import Processes, plan_processes
 from transcriptformer.errors import TranscriptFormerError, UsageError
 from transcriptformer.file_run import FileRun
@@ -151,6 +152,8 @@ def run(
     if output.resolve() in [Path(location).resolve() for location in locations if not is_url(location)]:
         raise UsageError(f"--output-filename {output}: is an input; the result would replace it")
     checkpoint = load_checkpoint(checkpoint_path, config)
+    if checkpoint.device.type == "cpu":
+        keep_freed_memory()
     processes = plan_processes(inference, checkpoint.device)
     with ThreadPoolExecutor(1) as background:
         sha256 = background.submit(checkpoint.weights_sha256)

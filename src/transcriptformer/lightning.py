@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from transcriptformer.config import InferenceConfig
-from transcriptformer.data.dataset import Batch
+from transcriptformer.data.dataset import Batch, BatchLoader
+from transcriptformer.device import compute_dtype
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.model.esm2ce import Esm2CE
+from transcriptformer.model.flex_attention import choose_attention
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
 logger = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
-    """What was asked for of a batch of B cells with n genes in all; None for the rest.
+    """What was asked for of a batch of B cells; None for the rest.
 
     Attributes
     ----------
@@ -30,7 +32,8 @@ class Prediction(NamedTuple):
     n_genes
         Genes of each cell that the model saw (B,).
     genes, cge_embeddings
-        Gene tokens (n,) and contextual gene embeddings (n, D), cell after cell.
+        Gene tokens (B, L) and contextual gene embeddings (B, L, D); a cell's first `n_genes` are meant. To leave the
+        others out here would make a GPU wait.
     """
 
     rows: Tensor
@@ -56,6 +59,9 @@ class EmbeddingModule(pl.LightningModule):
         super().__init__()
         self.inference, self.pad = inference, pad
         self.most_positions = 2**62
+
+    def on_predict_start(self) -> None:
+        """See to what is worth doing once."""
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
         """What is wanted of a batch; one that does not fit into memory is halved, and so are later ones of its size."""
@@ -110,6 +116,16 @@ class TranscriptFormerModule(EmbeddingModule):
         super().__init__(inference, pad)
         self.model, self.clip_counts = model, clip_counts
 
+    def on_predict_start(self) -> None:  # noqa: D102
+        loader = self.trainer.predict_dataloaders
+        assert isinstance(loader, BatchLoader)
+        dtype = compute_dtype(self.inference.precision, self.device)
+        n_heads = self.model.config.num_heads * self.model.config.num_layers
+        self.model.transformer_encoder.attention = choose_attention(
+            self.inference.attention, self.device, dtype, n_heads, loader.lengths
+        )
+        self.model.gene_embeddings.keep_embeddings()
+
     def predict(self, batch: Batch) -> Prediction:  # noqa: D102
         encoded = self.model(
             batch.gene_tokens,
@@ -125,10 +141,8 @@ class TranscriptFormerModule(EmbeddingModule):
             return prediction
         if self.inference.emb_type == "cell":
             return prediction._replace(embeddings=self.model.cell_embedding(encoded))
-        is_gene = batch.gene_tokens != self.pad
-        return prediction._replace(
-            n_genes=is_gene.sum(1), genes=batch.gene_tokens[is_gene], cge_embeddings=encoded.hidden[is_gene]
-        )
+        n_genes = (batch.gene_tokens != self.pad).sum(1)
+        return prediction._replace(n_genes=n_genes, genes=batch.gene_tokens, cge_embeddings=encoded.hidden)
 
 
 class Esm2CEModule(EmbeddingModule):
@@ -141,8 +155,6 @@ class Esm2CEModule(EmbeddingModule):
     def predict(self, batch: Batch) -> Prediction:  # noqa: D102
         if self.inference.emb_type == "cell":
             return Prediction(batch.rows, embeddings=self.model.cell_embedding(batch.gene_tokens))
-        is_gene = batch.gene_tokens != self.pad
-        genes = batch.gene_tokens[is_gene]
-        return Prediction(
-            batch.rows, n_genes=is_gene.sum(1), genes=genes, cge_embeddings=self.model.gene_embedding(genes)
-        )
+        genes = batch.gene_tokens
+        n_genes, embeddings = (genes != self.pad).sum(1), self.model.gene_embedding(genes)
+        return Prediction(batch.rows, n_genes=n_genes, genes=genes, cge_embeddings=embeddings)

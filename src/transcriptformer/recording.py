@@ -1,11 +1,14 @@
 """Predictions leave the Trainer: into memory, or into parts on disk."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 
 from transcriptformer.errors import OutputError
 from transcriptformer.lightning import Prediction
@@ -15,6 +18,9 @@ OnProgress = Callable[[int, int], None]
 """Called with how many cells are done and how many there are."""
 
 SIGTERM_EXIT_CODE = 143
+
+BATCHES_WAITING = 2
+"""Batches whose results may be on their way while the next one is computed."""
 
 
 class Recorder(Protocol):
@@ -71,7 +77,7 @@ class MemoryRecorder:
 
 
 class Recording(pl.Callback):
-    """Hands every batch's predictions to a recorder.
+    """Hands every batch's predictions to a recorder, in a thread, while the next batch is computed.
 
     Parameters
     ----------
@@ -82,6 +88,8 @@ class Recording(pl.Callback):
     def __init__(self, on_progress: OnProgress | None) -> None:
         self.on_progress = on_progress
         self.recorder: Recorder | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="recording")
+        self.waiting: deque[Future[int]] = deque()
         self.parent = os.getppid()
 
     def expect(self, n_cells: int, open_recorder: Callable[[int], Recorder], n_done: int = 0) -> None:
@@ -101,23 +109,48 @@ class Recording(pl.Callback):
         assert self.recorder is not None
         if self._is_orphan(trainer):
             raise SystemExit(SIGTERM_EXIT_CODE)  # the first process was killed; a resumed run may be at work already
-        self.recorder.add({name: value.cpu().numpy() for name, value in outputs._asdict().items() if value is not None})
-        if self.on_progress is not None:
-            # Other processes are taken to be as far as this one.
-            self.n_done = min(self.n_done + len(outputs.rows) * trainer.world_size, self.n_cells)
-            self.on_progress(self.n_done, self.n_cells)
+        results = {name: value for name, value in outputs._asdict().items() if value is not None}
+        on_host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
+        arrival = (
+            torch.cuda.current_stream(pl_module.device).record_event() if pl_module.device.type == "cuda" else None
+        )
+        self.waiting.append(self.thread.submit(self._record, self.recorder, on_host, arrival))
+        self._await_recording(trainer, BATCHES_WAITING)
         if trainer.received_sigterm:  # as a scheduler sends it some seconds before it kills
             raise SystemExit(SIGTERM_EXIT_CODE)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         assert self.recorder is not None
+        self._await_recording(trainer, 0)
         self.recorder.flush()
         trainer.strategy.barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Keep what is there."""
+        self.thread.shutdown()
         if self.recorder is not None and not self._is_orphan(trainer) and not isinstance(exception, OutputError):
             self.recorder.flush()
+
+    def _await_recording(self, trainer: pl.Trainer, most_waiting: int) -> None:
+        """Let no more than so many batches wait; an error in recording one of them is raised here."""
+        while len(self.waiting) > most_waiting:
+            n_cells = self.waiting.popleft().result()
+            if self.on_progress is not None:
+                # Other processes are taken to be as far as this one.
+                self.n_done = min(self.n_done + n_cells * trainer.world_size, self.n_cells)
+                self.on_progress(self.n_done, self.n_cells)
+
+    @staticmethod
+    def _record(recorder: Recorder, results: dict[str, torch.Tensor], arrival: torch.Event | None) -> int:
+        """Record a batch once it has come from the device, and tell of how many cells it was."""
+        if arrival is not None:
+            arrival.synchronize()
+        values = {name: value.numpy() for name, value in results.items()}
+        if N_GENES in values:  # of the genes only those that are there
+            is_gene = np.arange(values["genes"].shape[1]) < values[N_GENES][:, None]  # (B, L)
+            values |= {name: values[name][is_gene] for name in ("genes", "cge_embeddings")}
+        recorder.add(values)
+        return len(values[ROWS])
 
     def _is_orphan(self, trainer: pl.Trainer) -> bool:
         """Whether the process that started this one, to work beside it, is gone."""

@@ -7,9 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transcriptformer.model.attention import ATTENTION, QUERY_BLOCK, Attention, count_bias, visible_keys
+from transcriptformer.model.attention import (
+    QUERY_BLOCK,
+    SCORES_AT_ONCE,
+    Attention,
+    blockwise_attention,
+    count_bias,
+    plain_attention,
+    visible_keys,
+)
 
-each_path = pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
+PATHS = {"plain": plain_attention, "blockwise": blockwise_attention}
+each_path = pytest.mark.parametrize("attention", PATHS.values(), ids=PATHS)
 
 
 def test_a_query_sees_allowed_keys_up_to_itself() -> None:
@@ -83,20 +92,29 @@ def test_huge_scores_stay_finite(attention: Attention) -> None:
     softcap=st.sampled_from([0.0, 10.0]),
     on_diagonal=st.booleans(),
 )
-def test_the_fast_path_agrees_with_the_plain_one(seed: int, length: int, softcap: float, on_diagonal: bool) -> None:
+def test_attention_in_blocks_is_the_same(seed: int, length: int, softcap: float, on_diagonal: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (3 * torch.randn(2, 3, length, 8, generator=generator) for _ in range(3))
     bias = count_bias(30 * torch.rand(2, length, generator=generator), 1e-6)
     allowed = torch.rand(2, length, generator=generator) < 0.7
-    plain, fast = (path(q, k, v, bias, allowed, softcap, on_diagonal) for path in ATTENTION.values())
-    assert (fast - plain).norm() <= 1e-5 * plain.norm()
+    plain, in_blocks = (path(q, k, v, bias, allowed, softcap, on_diagonal) for path in PATHS.values())
+    assert (in_blocks - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_however_few_scores_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(3, 2, 3, QUERY_BLOCK + 9, 8, generator=torch.Generator().manual_seed(0))
+    bias, allowed = torch.zeros(2, q.shape[2]), torch.ones(2, q.shape[2], dtype=torch.bool)
+    expected = plain_attention(q, k, v, bias, allowed, 10.0, True)
+    for scores_at_once in (1, 3 * QUERY_BLOCK**2):
+        monkeypatch.setitem(SCORES_AT_ONCE, "cpu", scores_at_once)
+        torch.testing.assert_close(blockwise_attention(q, k, v, bias, allowed, 10.0, True), expected)
 
 
 def test_bfloat16_is_near_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 150, 16, generator=generator) for _ in range(3))
     bias, allowed = count_bias(30 * torch.rand(2, 150, generator=generator), 1e-6), torch.ones(2, 150, dtype=torch.bool)
-    for path in ATTENTION.values():
+    for path in PATHS.values():
         exact = path(q, k, v, bias, allowed, 10.0, True)
         rounded = path(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias, allowed, 10.0, True)
         assert rounded.dtype == torch.bfloat16

@@ -40,7 +40,7 @@ def inference(
         str | None, typer.Option(metavar="NAME", help="Name of the result.", show_default="embeddings.h5ad")
     ] = None,
     batch_size: Annotated[
-        str | None, typer.Option(metavar="INT|auto", help="Most cells in a batch.", show_default="8")
+        str | None, typer.Option(metavar="INT|auto", help="Most cells in a batch.", show_default="auto")
     ] = None,
     gene_col_name: Annotated[
         str | None,

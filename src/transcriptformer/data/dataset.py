@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from transcriptformer.data.prefetch import prefetch
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.survey import Survey
 from transcriptformer.data.tokenize import Tokens
+
+BATCHES_AHEAD = 4
+"""Batches that are made ready while one is computed."""
 
 LENGTH_MULTIPLE = 16
 """Batches are padded to a multiple of this many positions: few shapes, little padding."""
@@ -84,6 +88,7 @@ class CellDataset(IterableDataset[CellBlock]):
 
     def __init__(self, readers: Sequence[CellReader], survey: Survey, block_size: int) -> None:
         self.readers, self.kept = readers, survey.kept
+        self.lengths = survey.lengths[survey.kept]
         self.block_size, self.n_kept = block_size, survey.n_kept
         self.is_done = np.zeros(self.n_kept, bool)
         self.process, self.n_processes = 0, 1
@@ -130,8 +135,9 @@ def _blocks(
 class BatchLoader:
     """Batches of cells of like length, made of the blocks of a dataset.
 
-    Within a block, batches do not follow the order of the file, so that little is spent on padding; `Batch.rows` tells
-    where each cell belongs. Worker processes hand over whole blocks, for every hand-over costs some milliseconds.
+    A thread makes them while earlier ones are computed. Within a block, batches do not follow the order of the file, so
+    that little is spent on padding; `Batch.rows` tells where each cell belongs. Worker processes hand over whole
+    blocks, for every hand-over costs some milliseconds.
 
     Parameters
     ----------
@@ -165,8 +171,17 @@ class BatchLoader:
         self.pin_memory = pin_memory
         self.blocks = DataLoader(dataset, batch_size=None, collate_fn=_as_is, num_workers=n_workers)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Genes of each cell to come, or of others like them."""
+        dataset: Any = self.blocks.dataset
+        return dataset.lengths[~dataset.is_done][:: dataset.n_processes]
+
     def __iter__(self) -> Iterator[Batch]:
-        for block in self.blocks:
+        return prefetch(self._batches(iter(self.blocks)), BATCHES_AHEAD)
+
+    def _batches(self, blocks: Iterator[CellBlock]) -> Iterator[Batch]:
+        for block in blocks:
             for cells in group_by_length(block.tokens.lengths, self.limits, self.seq_len, self.min_positions):
                 batch = self._batch(block, cells)
                 yield Batch(*(values.pin_memory() for values in batch)) if self.pin_memory else batch

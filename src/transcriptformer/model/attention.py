@@ -1,4 +1,6 @@
-"""Expression-aware causal attention: its mask, its score bias, and the two paths that must agree.
+"""Expression-aware causal attention: its mask, its score bias, its definition, and the same in blocks.
+
+`transcriptformer.model.flex_attention` is a third path, which PyTorch compiles. All of them must agree.
 
 Notation: B cells, H heads, T positions (auxiliary tokens first, then genes), d = D / H.
 
@@ -11,7 +13,7 @@ and a query sees the keys j ≤ i that are allowed at all (neither [PAD] nor an 
 sees no key gives 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,8 +24,14 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], Tens
 SCORE_LIMIT = 1e6
 """Scores are clamped to ± this before the soft cap, so that an overflow stays finite."""
 
-QUERY_BLOCK = 128
-"""Queries that `fast_attention` handles at a time."""
+LEAST_TOTAL = 1e-30
+"""Stands for the sum of no weights at all, by which they are divided."""
+
+QUERY_BLOCK = 256
+"""Queries that `blockwise_attention` handles at a time."""
+
+SCORES_AT_ONCE = {"cpu": 2**21, "mps": 2**25, "cuda": 2**27}
+"""And how many scores, by device, unless those of one block of one head are more."""
 
 
 def count_bias(counts: Tensor, eps: float) -> Tensor:
@@ -84,7 +92,7 @@ def plain_attention(
     return (weights @ v.float()).to(v.dtype)
 
 
-def fast_attention(
+def blockwise_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -93,33 +101,47 @@ def fast_attention(
     softcap: float,
     bias_on_diagonal: bool,
 ) -> Tensor:
-    """The same in blocks of queries: keys behind a block are not computed, and matrix products run in the type of `q`.
+    """The same in blocks whose scores stay in the cache; keys behind a block are left out.
 
-    Parameters and result are those of `plain_attention`. It works in place, so it has no gradients.
+    Parameters and result are those of `plain_attention`; matrix products run in the type of `q`. It works in place, so
+    it has no gradients.
     """
-    batch, heads, length, head_dim = q.shape
+    cells, heads, length, head_dim = q.shape
     cap = softcap if softcap > 0 else 1.0  # scores are computed as s / cap, which spares a pass over them
-    q = (q / (head_dim**0.5 * cap)).contiguous()
-    k, v = k.mT.contiguous(), v.contiguous()  # (B, H, d, T), (B, H, T, d)
-    bias = key_bias.float()[:, None, None, :] / cap  # (B, 1, 1, T)
-    hidden_keys = torch.zeros_like(bias).masked_fill_(~key_allowed[:, None, None, :], -torch.inf)
-    output = torch.empty(batch, length, heads, head_dim, dtype=v.dtype, device=v.device)
+    q = (q / (head_dim**0.5 * cap)).flatten(0, 1)  # (B·H, T, d)
+    k = k.contiguous().mT.contiguous().flatten(0, 1)  # (B·H, d, T); in two steps, each of which is a fast copy
+    v = v.contiguous().flatten(0, 1)  # (B·H, T, d)
+    bias = _per_head(key_bias.float() / cap, heads)  # (B·H, 1, T)
+    hidden = _per_head(torch.zeros_like(key_bias).masked_fill_(~key_allowed, -torch.inf), heads)  # (B·H, 1, T)
+    output = torch.empty_like(v)
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
-        scores = (q[:, :, start:end] @ k[..., :end]).float()  # (B, H, block, end)
-        scores += bias[..., :end]
-        own_block = scores[..., start:]  # (B, H, block, block)
-        if not bias_on_diagonal:
-            own_block.diagonal(dim1=-2, dim2=-1).sub_(bias[..., 0, start:end])
-        if softcap > 0:
-            scores.tanh_().mul_(softcap)
-        scores += hidden_keys[..., :end]
-        later = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu_(1)
-        own_block.masked_fill_(later, -torch.inf)
-        weights = torch.softmax(scores, dim=-1).to(v.dtype)
-        output[:, start:end] = (weights @ v[:, :, :end]).transpose(1, 2)
-    has_key = key_allowed.cumsum(dim=-1) > 0  # (B, T)
-    return output.masked_fill_(~has_key[..., None, None], 0).transpose(1, 2)  # (B, H, T, d)
+        for few in _slices(cells * heads, SCORES_AT_ONCE[q.device.type] // ((end - start) * end)):
+            scores = torch.bmm(q[few, start:end], k[few, :, :end]).float()  # (few, block, end)
+            own_block = scores[..., start:]  # (few, block, block)
+            scores += bias[few, :, :end]
+            if not bias_on_diagonal:
+                own_block.diagonal(dim1=-2, dim2=-1).sub_(bias[few, 0, start:end])
+            if softcap > 0:
+                # Capped scores cannot overflow: no maximum has to be taken off, and what comes later can go afterwards.
+                scores.tanh_()
+                torch.add(hidden[few, :, :end], scores, alpha=cap, out=scores)
+            else:
+                scores += hidden[few, :, :end]
+                own_block.masked_fill_(torch.ones_like(own_block[0], dtype=torch.bool).triu_(1), -torch.inf)
+                scores -= scores.amax(-1, keepdim=True).clamp_(min=-SCORE_LIMIT)
+            weights = scores.exp_()
+            own_block.tril_()
+            weights /= weights.sum(-1, keepdim=True).clamp_(min=LEAST_TOTAL)
+            output[few, start:end] = torch.bmm(weights.to(v.dtype), v[few, :end])
+    return output.view(cells, heads, length, head_dim)
 
 
-ATTENTION: dict[str, Attention] = {"plain": plain_attention, "fast": fast_attention}
+def _per_head(values: Tensor, heads: int) -> Tensor:
+    """A row for each head of each cell: (B, T) → (B·H, 1, T)."""
+    return values.repeat_interleave(heads, dim=0)[:, None]
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of `size`, at least 1, that make up `n`."""
+    return (slice(start, start + max(size, 1)) for start in range(0, n, max(size, 1)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transcriptformer.config import ModelConfig
-from transcriptformer.model.attention import Attention, fast_attention
+from transcriptformer.model.attention import Attention, blockwise_attention
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
@@ -22,6 +22,10 @@ ELEMENTWISE_LINK: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
     "linear": lambda u: u,
 }
+
+
+GENES_AT_ONCE = 4096
+"""Genes whose protein embeddings are brought to the model's width at a time."""
 
 
 class Linear(nn.Linear):
@@ -51,6 +55,11 @@ class MLP(nn.Module):
             Linear(hidden_dim, out_dim),
         )
 
+    @property
+    def last_weight(self) -> Tensor:
+        """Weight of the last layer (out_dim, hidden_dim)."""
+        return self.layers[-1].weight  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis of `x` (…, in_dim): (…, out_dim)."""
         return self.layers(x).float()
@@ -65,10 +74,38 @@ class GeneEmbedding(nn.Module):
         self.embedding.weight.requires_grad_(False)
         self.mlp = MLP(protein_dim, embed_dim, embed_dim, dropout)
 
+        self.table: Tensor | None = None
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings (…, D) of gene tokens (…); the MLP runs once per distinct gene."""
-        distinct, place = torch.unique(tokens, return_inverse=True)
-        return F.embedding(place, self.mlp(self.embedding(distinct)))
+        if self.table is None:
+            distinct, place = torch.unique(tokens, return_inverse=True)
+            return F.embedding(place, self.mlp(self.embedding(distinct)))
+        if self.table.device.type == "cpu":  # elsewhere, asking which genes are missing would make the device wait
+            self._tabulate(torch.unique(tokens[~self.is_known[tokens]]))
+        return F.embedding(tokens, self.table)
+
+    def keep_embeddings(self) -> None:
+        """From now on, run the MLP once per gene; its weights must not change any more.
+
+        On a GPU that is done at once for all genes, on a CPU for those that come, when they come.
+        """
+        protein = self.embedding.weight
+        if self.table is not None and self.table.device == protein.device:
+            return
+        # In the type in which the MLP's last product was rounded: nothing is lost.
+        like = self.mlp.last_weight
+        self.table = like.new_empty(len(protein), len(like), device=protein.device)
+        self.is_known = torch.zeros(len(protein), dtype=torch.bool, device=protein.device)
+        if protein.device.type != "cpu":
+            self._tabulate(torch.arange(len(protein), device=protein.device))
+
+    @torch.inference_mode()
+    def _tabulate(self, genes: Tensor) -> None:
+        assert self.table is not None
+        for some in torch.split(genes, GENES_AT_ONCE):
+            self.table[some] = self.mlp(self.embedding(some)).to(self.table.dtype)
+        self.is_known[genes] = True
 
 
 class SelfAttention(nn.Module):
@@ -85,6 +122,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Let every position look back; see `transcriptformer.model.attention`: (B, T, D) → (B, T, D)."""
         to_q, to_k, to_v, to_out = self.linears
+        x = x.to(to_q.weight.dtype)  # type: ignore[arg-type]  # once for the three of them
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, D) → (B, H, T, d)
             for project in (to_q, to_k, to_v)
@@ -123,7 +161,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.encoder_layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.attention: Attention = fast_attention
+        self.attention: Attention = blockwise_attention
 
     def forward(self, x: Tensor, key_bias: Tensor, key_allowed: Tensor, bias_on_diagonal: bool, layer: int) -> Tensor:
         """States (B, T, D) after block `layer`, from 0, negative from the end; the blocks after it do not run."""

@@ -81,6 +81,7 @@ class TranscriptFormer(nn.Module):
         """
         n_genes, protein_dim = protein_embedding.shape
         self.gene_embeddings.embedding = nn.Embedding(n_genes, protein_dim, _weight=protein_embedding, _freeze=True)
+        self.gene_embeddings.table = None
         self.mu.gene_embedding = nn.Embedding(n_genes, 1, _weight=protein_embedding.new_zeros(n_genes, 1))
 
     def forward(
@@ -112,8 +113,8 @@ class TranscriptFormer(nn.Module):
         counts = torch.cat([torch.ones_like(aux_tokens, dtype=counts.dtype), counts], dim=1)  # (B, T)
 
         is_input = tokens != self.pad
-        aux_known = aux_tokens != aux_tokens.new_tensor(self.unknown_aux)
-        key_allowed = torch.cat([aux_known, is_input], dim=1)  # (B, T)
+        aux_known = [aux_tokens[:, i : i + 1] != unknown for i, unknown in enumerate(self.unknown_aux)]  # A × (B, 1)
+        key_allowed = torch.cat([*aux_known, is_input], dim=1)  # (B, T)
         key_bias = count_bias(counts, self.config.log_counts_eps)  # (B, T)
 
         aux = [embed(aux_tokens[:, i : i + 1]) for i, embed in enumerate(self.aux_embeddings.values())]  # A × (B, 1, D)

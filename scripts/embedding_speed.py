@@ -1,0 +1,166 @@
+"""What `scripts/benchmark.py` measures of embedding: rates, stages, and how near they come to the machine's own."""
+
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import torch
+from scipy import sparse
+
+from transcriptformer.batching import batch_limits
+from transcriptformer.checkpoint import Checkpoint
+from transcriptformer.data.dataset import Batch
+from transcriptformer.data.survey import survey_cells
+from transcriptformer.device import compute_dtype, keep_freed_memory
+from transcriptformer.inference import make_module
+from transcriptformer.inputs import Inputs
+from transcriptformer.model.flex_attention import ATTENTION, choose_attention
+from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.output import to_anndata, write_anndata
+from transcriptformer.parts import layout_of
+from transcriptformer.recording import MemoryRecorder
+
+MATRIX_REPEATS = 5
+
+
+def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[str, float]:
+    """Seconds of every stage from an AnnData in memory to an h5ad file, and what follows from them.
+
+    The first batch, which may wait for a compiler, is timed apart; rates are of the later ones, where there are any.
+    """
+    model, device = checkpoint.model, checkpoint.device
+    assert isinstance(model, TranscriptFormer), "ESM2-CE has no encoder to measure"
+    if device.type == "cpu":
+        keep_freed_memory()
+    stages: dict[str, float] = defaultdict(float)
+    with timed("read", stages):
+        inputs = Inputs([cells], checkpoint)
+        survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
+    with timed("tokenize", stages):
+        batches = list(inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool)))
+    with timed("weights to device", stages):
+        module = make_module(checkpoint).to(device)
+    inference = checkpoint.config.model.inference_config
+    n_heads = model.config.num_heads * model.config.num_layers
+    dtype = compute_dtype(inference.precision, device)
+    attention = choose_attention(inference.attention, device, dtype, n_heads, survey.lengths)
+    model.transformer_encoder.attention = attention
+    model.gene_embeddings.keep_embeddings()
+    seconds, rates = [], []
+    results = MemoryRecorder(layout_of(inference, checkpoint.width), survey.n_kept)
+    with torch.inference_mode():
+        for i, batch in enumerate(batches):
+            with timed("transfer", stages, device):
+                there = Batch(*(tensor.to(device) for tensor in batch))
+            started = time.perf_counter()
+            embeddings = module.predict_step(there, i).embeddings
+            assert embeddings is not None
+            arrays = {"rows": batch.rows.numpy(), "embeddings": embeddings.cpu().numpy()}  # waits for the device
+            seconds.append(time.perf_counter() - started)
+            results.add(arrays)
+            rates.append(matrix_rate(model.config.embed_dim, dtype, device))
+        with stage_clock(model, stages, device):
+            module.predict_step(Batch(*(tensor.to(device) for tensor in batches[-1])), 0)
+    with timed("output", stages), tempfile.TemporaryDirectory() as folder:
+        names = checkpoint.gene_vocab.names()
+        write_anndata(to_anndata(inputs.obs(survey), results, names, {}), Path(folder) / "embeddings.h5ad")
+    later = slice(1 if len(batches) > 1 else 0, None)
+    n_cells = sum(len(batch.rows) for batch in batches[later])
+    genes = sum(float((batch.gene_counts > 0).sum()) for batch in batches[later])
+    positions = sum(batch.gene_tokens.numel() for batch in batches[later])
+    total, rate = sum(seconds[later]), statistics.median(rates)
+    layers = inference.embedding_layer_index % model.config.num_layers + 1
+    per_token = layers * 2 * model.config.embed_dim * (4 * model.config.embed_dim + 2 * model.config.model_dim)
+    floor = genes * per_token / rate
+    return {
+        "attention": next(name for name, path in ATTENTION.items() if path is attention),  # type: ignore[dict-item]
+        "cells": survey.n_kept,
+        "genes_per_cell": genes / n_cells,
+        "first_batch_s": seconds[0],
+        "s_per_cell": total / n_cells,
+        "embed_cells_per_s": n_cells / total,
+        "embed_tokens_per_s": genes / total,
+        "padding_share": 1 - genes / positions,
+        "matrix_tflops": rate / 1e12,
+        "floor_s_per_cell": floor / n_cells,
+        "fraction_of_matrix_rate": floor / total,
+        **{f"stage_{name.replace(' ', '_')}_s": value for name, value in stages.items()},
+    }
+
+
+def matrix_rate(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of a product of square-ish matrices as large as the model's, in its type."""
+    x, weight = (torch.randn(n, width, device=device).to(dtype) for n in (max(2048, width), width))
+    torch.nn.functional.linear(x, weight)
+    seconds = []
+    for _ in range(MATRIX_REPEATS):
+        wait(device)
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        wait(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * x.shape[0] * width**2 / statistics.median(seconds)
+
+
+@contextmanager
+def timed(name: str, stages: dict[str, float], device: torch.device | None = None) -> Iterator[None]:
+    """Add the seconds of what happens inside to a stage."""
+    started = time.perf_counter()
+    yield
+    wait(device)
+    stages[name] += time.perf_counter() - started
+
+
+@contextmanager
+def stage_clock(model: TranscriptFormer, stages: dict[str, float], device: torch.device) -> Iterator[None]:
+    """Add the seconds of the model's parts to stages, while one batch runs; the device is waited for at every step."""
+    watched: dict[str, list[torch.nn.Module]] = {"gene embedding": [model.gene_embeddings]}
+    for name, parts in {
+        "attention, projections included": ("self_attn",),
+        "feed-forward": ("linear1", "linear2"),
+        "norms": ("norm1", "norm2"),
+    }.items():
+        blocks = model.transformer_encoder.encoder_layers
+        watched[name] = [block.get_submodule(part) for block in blocks for part in parts]
+    started: dict[torch.nn.Module, float] = {}
+
+    def start(module: torch.nn.Module, _inputs: Any) -> None:
+        wait(device)
+        started[module] = time.perf_counter()
+
+    handles = []
+    for name, modules in watched.items():
+
+        def stop(module: torch.nn.Module, _inputs: Any, _output: Any, name: str = name) -> None:
+            wait(device)
+            stages[name] += time.perf_counter() - started[module]
+
+        for module in modules:
+            handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
+    with timed("one batch", stages, device):
+        yield
+    for handle in handles:
+        handle.remove()
+
+
+def wait(device: torch.device | None) -> None:
+    """Until the device has done what it was given."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cut_genes(cells: anndata.AnnData, most: int) -> anndata.AnnData:
+    """The same cells with no more than their first `most` genes."""
+    counts = sparse.csr_array(cells.X)
+    counts.eliminate_zeros()
+    place = np.arange(counts.nnz) - np.repeat(counts.indptr[:-1], np.diff(counts.indptr))
+    counts.data[place >= most] = 0
+    counts.eliminate_zeros()
+    return anndata.AnnData(counts, obs=cells.obs, var=cells.var)

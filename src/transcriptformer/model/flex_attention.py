@@ -1,0 +1,196 @@
+"""The attention as a kernel that PyTorch's FlexAttention compiles, and the choice between the paths.
+
+The first call waits for the compiler, some ten seconds; shapes are left open, so that it is called a few times at most.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as flex
+
+from transcriptformer.model.attention import Attention, blockwise_attention, plain_attention
+
+logger = logging.getLogger(__name__)
+
+SHORT = 384
+"""With fewer positions than this, a CPU is faster in blocks."""
+
+WIDTH_MULTIPLE = 32
+"""Head widths are rounded up to this on a CPU, as its matrix instructions would have it."""
+
+HIDING = 1e4
+"""The negative of this, as a bias, leaves a key the least score there is."""
+
+LEAST_SHARE = 1e-6
+"""Stands for the share of the weights that fall to visible keys where there are none."""
+
+MANY_SCORES = {"cpu": 2**35, "cuda": 2**39}
+"""With fewer in a whole run, of all heads and layers, the compiler would take more time than it saves.
+
+On a CPU it was measured: in long cells the kernel saves about a nanosecond per score, and takes some ten seconds.
+"""
+
+
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, n_heads: int, lengths: np.ndarray
+) -> Attention:
+    """The path of that name; `auto` is flex where it is faster and there is enough to do, elsewhere blockwise.
+
+    On a CPU, flex is faster in half precision, and needs a C++ compiler.
+
+    Parameters
+    ----------
+    dtype
+        Type of the matrix products.
+    n_heads
+        Heads of all layers.
+    lengths
+        Genes of each cell of the run (cells,).
+    """
+    if name != "auto":
+        return ATTENTION[name]
+    is_faster = device.type == "cuda" or (device.type == "cpu" and dtype == torch.bfloat16 and _has_compiler())
+    n_scores = n_heads * np.square(lengths[lengths >= SHORT], dtype=np.float64).sum()
+    if not is_faster or n_scores < MANY_SCORES[device.type]:
+        return blockwise_attention
+    return flex_attention if _compiles(device, dtype) else blockwise_attention
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+@torch.inference_mode()
+def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel can be compiled here, tried on a small case."""
+    q = torch.ones(2, 2, SHORT, WIDTH_MULTIPLE, device=device, dtype=dtype)
+    bias = torch.zeros(2, SHORT, device=device)
+    try:
+        flex_attention(q, q, q, bias, bias == 0, 1.0, True)
+    except Exception as error:  # whatever the compiler's troubles are, the run can do without
+        logger.debug("the attention cannot be compiled here, it runs in blocks: %s", error)
+        return False
+    return True
+
+
+def flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor,
+    key_allowed: Tensor,
+    softcap: float,
+    bias_on_diagonal: bool,
+) -> Tensor:
+    """What `transcriptformer.model.attention.plain_attention` defines, with the same parameters and result."""
+    if q.device.type != "cpu":
+        return look_bias_up(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
+    if not bias_on_diagonal:  # while training, which on a CPU the kernel is not made for
+        return plain_attention(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
+    if q.shape[2] < SHORT:
+        return blockwise_attention(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
+    return carry_bias_in_keys(q, k, v, key_bias, key_allowed, softcap)
+
+
+def look_bias_up(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, key_allowed: Tensor, softcap: float, bias_on_diagonal: bool
+) -> Tensor:
+    """The kernel reads each key's bias, and whether it is hidden, where it needs them."""
+    hidden = torch.zeros_like(key_bias).masked_fill_(~key_allowed, -torch.inf)  # (B, T)
+    values = _compiled(_look_up)(q, k, v, key_bias.float(), hidden, *_caps(q, softcap), bias_on_diagonal, _causal(q))
+    has_key = key_allowed.cumsum(dim=-1) > 0  # (B, T)
+    return values.masked_fill_(~has_key[:, None, :, None], 0)  # (B, H, T, d)
+
+
+def _look_up(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor,
+    hidden: Tensor,
+    cap: Tensor,
+    is_capped: bool,
+    bias_on_diagonal: bool,
+    causal: BlockMask,
+) -> Tensor:
+    def modify(score: Tensor, cell: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        bias = key_bias[cell, key]
+        score = score + (bias if bias_on_diagonal else torch.where(query == key, 0.0, bias))
+        if is_capped:
+            score = cap[cell] * torch.tanh(score / cap[cell])
+        return score + hidden[cell, key]
+
+    return flex(q, k, v, score_mod=modify, block_mask=causal)
+
+
+def carry_bias_in_keys(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, key_allowed: Tensor, softcap: float
+) -> Tensor:
+    """The bias rides in columns of the keys: on a CPU the kernel would look it up number by number.
+
+    Hidden keys get the least score there is and values of 0; a column of the values tells which share of the weights
+    the others have. The scores s come as 2·s / softcap, and softcap·tanh(x / 2) is computed as softcap − 2·softcap /
+    (exp(x) + 1), without its first term, which a softmax does not feel: the compiler has no fast tanh for CPUs.
+    """
+    cells, heads, length, head_dim = q.shape
+    scale = 2 / softcap if softcap > 0 else 1.0
+    width = -(-(head_dim + 2) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    bias = (scale * key_bias.float()).masked_fill_(~key_allowed, -HIDING)[:, None, :, None]  # (B, 1, T, 1)
+    visible = key_allowed[:, None, :, None]  # (B, 1, T, 1)
+    coarse = bias.to(q.dtype)
+    wide = q.new_empty(3, cells, length, heads, width).transpose(2, 3)  # (3, B, H, T, width)
+    wide[..., head_dim + 2 :] = 0
+    wide_q, wide_k, wide_v = wide
+    torch.mul(q, scale / head_dim**0.5, out=wide_q[..., :head_dim])
+    wide_q[..., head_dim : head_dim + 2] = 1
+    wide_k[..., :head_dim] = k
+    wide_k[..., head_dim : head_dim + 1] = coarse
+    wide_k[..., head_dim + 1 : head_dim + 2] = bias - coarse.float()  # what rounding it has cost
+    torch.mul(v, visible, out=wide_v[..., :head_dim])
+    wide_v[..., head_dim : head_dim + 2] = visible
+    values = _compiled(_in_keys)(wide_q, wide_k, wide_v, *_caps(q, softcap), _causal(q))
+    return values[..., :head_dim] / values[..., head_dim : head_dim + 1].clamp(min=LEAST_SHARE)
+
+
+def _in_keys(q: Tensor, k: Tensor, v: Tensor, cap: Tensor, is_capped: bool, causal: BlockMask) -> Tensor:
+    def modify(score: Tensor, cell: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return -2 * cap[cell] / (torch.exp(score) + 1) if is_capped else score
+
+    return flex(q, k, v, score_mod=modify, block_mask=causal, scale=1.0)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)  # not at import, for that loads the compiler
+
+
+def _caps(q: Tensor, softcap: float) -> tuple[Tensor, bool]:
+    """The soft cap of each cell (B,), a tensor, for the compiler cannot handle a number; and whether there is one."""
+    return torch.full((len(q),), softcap, device=q.device), softcap > 0
+
+
+def _causal(q: Tensor) -> BlockMask:
+    return _causal_blocks(q.shape[2], q.device)
+
+
+@lru_cache(maxsize=128)
+def _causal_blocks(length: int, device: torch.device) -> BlockMask:
+    """Which blocks of keys the blocks of queries see, and which keys within them."""
+
+    def is_seen(_cell: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    return create_block_mask(is_seen, None, None, length, length, device=device.type)
+
+
+ATTENTION: dict[str, Attention] = {
+    "plain": plain_attention,
+    "blockwise": blockwise_attention,
+    "flex": flex_attention,
+}
