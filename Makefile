@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 GOLDEN := tests/golden
 
-.PHONY: test test-all lint types unit demo clean
+.PHONY: test test-all test-gpu lint types unit demo clean
 
 ## lint, types and all tests but the slow ones
 test: lint types unit
@@ -14,6 +14,10 @@ test: lint types unit
 ## the same with the slow tests
 test-all: lint types
 	$(BIN)/python -m pytest
+
+## the tests that need a CUDA device
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

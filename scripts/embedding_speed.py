@@ -48,9 +48,8 @@ def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[st
     with timed("weights to device", stages):
         module = make_module(checkpoint).to(device)
     inference = checkpoint.config.model.inference_config
-    n_heads = model.config.num_heads * model.config.num_layers
     dtype = compute_dtype(inference.precision, device)
-    attention = choose_attention(inference.attention, device, dtype, n_heads, survey.lengths)
+    attention = choose_attention(inference.attention, device, dtype, model.config, survey.lengths)
     model.transformer_encoder.attention = attention
     model.gene_embeddings.keep_embeddings()
     seconds, rates = [], []

@@ -120,9 +120,8 @@ class TranscriptFormerModule(EmbeddingModule):
         loader = self.trainer.predict_dataloaders
         assert isinstance(loader, BatchLoader)
         dtype = compute_dtype(self.inference.precision, self.device)
-        n_heads = self.model.config.num_heads * self.model.config.num_layers
         self.model.transformer_encoder.attention = choose_attention(
-            self.inference.attention, self.device, dtype, n_heads, loader.lengths
+            self.inference.attention, self.device, dtype, self.model.config, loader.lengths
         )
         self.model.gene_embeddings.keep_embeddings()
 

@@ -33,6 +33,27 @@ def test_gene_embeddings_are_those_of_each_gene_by_itself() -> None:
     torch.testing.assert_close(embedding(tokens), expected)
 
 
+def test_embeddings_that_are_kept_are_those_that_are_computed() -> None:
+    torch.manual_seed(0)
+    embedding = GeneEmbedding(n_genes=20, protein_dim=6, embed_dim=4, dropout=0.1).eval()
+    tokens = torch.tensor([[3, 3, 19], [0, 3, 7]])
+    computed = embedding(tokens)
+    embedding.keep_embeddings()
+    torch.testing.assert_close(embedding(tokens), computed)
+    assert embedding.is_known.nonzero().flatten().tolist() == [0, 3, 7, 19]
+    others = torch.tensor([[3, 5]])
+    torch.testing.assert_close(embedding(others)[0, 1], embedding.mlp(embedding.embedding.weight[5]))
+
+
+def test_a_gene_is_projected_once() -> None:
+    embedding = GeneEmbedding(n_genes=20, protein_dim=6, embed_dim=4, dropout=0.1).eval().requires_grad_(False)
+    embedding.keep_embeddings()
+    before = embedding(torch.tensor([4, 5]))
+    for parameter in embedding.mlp.parameters():
+        parameter.zero_()  # which would show if it were projected again
+    torch.testing.assert_close(embedding(torch.tensor([5, 4])), before.flip(0))
+
+
 def test_protein_embeddings_are_frozen() -> None:
     embedding = GeneEmbedding(n_genes=20, protein_dim=6, embed_dim=4, dropout=0.1)
     assert not embedding.embedding.weight.requires_grad

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as flex
 
+from transcriptformer.config import ModelConfig
 from transcriptformer.model.attention import Attention, blockwise_attention, plain_attention
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ On a CPU it was measured: in long cells the kernel saves about a nanosecond per 
 
 
 def choose_attention(
-    name: str, device: torch.device, dtype: torch.dtype, n_heads: int, lengths: np.ndarray
+    name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig, lengths: np.ndarray
 ) -> Attention:
     """The path of that name; `auto` is flex where it is faster and there is enough to do, elsewhere blockwise.
 
@@ -48,18 +49,18 @@ def choose_attention(
     ----------
     dtype
         Type of the matrix products.
-    n_heads
-        Heads of all layers.
+    config
+        Of the model.
     lengths
         Genes of each cell of the run (cells,).
     """
     if name != "auto":
         return ATTENTION[name]
     is_faster = device.type == "cuda" or (device.type == "cpu" and dtype == torch.bfloat16 and _has_compiler())
-    n_scores = n_heads * np.square(lengths[lengths >= SHORT], dtype=np.float64).sum()
+    n_scores = config.num_layers * config.num_heads * np.square(lengths[lengths >= SHORT], dtype=np.float64).sum()
     if not is_faster or n_scores < MANY_SCORES[device.type]:
         return blockwise_attention
-    return flex_attention if _compiles(device, dtype) else blockwise_attention
+    return flex_attention if _compiles(device, dtype, config) else blockwise_attention
 
 
 def _has_compiler() -> bool:
@@ -67,12 +68,13 @@ def _has_compiler() -> bool:
 
 
 @torch.inference_mode()
-def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel can be compiled here, tried on a small case."""
-    q = torch.ones(2, 2, SHORT, WIDTH_MULTIPLE, device=device, dtype=dtype)
+def _compiles(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> bool:
+    """Whether the kernel can be compiled here, tried on few cells, after which it is ready for all."""
+    shape = 2, SHORT, config.num_heads, config.embed_dim // config.num_heads
+    q = torch.ones(shape, device=device, dtype=dtype).transpose(1, 2)  # (B, H, T, d)
     bias = torch.zeros(2, SHORT, device=device)
     try:
-        flex_attention(q, q, q, bias, bias == 0, 1.0, True)
+        flex_attention(q, q, q, bias, bias == 0, config.softcap, True)
     except Exception as error:  # whatever the compiler's troubles are, the run can do without
         logger.debug("the attention cannot be compiled here, it runs in blocks: %s", error)
         return False
@@ -93,7 +95,7 @@ def flex_attention(
         return look_bias_up(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
     if not bias_on_diagonal:  # while training, which on a CPU the kernel is not made for
         return plain_attention(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
-    if q.shape[2] < SHORT:
+    if q.shape[2] < SHORT or len(q) == 1:  # a single cell would be compiled for apart
         return blockwise_attention(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
     return carry_bias_in_keys(q, k, v, key_bias, key_allowed, softcap)
 
