@@ -53,7 +53,7 @@ from transcriptformer.model.transcriptformer import TranscriptFormer
 MIB = 2**20
 REPEATS = 5
 N_GENES, EXPRESSED = 20_000, 0.01
-GENES_PER_CELL = [50, 100, 200, 400, 800, 1200, 1600, 2047]
+GENES_PER_CELL = [60, 200, 500, 900, 1300, 1700, 2047, 3000]
 GENES = [f"ENSG{i:011}" for i in range(N_GENES)]
 
 
