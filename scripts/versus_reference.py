@@ -17,7 +17,7 @@ REFERENCE_SPEED = Path(__file__).parents[2] / "shared" / "tools" / "reference_sp
 """A script that prints the published package's seconds per cell as JSON, by default."""
 
 REFERENCE_STEP = 7
-"""It is drawn at the first and the last point, for it takes its time and always the same."""
+"""It is drawn at the first and the last point, for it takes its time."""
 
 REFERENCE_PRECISION = {"16-mixed": "bf16", "bf16-mixed": "bf16", "32": "32"}
 
