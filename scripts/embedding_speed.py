@@ -21,7 +21,8 @@ from transcriptformer.data.survey import survey_cells
 from transcriptformer.device import compute_dtype, keep_freed_memory
 from transcriptformer.inference import make_module
 from transcriptformer.inputs import Inputs
-from transcriptformer.model.flex_attention import ATTENTION, choose_attention
+from transcriptformer.lightning import TranscriptFormerModule
+from transcriptformer.model.flex_attention import ATTENTION
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.output import to_anndata, write_anndata
 from transcriptformer.parts import layout_of
@@ -33,7 +34,8 @@ MATRIX_REPEATS = 5
 def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[str, float]:
     """Seconds of every stage from an AnnData in memory to an h5ad file, and what follows from them.
 
-    A first pass over the first batch, which may wait for a compiler, is timed apart; rates are of all batches after it.
+    A first pass over the first batch, which may wait for a compiler, is timed apart; rates are of all batches after
+    it. The stages within the model are those of the last batch, `stage_one_batch_s` in all; the others of all cells.
     """
     model, device = checkpoint.model, checkpoint.device
     assert isinstance(model, TranscriptFormer), "ESM2-CE has no encoder to measure"
@@ -47,11 +49,10 @@ def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[st
         batches = list(inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool)))
     with timed("weights to device", stages):
         module = make_module(checkpoint).to(device)
+        assert isinstance(module, TranscriptFormerModule)
     inference = checkpoint.config.model.inference_config
     dtype = compute_dtype(inference.precision, device)
-    attention = choose_attention(inference.attention, device, dtype, model.config, survey.lengths)
-    model.transformer_encoder.attention = attention
-    model.gene_embeddings.keep_embeddings()
+    module.prepare(survey.lengths)
     seconds, rates = [], []
     results = MemoryRecorder(layout_of(inference, checkpoint.width), survey.n_kept)
     with torch.inference_mode():
@@ -81,7 +82,7 @@ def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[st
     per_token = layers * 2 * model.config.embed_dim * (4 * model.config.embed_dim + 2 * model.config.model_dim)
     floor = genes * per_token / rate
     return {
-        "attention": next(name for name, path in ATTENTION.items() if path is attention),  # type: ignore[dict-item]
+        "attention": next(name for name, path in ATTENTION.items() if path is model.transformer_encoder.attention),  # type: ignore[dict-item]
         "cells": n_cells,
         "genes_per_cell": genes / n_cells,
         "first_batch_s": first_pass,

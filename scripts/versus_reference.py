@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,12 +23,11 @@ REFERENCE_PRECISION = {"16-mixed": "bf16", "bf16-mixed": "bf16", "32": "32"}
 
 def compare(arguments: argparse.Namespace) -> dict[str, object]:
     """Alternate, and give medians with their ranges, and the ratio of the medians."""
-    run_ours, run_reference = (ours_once, reference_once)
     ours: list[dict[str, float]] = []
     reference: list[dict[str, float]] = []
     for _ in range(arguments.repeats):
-        reference.append(run_reference(arguments, arguments.file))
-        ours.append(run_ours(arguments, arguments.file))
+        reference.append(reference_once(arguments, arguments.file))
+        ours.append(ours_once(arguments, arguments.file))
         print(json.dumps({"reference": reference[-1], "ours": ours[-1]}), file=sys.stderr)
     figures: dict[str, object] = {"genes_per_cell": ours[0]["genes_per_cell"]}
     for name, runs in (("reference", reference), ("ours", ours)):
@@ -123,7 +121,7 @@ def reference_once(arguments: argparse.Namespace, data: Path) -> dict[str, float
 
 def last_json(command: list[str]) -> dict[str, float]:
     """What a command prints as its last line."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -30,6 +30,10 @@ def test_defaults_are_the_published_ones() -> None:
     assert model.model_type == "transcriptformer"
 
 
+def test_batches_are_as_large_as_suits_the_machine() -> None:
+    assert load_config(CHECKPOINT).model.inference_config.batch_size == "auto"
+
+
 def test_what_was_trained_comes_from_the_checkpoint() -> None:
     model = load_config(CHECKPOINT).model
     assert (model.model_config.num_layers, model.model_config.seq_len) == (2, 127)

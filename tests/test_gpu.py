@@ -11,6 +11,7 @@ from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.config import load_config
 from transcriptformer.data.dataset import Batch
 from transcriptformer.inference import embed, make_module
+from transcriptformer.lightning import TranscriptFormerModule
 from transcriptformer.model.attention import blockwise_attention, count_bias, plain_attention
 from transcriptformer.model.flex_attention import flex_attention
 
@@ -83,7 +84,8 @@ def test_no_batch_makes_the_host_wait(emb_type: str) -> None:
     config = load_config(CHECKPOINT, {f"model.inference_config.{key}": value for key, value in options.items()})
     checkpoint = load_checkpoint(CHECKPOINT, config)
     module = make_module(checkpoint).cuda()
-    checkpoint.model.gene_embeddings.keep_embeddings()  # type: ignore[union-attr, operator]
+    assert isinstance(module, TranscriptFormerModule)
+    module.prepare(np.array([31] * 4))
     tokens = torch.randint(7, 200, (4, 32)).pin_memory()
     batch = Batch(torch.arange(4), tokens, torch.ones(4, 32).pin_memory(), torch.zeros(4, 1, dtype=torch.int64))
     there = Batch(*(values.cuda(non_blocking=True) for values in batch))

@@ -162,7 +162,7 @@ class InferenceConfig:
     """cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there."""
     attention: str = "auto"
     """blockwise; flex: compiled by PyTorch's FlexAttention; plain: the slow one that defines the numbers; or auto: flex
-    on a CUDA device that has enough to do, else blockwise."""
+    where it is faster and the run long enough, else blockwise."""
     embedding_layer_index: int = -1
     """Block whose output is the embedding, from 0; negative from the end."""
     emb_type: str = "cell"

@@ -3,6 +3,7 @@
 import logging
 from typing import NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -60,9 +61,6 @@ class EmbeddingModule(pl.LightningModule):
         self.inference, self.pad = inference, pad
         self.most_positions = 2**62
 
-    def on_predict_start(self) -> None:
-        """See to what is worth doing once."""
-
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
         """What is wanted of a batch; one that does not fit into memory is halved, and so are later ones of its size."""
         n_cells, n_positions = batch.gene_tokens.shape
@@ -119,9 +117,13 @@ class TranscriptFormerModule(EmbeddingModule):
     def on_predict_start(self) -> None:  # noqa: D102
         loader = self.trainer.predict_dataloaders
         assert isinstance(loader, BatchLoader)
+        self.prepare(loader.lengths)
+
+    def prepare(self, lengths: np.ndarray) -> None:
+        """Do once, on the device, what a run over cells with so many genes each (cells,) is quicker with."""
         dtype = compute_dtype(self.inference.precision, self.device)
         self.model.transformer_encoder.attention = choose_attention(
-            self.inference.attention, self.device, dtype, self.model.config, loader.lengths
+            self.inference.attention, self.device, dtype, self.model.config, lengths
         )
         self.model.gene_embeddings.keep_embeddings()
 

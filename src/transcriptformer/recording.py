@@ -88,7 +88,7 @@ class Recording(pl.Callback):
     def __init__(self, on_progress: OnProgress | None) -> None:
         self.on_progress = on_progress
         self.recorder: Recorder | None = None
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="recording")
+        self.thread: ThreadPoolExecutor | None = None
         self.waiting: deque[Future[int]] = deque()
         self.parent = os.getppid()
 
@@ -98,6 +98,7 @@ class Recording(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self.recorder = self.open_recorder(trainer.global_rank)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="recording")
         if not trainer.is_global_zero:
             self.on_progress = None
         if self.on_progress is not None:
@@ -107,6 +108,7 @@ class Recording(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Prediction, *unused: object
     ) -> None:
         assert self.recorder is not None
+        assert self.thread is not None
         if self._is_orphan(trainer):
             raise SystemExit(SIGTERM_EXIT_CODE)  # the first process was killed; a resumed run may be at work already
         results = {name: value for name, value in outputs._asdict().items() if value is not None}
@@ -121,13 +123,16 @@ class Recording(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         assert self.recorder is not None
+        assert self.thread is not None
         self._await_recording(trainer, 0)
+        self.thread.shutdown()
         self.recorder.flush()
         trainer.strategy.barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Keep what is there."""
-        self.thread.shutdown()
+        if self.thread is not None:
+            self.thread.shutdown()
         if self.recorder is not None and not self._is_orphan(trainer) and not isinstance(exception, OutputError):
             self.recorder.flush()
 

@@ -9,7 +9,7 @@ from transcriptformer.data.prefetch import prefetch
 @pytest.mark.parametrize("n_ahead", [1, 3, 100])
 @pytest.mark.parametrize("n_items", [0, 1, 20])
 def test_items_come_in_order_and_complete(n_items: int, n_ahead: int) -> None:
-    assert list(prefetch(range(n_items), n_ahead)) == list(range(n_items))
+    assert list(prefetch(iter(range(n_items)), n_ahead)) == list(range(n_items))
 
 
 def test_the_next_items_are_fetched_while_one_is_used() -> None:

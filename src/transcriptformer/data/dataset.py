@@ -178,7 +178,8 @@ class BatchLoader:
         return dataset.lengths[~dataset.is_done][:: dataset.n_processes]
 
     def __iter__(self) -> Iterator[Batch]:
-        return prefetch(self._batches(iter(self.blocks)), BATCHES_AHEAD)
+        blocks = iter(self.blocks)  # here, for it may start processes, which a thread should not
+        return prefetch(self._batches(blocks), BATCHES_AHEAD)
 
     def _batches(self, blocks: Iterator[CellBlock]) -> Iterator[Batch]:
         for block in blocks:

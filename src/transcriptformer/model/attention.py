@@ -55,6 +55,11 @@ def visible_keys(key_allowed: Tensor) -> Tensor:
     return causal & key_allowed[:, None, :]
 
 
+def hiding(key_allowed: Tensor) -> Tensor:
+    """What is added to the capped scores of each key: −∞ where it is not allowed, else 0; (B, T), float32."""
+    return torch.zeros_like(key_allowed, dtype=torch.float32).masked_fill_(~key_allowed, -torch.inf)
+
+
 def plain_attention(
     q: Tensor,
     k: Tensor,
@@ -112,7 +117,7 @@ def blockwise_attention(
     k = k.contiguous().mT.contiguous().flatten(0, 1)  # (B·H, d, T); in two steps, each of which is a fast copy
     v = v.contiguous().flatten(0, 1)  # (B·H, T, d)
     bias = _per_head(key_bias.float() / cap, heads)  # (B·H, 1, T)
-    hidden = _per_head(torch.zeros_like(key_bias).masked_fill_(~key_allowed, -torch.inf), heads)  # (B·H, 1, T)
+    hidden = _per_head(hiding(key_allowed), heads)  # (B·H, 1, T)
     output = torch.empty_like(v)
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)

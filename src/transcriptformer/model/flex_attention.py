@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as flex
 
 from transcriptformer.config import ModelConfig
-from transcriptformer.model.attention import Attention, blockwise_attention, plain_attention
+from transcriptformer.model.attention import Attention, blockwise_attention, hiding, plain_attention
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ def look_bias_up(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, key_allowed: Tensor, softcap: float, bias_on_diagonal: bool
 ) -> Tensor:
     """The kernel reads each key's bias, and whether it is hidden, where it needs them."""
-    hidden = torch.zeros_like(key_bias).masked_fill_(~key_allowed, -torch.inf)  # (B, T)
-    values = _compiled(_look_up)(q, k, v, key_bias.float(), hidden, *_caps(q, softcap), bias_on_diagonal, _causal(q))
+    cap, blocks = _caps(q, softcap), _causal_blocks(q.shape[2], q.device)
+    values = _compiled(_look_up)(q, k, v, key_bias.float(), hiding(key_allowed), cap, bias_on_diagonal, blocks)
     has_key = key_allowed.cumsum(dim=-1) > 0  # (B, T)
     return values.masked_fill_(~has_key[:, None, :, None], 0)  # (B, H, T, d)
 
@@ -116,19 +116,18 @@ def _look_up(
     v: Tensor,
     key_bias: Tensor,
     hidden: Tensor,
-    cap: Tensor,
-    is_capped: bool,
+    cap: Tensor | None,
     bias_on_diagonal: bool,
-    causal: BlockMask,
+    blocks: BlockMask,
 ) -> Tensor:
     def modify(score: Tensor, cell: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         bias = key_bias[cell, key]
         score = score + (bias if bias_on_diagonal else torch.where(query == key, 0.0, bias))
-        if is_capped:
+        if cap is not None:
             score = cap[cell] * torch.tanh(score / cap[cell])
         return score + hidden[cell, key]
 
-    return flex(q, k, v, score_mod=modify, block_mask=causal)
+    return flex(q, k, v, score_mod=modify, block_mask=blocks)
 
 
 def carry_bias_in_keys(
@@ -156,15 +155,15 @@ def carry_bias_in_keys(
     wide_k[..., head_dim + 1 : head_dim + 2] = bias - coarse.float()  # what rounding it has cost
     torch.mul(v, visible, out=wide_v[..., :head_dim])
     wide_v[..., head_dim : head_dim + 2] = visible
-    values = _compiled(_in_keys)(wide_q, wide_k, wide_v, *_caps(q, softcap), _causal(q))
+    values = _compiled(_in_keys)(wide_q, wide_k, wide_v, _caps(q, softcap), _causal_blocks(length, q.device))
     return values[..., :head_dim] / values[..., head_dim : head_dim + 1].clamp(min=LEAST_SHARE)
 
 
-def _in_keys(q: Tensor, k: Tensor, v: Tensor, cap: Tensor, is_capped: bool, causal: BlockMask) -> Tensor:
+def _in_keys(q: Tensor, k: Tensor, v: Tensor, cap: Tensor | None, blocks: BlockMask) -> Tensor:
     def modify(score: Tensor, cell: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
-        return -2 * cap[cell] / (torch.exp(score) + 1) if is_capped else score
+        return score if cap is None else -2 * cap[cell] / (torch.exp(score) + 1)
 
-    return flex(q, k, v, score_mod=modify, block_mask=causal, scale=1.0)
+    return flex(q, k, v, score_mod=modify, block_mask=blocks, scale=1.0)
 
 
 @cache
@@ -172,13 +171,9 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True)  # not at import, for that loads the compiler
 
 
-def _caps(q: Tensor, softcap: float) -> tuple[Tensor, bool]:
-    """The soft cap of each cell (B,), a tensor, for the compiler cannot handle a number; and whether there is one."""
-    return torch.full((len(q),), softcap, device=q.device), softcap > 0
-
-
-def _causal(q: Tensor) -> BlockMask:
-    return _causal_blocks(q.shape[2], q.device)
+def _caps(q: Tensor, softcap: float) -> Tensor | None:
+    """The soft cap of each cell (B,), a tensor, for the compiler cannot handle a number; None: there is none."""
+    return torch.full((len(q),), softcap, device=q.device) if softcap > 0 else None
 
 
 @lru_cache(maxsize=128)

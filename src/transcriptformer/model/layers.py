@@ -73,8 +73,7 @@ class GeneEmbedding(nn.Module):
         self.embedding = nn.Embedding(n_genes, protein_dim)
         self.embedding.weight.requires_grad_(False)
         self.mlp = MLP(protein_dim, embed_dim, embed_dim, dropout)
-
-        self.table: Tensor | None = None
+        self.table: Tensor | None = None  # made by keep_embeddings, with is_known beside it
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings (…, D) of gene tokens (…); the MLP runs once per distinct gene."""
