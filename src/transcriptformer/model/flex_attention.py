@@ -25,11 +25,8 @@ SHORT = 384
 WIDTH_MULTIPLE = 32
 """Head widths are rounded up to this on a CPU, as its matrix instructions would have it."""
 
-HIDING = 1e4
-"""The negative of this, as a bias, leaves a key the least score there is."""
-
-LEAST_SHARE = 1e-6
-"""Stands for the share of the weights that fall to visible keys where there are none."""
+HIDING = 10_000
+"""The negative of this, as a bias, hides a key: no score comes near it, and its exponential is 0."""
 
 MANY_SCORES = {"cpu": 2**35, "cuda": 2**39}
 """With fewer in a whole run, of all heads and layers, the compiler would take more time than it saves.
@@ -106,8 +103,7 @@ def look_bias_up(
     """The kernel reads each key's bias, and whether it is hidden, where it needs them."""
     cap, blocks = _caps(q, softcap), _causal_blocks(q.shape[2], q.device)
     values = _compiled(_look_up)(q, k, v, key_bias.float(), hiding(key_allowed), cap, bias_on_diagonal, blocks)
-    has_key = key_allowed.cumsum(dim=-1) > 0  # (B, T)
-    return values.masked_fill_(~has_key[:, None, :, None], 0)  # (B, H, T, d)
+    return _without_keys_zero(values, key_allowed)
 
 
 def _look_up(
@@ -135,35 +131,40 @@ def carry_bias_in_keys(
 ) -> Tensor:
     """The bias rides in columns of the keys: on a CPU the kernel would look it up number by number.
 
-    Hidden keys get the least score there is and values of 0; a column of the values tells which share of the weights
-    the others have. The scores s come as 2·s / softcap, and softcap·tanh(x / 2) is computed as softcap − 2·softcap /
-    (exp(x) + 1), without its first term, which a softmax does not feel: the compiler has no fast tanh for CPUs.
+    A hidden key is known by its bias, lower than any score. The scores s come as 2·s / softcap, and softcap·tanh(x / 2)
+    is computed as softcap − 2·softcap / (exp(x) + 1), without its first term, which a softmax does not feel: the
+    compiler has no fast tanh for CPUs.
     """
     cells, heads, length, head_dim = q.shape
     scale = 2 / softcap if softcap > 0 else 1.0
     width = -(-(head_dim + 2) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     bias = (scale * key_bias.float()).masked_fill_(~key_allowed, -HIDING)[:, None, :, None]  # (B, 1, T, 1)
-    visible = key_allowed[:, None, :, None]  # (B, 1, T, 1)
     coarse = bias.to(q.dtype)
-    wide = q.new_empty(3, cells, length, heads, width).transpose(2, 3)  # (3, B, H, T, width)
+    wide = q.new_empty(2, cells, length, heads, width).transpose(2, 3)  # (2, B, H, T, width)
     wide[..., head_dim + 2 :] = 0
-    wide_q, wide_k, wide_v = wide
+    wide_q, wide_k = wide
     torch.mul(q, scale / head_dim**0.5, out=wide_q[..., :head_dim])
     wide_q[..., head_dim : head_dim + 2] = 1
     wide_k[..., :head_dim] = k
     wide_k[..., head_dim : head_dim + 1] = coarse
     wide_k[..., head_dim + 1 : head_dim + 2] = bias - coarse.float()  # what rounding it has cost
-    torch.mul(v, visible, out=wide_v[..., :head_dim])
-    wide_v[..., head_dim : head_dim + 2] = visible
-    values = _compiled(_in_keys)(wide_q, wide_k, wide_v, _caps(q, softcap), _causal_blocks(length, q.device))
-    return values[..., :head_dim] / values[..., head_dim : head_dim + 1].clamp(min=LEAST_SHARE)
+    values = _compiled(_in_keys)(wide_q, wide_k, v, _caps(q, softcap), _causal_blocks(length, q.device))
+    return _without_keys_zero(values, key_allowed)
 
 
 def _in_keys(q: Tensor, k: Tensor, v: Tensor, cap: Tensor | None, blocks: BlockMask) -> Tensor:
     def modify(score: Tensor, cell: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
-        return score if cap is None else -2 * cap[cell] / (torch.exp(score) + 1)
+        if cap is None:
+            return score
+        return torch.where(score < -HIDING // 2, score, -2 * cap[cell] / (torch.exp(score) + 1))
 
     return flex(q, k, v, score_mod=modify, block_mask=blocks, scale=1.0)
+
+
+def _without_keys_zero(values: Tensor, key_allowed: Tensor) -> Tensor:
+    """Values of the queries (B, H, T, d), in place 0 where no key is seen."""
+    has_key = key_allowed.cumsum(dim=-1) > 0  # (B, T)
+    return values.masked_fill_(~has_key[:, None, :, None], 0)
 
 
 @cache
