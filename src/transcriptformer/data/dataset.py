@@ -18,7 +18,7 @@ from transcriptformer.data.tokenize import Tokens
 BATCHES_AHEAD = 4
 """Batches that are made ready while one is computed."""
 
-LENGTH_MULTIPLE = 16
+LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this many positions: few shapes, little padding."""
 
 
