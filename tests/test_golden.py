@@ -1,5 +1,7 @@
 """Our numbers are those of the published package, on synthetic cells and, where they are at hand, on real ones."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.data.survey import survey_cells
 from transcriptformer.inference import embed
 from transcriptformer.inputs import Inputs
+from transcriptformer.model import flex_attention
 from transcriptformer.model.losses import gene_cross_entropy, mean_over_genes
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
@@ -46,6 +49,18 @@ def test_embeddings_and_llh_equal_the_reference(case: GoldenCase, attention: str
 @each_other_case
 def test_new_species_and_the_baseline_equal_the_reference(case: GoldenCase, attention: str) -> None:
     assert_embeddings_equal(case, attention)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@each_case
+def test_embeddings_of_the_compiled_attention_equal_the_reference(
+    case: GoldenCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flex_attention, "SHORT", 0)  # the synthetic cells are shorter than where it pays
+    torch.compiler.reset()
+    assert_embeddings_equal(case, "flex")
 
 
 def assert_embeddings_equal(case: GoldenCase, attention: str) -> None:
