@@ -1,4 +1,4 @@
-# `make test` and `make demo` work on a fresh machine that has python3 (3.11 or later), make and a network to PyPI.
+# `make test` and `make demo` work on a fresh machine that has python3 (3.11.4 or later), make and a network to PyPI.
 
 PYTHON ?= python3
 VENV := .venv

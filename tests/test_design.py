@@ -9,7 +9,9 @@ SRC = Path(__file__).parents[1] / "src" / "transcriptformer"
 
 LAYERS = [
     {"errors"},
-    {"config", "vocab", "device"},
+    {"config", "vocab", "device", "fetch"},
+    {"http_file", "s3_object", "unpack"},
+    {"download"},
     {"data", "model"},
     {"checkpoint", "lightning"},
     {"parts", "output", "pooling", "recording", "batching", "distributed", "workspace"},
@@ -49,5 +51,13 @@ def test_the_command_line_and_the_package_start_without_torch() -> None:
 import sys, transcriptformer, transcriptformer.cli.main
 heavy = {"torch", "pytorch_lightning", "anndata", "scanpy", "pandas", "hydra", "numpy"} & sys.modules.keys()
 sys.exit(f"imported: {heavy}" if heavy else 0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_downloading_needs_no_torch() -> None:
+    code = """
+import sys, transcriptformer.download, transcriptformer.data.bulk_download, transcriptformer.data.census
+sys.exit("imported: torch" if "torch" in sys.modules else 0)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

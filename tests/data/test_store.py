@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-import boto3  # type: ignore[import-untyped]
+import boto3
 import h5py
 import numpy as np
 import pandas as pd

@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 
 from transcriptformer.cli.check import check
+from transcriptformer.cli.download import download
+from transcriptformer.cli.download_data import download_data
 from transcriptformer.cli.inference import inference
 
 app = typer.Typer(
@@ -36,3 +38,5 @@ def transcriptformer(
 
 app.command()(inference)
 app.command()(check)
+app.command()(download)
+app.command()(download_data)

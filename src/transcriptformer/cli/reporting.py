@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,17 @@ from typing import Self
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from transcriptformer.errors import TranscriptFormerError
@@ -40,16 +51,25 @@ def plain_errors(debug: bool) -> Iterator[None]:
         ours.removeHandler(handler)
 
 
-class CellProgress:
-    """A bar with cells per second and the time left; without a terminal, a log line now and then."""
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say of what Ctrl-C ended that it is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
 
-    def __init__(self) -> None:
+
+class _Bar:
+    """A bar on a terminal; elsewhere, a log line now and then."""
+
+    def __init__(self, name: str, *columns: ProgressColumn) -> None:
         console = Console(stderr=True)
         self.bar = Progress(
-            TextColumn("embedding"),
+            TextColumn(name),
             BarColumn(),
-            MofNCompleteColumn(),
-            _CellsPerSecond(),
+            *columns,
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -65,6 +85,13 @@ class CellProgress:
     ) -> None:
         self.bar.stop()
 
+
+class CellProgress(_Bar):
+    """Cells embedded, cells per second and the time left."""
+
+    def __init__(self) -> None:
+        super().__init__("embedding", MofNCompleteColumn(), _CellsPerSecond())
+
     def update(self, n_done: int, n_cells: int) -> None:
         """Show that `n_done` of `n_cells` are done; the clock starts at the first call."""
         now = time.monotonic()
@@ -77,6 +104,36 @@ class CellProgress:
             rate = n_done / (now - self.started)
             left = (n_cells - n_done) / rate
             logger.info("%d of %d cells, %.1f cells/s, %.0f s left", n_done, n_cells, rate, left)
+
+
+class ByteProgress(_Bar):
+    """Bytes fetched, bytes per second and the time left; threads may use it at once."""
+
+    def __init__(self) -> None:
+        super().__init__("downloading", DownloadColumn(), TransferSpeedColumn())
+        self.n_done = self.n_bytes = 0
+        self._lock = threading.Lock()
+
+    def expect(self, n_bytes: int) -> None:
+        """There are so many more to come."""
+        with self._lock:
+            self.n_bytes += n_bytes
+            self.bar.start()
+            self.bar.update(self.task, total=self.n_bytes)
+
+    def advance(self, n_bytes: int) -> None:
+        """So many more have come."""
+        with self._lock:
+            self.n_done += n_bytes
+            self.bar.update(self.task, completed=self.n_done)
+            now = time.monotonic()
+            if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
+                self.last_line = now
+                rate = max(self.n_done, 1) / (now - self.started)
+                left = (self.n_bytes - self.n_done) / rate
+                logger.info(
+                    "%.0f of %.0f MB, %.1f MB/s, %.0f s left", self.n_done / 1e6, self.n_bytes / 1e6, rate / 1e6, left
+                )
 
 
 class _CellsPerSecond(ProgressColumn):

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import h5py
 import zarr
 
-from transcriptformer.errors import DataError, UsageError
+from transcriptformer.errors import DataError, UsageError, one_line
 
 Location: TypeAlias = str | Path
 """A path, or a URL such as s3://bucket/cells.zarr."""
@@ -104,8 +104,3 @@ def damaged(name: str, error: Exception) -> DataError:
         f"{name}: cannot be read: truncated or damaged, open in another program, or written by a newer anndata "
         f"({one_line(error)})"
     )
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, shortened to one line, or its kind where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

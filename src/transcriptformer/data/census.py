@@ -1,0 +1,185 @@
+"""Cells of the CELLxGENE Census as h5ad files that are ready for `inference`."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+
+from transcriptformer.errors import DownloadError, UsageError, one_line
+from transcriptformer.fetch import alone, part_of, writing_to
+
+logger = logging.getLogger(__name__)
+
+CELLS_AT_ONCE = 8192
+"""Cells that are in memory at a time."""
+
+SELECTION = "census_selection.json"
+"""File that tells of which selection the files beside it are."""
+
+
+class CellFile(NamedTuple):
+    """A file of the selection, and whether this run wrote it."""
+
+    path: Path
+    n_cells: int
+    is_new: bool
+
+
+@contextmanager
+def open_census(uri: str | None, version: str) -> Iterator[Any]:
+    """The census of that version, or the one at `uri`.
+
+    Raises
+    ------
+    UsageError
+        If the package that reads it is not installed.
+    DownloadError
+        If it cannot be opened.
+    """
+    try:
+        import cellxgene_census
+    except ImportError as error:
+        raise UsageError(
+            f"--source census needs a package that is not installed ({one_line(error)}); "
+            'pip install "transcriptformer[census]" brings it'
+        ) from error
+    try:
+        census = cellxgene_census.open_soma(uri=uri) if uri else cellxgene_census.open_soma(census_version=version)
+    except Exception as error:  # several libraries, each with errors of its own
+        raise DownloadError(f"census {uri or version}: cannot be opened ({one_line(error)})") from error
+    with census:
+        yield census
+
+
+def download_cells(
+    census: Any, species: str, output_dir: Path, cell_filter: str = "", cells_per_file: int = 50_000
+) -> Iterator[CellFile]:
+    """Write the raw counts of the cells that fit to files of `cells_per_file` cells; those that are there stay.
+
+    Parameters
+    ----------
+    census
+        From `open_census`.
+    species
+        Latin name.
+    cell_filter
+        Condition on columns of the census' `obs`, in its own language; empty: all cells.
+
+    Yields
+    ------
+    Each file when it is whole: counts in `X`, `ensembl_id` in `var`, the census' metadata in `obs`.
+
+    Raises
+    ------
+    DownloadError
+        If there is no such species, no such cell, or the census cannot be read.
+    UsageError
+        If the folder holds files of another selection.
+    """
+    cells = find_cells(census, species, cell_filter)
+    folder = output_dir / _organism(species)
+    with alone(output_dir / ".lock"):
+        _claim(folder, {"build": _build(census), "filter": cell_filter, "cells_per_file": cells_per_file})
+        for number, start in enumerate(range(0, len(cells), cells_per_file)):
+            path, ids = folder / f"{folder.name}_{number:05d}.h5ad", cells[start : start + cells_per_file]
+            is_new = not path.exists()
+            if is_new:
+                _write_cells(census, folder.name, ids, path)
+            yield CellFile(path, len(ids), is_new)
+
+
+def find_cells(census: Any, species: str, cell_filter: str) -> np.ndarray:
+    """Ids of the cells that fit, ascending, int64.
+
+    Raises
+    ------
+    DownloadError
+        If there are none.
+    """
+    organism, known = _organism(species), census["census_data"]
+    if organism not in known:
+        raise DownloadError(f"--species {species!r}: not in this census, which has: {', '.join(known)}")
+    try:
+        tables = known[organism].obs.read(column_names=["soma_joinid"], value_filter=cell_filter or None)
+        ids = [table["soma_joinid"].to_numpy() for table in tables]
+    except Exception as error:
+        raise DownloadError(f"--filter {cell_filter!r}: the census does not take it ({one_line(error)})") from error
+    cells = np.sort(np.concatenate(ids)) if ids else np.empty(0, np.int64)
+    if not len(cells):
+        raise DownloadError(f"--filter {cell_filter!r}: no cell of {species} fits")
+    return cells
+
+
+def _organism(species: str) -> str:
+    return species.strip().lower().replace(" ", "_")
+
+
+def _build(census: Any) -> str:
+    """Which census this is, by its own account or else by its address."""
+    try:
+        summary = census["census_info"]["summary"].read().concat().to_pandas().set_index("label")["value"]
+        return str(summary["census_build_date"])
+    except KeyError:
+        return str(census.uri)
+
+
+def _claim(folder: Path, selection: dict[str, Any]) -> None:
+    """Note what the files are of; refuse to mix them."""
+    note = folder / SELECTION
+    with writing_to(note):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not note.exists():
+            note.write_text(json.dumps(selection, indent=1), encoding="utf-8")
+        found = json.loads(note.read_text(encoding="utf-8"))
+    if found != selection:
+        change = next(key for key in selection if found.get(key) != selection[key])
+        raise UsageError(
+            f"{folder}: holds cells of another selection ({change}: {found.get(change)!r}, now {selection[change]!r}); "
+            "choose another --output-dir"
+        )
+
+
+def _write_cells(census: Any, organism: str, ids: np.ndarray, path: Path) -> None:
+    """One file, block after block."""
+    import cellxgene_census
+
+    part = part_of(path)
+    obs: list[pd.DataFrame] = []
+    with writing_to(path):
+        try:
+            with h5py.File(part, "w") as file:
+                file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+                for start in range(0, len(ids), CELLS_AT_ONCE):
+                    some = ids[start : start + CELLS_AT_ONCE]
+                    try:
+                        block = cellxgene_census.get_anndata(census, organism, obs_coords=some, X_name="raw")
+                    except Exception as error:
+                        raise DownloadError(f"{path}: the census cannot be read ({one_line(error)})") from error
+                    if obs:
+                        anndata.io.sparse_dataset(file["X"]).append(block.X)
+                    else:
+                        anndata.io.write_elem(file, "X", block.X)
+                        anndata.io.write_elem(file, "var", _with_ensembl_id(block.var))
+                    obs.append(block.obs)
+                anndata.io.write_elem(file, "obs", _named(pd.concat(obs)))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    logger.info("%s: %d cells", path, len(ids))
+
+
+def _with_ensembl_id(var: pd.DataFrame) -> pd.DataFrame:
+    ids = var["feature_id"].astype(str).to_numpy()
+    return var.assign(ensembl_id=ids).set_index(pd.Index(ids))
+
+
+def _named(obs: pd.DataFrame) -> pd.DataFrame:
+    """Cells named by their id in the census."""
+    return obs.set_index(pd.Index(obs["soma_joinid"].astype(str).to_numpy()))

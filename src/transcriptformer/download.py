@@ -1,0 +1,161 @@
+"""Published weights and protein embeddings, from a public S3 bucket to a folder each."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from transcriptformer.errors import DownloadError, UsageError
+from transcriptformer.fetch import Fetcher, PartialFile, Stat, alone, gigabytes, need_space, size_on_disk, writing_to
+from transcriptformer.s3_object import S3Object
+from transcriptformer.unpack import unpack
+
+logger = logging.getLogger(__name__)
+
+BUCKET = "czi-transcriptformer"
+
+ARTIFACTS = {
+    "tf-sapiens": "tf_sapiens",
+    "tf-exemplar": "tf_exemplar",
+    "tf-metazoa": "tf_metazoa",
+    "all-embeddings": "all_embeddings",
+}
+"""What can be downloaded, and its folder."""
+
+RECORD = "download.json"
+"""File in each folder that tells where it came from and what belongs to it."""
+
+CHECKPOINT_FILES = ("config.json", "model_weights.pt", "vocabs")
+"""What every checkpoint has."""
+
+UNPACKED_SIZE = 1.2
+"""Of an archive's size, what its contents are taken to need before they are known; weights hardly shrink."""
+
+
+def artifacts_of(names: list[str]) -> list[str]:
+    """What the names mean, each once; `all` is everything.
+
+    Raises
+    ------
+    UsageError
+        If a name is unknown.
+    """
+    unknown = [name for name in names if name not in ARTIFACTS and name != "all"]
+    if unknown:
+        raise UsageError(f"{unknown[0]!r} is not known; there are: {', '.join(ARTIFACTS)}, all")
+    return [name for name in ARTIFACTS if name in names or "all" in names]
+
+
+def download(
+    name: str,
+    checkpoint_dir: Path,
+    fetcher: Fetcher,
+    bucket: str = BUCKET,
+    force: bool = False,
+    started: Callable[[int], object] = lambda n_bytes: None,
+) -> Path:
+    """Bring one artifact to its folder below `checkpoint_dir`, which is replaced only by a whole one.
+
+    Parameters
+    ----------
+    fetcher
+        How.
+    bucket
+        Where it is; a mirror has the same keys.
+    force
+        Fetch it even where it is complete.
+    started
+        Called with the archive's size when it begins to come.
+
+    Returns
+    -------
+    The folder.
+
+    Raises
+    ------
+    DownloadError
+        If it cannot be had. What came of it stays for the next try.
+    """
+    folder = checkpoint_dir / ARTIFACTS[name]
+    archive = checkpoint_dir / f"{folder.name}.tar.gz"
+    with alone(_beside(folder, "lock")):
+        _tidy(folder)
+        if not force and _is_there(folder):
+            PartialFile.clear(archive)
+            logger.info("%s: complete already", folder)
+            return folder
+        remote = S3Object(bucket, f"weights/{archive.name}", fetcher.connections)
+        stat = fetcher.patiently(remote.stat, 0)
+        need_space(checkpoint_dir, int(stat.size * (1 + UNPACKED_SIZE)) - size_on_disk(archive))
+        logger.info("%s: %s from %s", folder, gigabytes(stat.size), remote.name)
+        started(stat.size)
+
+        def install(path: Path) -> None:
+            unpacked = _beside(folder, "unpacked")
+            unpack(path, folder.name, unpacked)
+            _write_record(unpacked, remote.name, stat)
+            _replace(folder, unpacked)
+
+        fetcher.fetch(remote, archive, install)
+        PartialFile.clear(archive)
+    return folder
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether all is there that belongs to the folder: by its record, or by name if it came here in another way.
+
+    Raises
+    ------
+    DownloadError
+        If something is there that is not whole.
+    """
+    if not folder.exists():
+        return False
+    record = folder / RECORD
+    try:
+        sizes = json.loads(record.read_text(encoding="utf-8"))["files"] if record.exists() else {}
+        names = sizes or (CHECKPOINT_FILES if folder.name != ARTIFACTS["all-embeddings"] else ())
+        wrong = [
+            n for n in names if not (folder / n).exists() or sizes.get(n) not in (None, (folder / n).stat().st_size)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        wrong = [RECORD]
+    if wrong:
+        raise DownloadError(f"{folder}: is there, but {wrong[0]} is missing or damaged; --force replaces the folder")
+    return True
+
+
+def _tidy(folder: Path) -> None:
+    """Clear away what a killed run left."""
+    old, unpacked = _beside(folder, "old"), _beside(folder, "unpacked")
+    with writing_to(folder):
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        for path in (old, unpacked):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    old = _beside(folder, "old")
+    if folder.exists():
+        folder.replace(old)
+    new.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_record(folder: Path, source: str, stat: Stat) -> None:
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    record = {
+        "source": source,
+        "etag": stat.version,
+        "size": stat.size,
+        "date": datetime.now(UTC).isoformat("T", "seconds"),
+    }
+    (folder / RECORD).write_text(json.dumps({**record, "files": files}, indent=1), encoding="utf-8")
+
+
+def _beside(folder: Path, purpose: str) -> Path:
+    """A hidden neighbour of the folder, on the same file system."""
+    return folder.with_name(f".{folder.name}.{purpose}")

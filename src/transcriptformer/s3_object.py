@@ -1,0 +1,103 @@
+"""Objects of public S3 buckets."""
+
+import base64
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import boto3
+import urllib3
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+
+from transcriptformer.errors import DownloadError
+from transcriptformer.fetch import ChangedFileError, InterruptedDownloadError, Stat
+
+CHUNK = 2**18
+"""Bytes that are taken at a time; what came of a chunk is lost when the connection breaks."""
+
+CHECKSUMS = {"ChecksumSHA256": "sha256", "ChecksumSHA1": "sha1", "ChecksumCRC32": "crc32"}
+"""What S3 calls the checksums that can be compared here."""
+
+
+class S3Object:
+    """An object that everyone may read, as `transcriptformer.fetch.RemoteFile`.
+
+    Parameters
+    ----------
+    bucket, key
+        Where it is; the service's address is boto3's own setting (AWS_ENDPOINT_URL_S3).
+    connections
+        Most requests at once.
+    """
+
+    def __init__(self, bucket: str, key: str, connections: int = 1) -> None:
+        self.bucket, self.key, self.connections = bucket, key, connections
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"s3://{self.bucket}/{self.key}"
+
+    def stat(self, start: int) -> Stat:  # noqa: D102
+        with self._in_our_words():
+            found = self._client.head_object(Bucket=self.bucket, Key=self.key, ChecksumMode="ENABLED")
+        return Stat(found["ContentLength"], found["ETag"], _checksum(found))
+
+    def read(self, start: int, stop: int, version: str | None) -> Generator[bytes]:  # noqa: D102
+        place = {"Bucket": self.bucket, "Key": self.key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": version}
+        with self._in_our_words():
+            body = self._client.get_object(**place)["Body"]
+            try:
+                yield from body.iter_chunks(CHUNK)
+            finally:
+                body.close()
+
+    @cached_property
+    def _client(self) -> Any:
+        # Our own retries go on where a broken connection ended; boto3's would hide them.
+        config = Config(
+            signature_version=UNSIGNED,
+            retries={"total_max_attempts": 1},
+            connect_timeout=10,
+            read_timeout=20,
+            max_pool_connections=max(10, self.connections),
+        )
+        return boto3.client("s3", config=config)
+
+    @contextmanager
+    def _in_our_words(self) -> Iterator[None]:
+        try:
+            yield
+        except ClientError as error:
+            raise _refusal(self.name, error) from error
+        except (HTTPClientError, IncompleteReadError, urllib3.exceptions.HTTPError, ConnectionError) as error:
+            raise InterruptedDownloadError(f"{self.name}: {' '.join(str(error).split())[:200]}") from error
+        except (BotoCoreError, ValueError) as error:  # a setting, such as an impossible address
+            raise DownloadError(f"{self.name}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _checksum(found: dict[str, Any]) -> tuple[str, str] | None:
+    """Of the whole object, if S3 knows one; that of a part-wise upload is of its parts."""
+    for name, algorithm in CHECKSUMS.items():
+        value = found.get(name, "-")
+        if "-" not in value:
+            return algorithm, value
+    tag = found["ETag"].strip('"')
+    is_md5 = (
+        len(tag) == 32
+        and found.get("ServerSideEncryption", "AES256") == "AES256"
+        and "SSECustomerAlgorithm" not in found
+    )
+    return ("md5", base64.b64encode(bytes.fromhex(tag)).decode()) if is_md5 else None
+
+
+def _refusal(name: str, error: ClientError) -> DownloadError:
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    reason = f"{name}: the server answers {status} {error.response.get('Error', {}).get('Message', '')}".rstrip()
+    if status == 412:
+        return ChangedFileError(f"{name}: has changed since it was begun")
+    if status in (408, 429) or status >= 500:
+        return InterruptedDownloadError(reason)
+    return DownloadError(reason)

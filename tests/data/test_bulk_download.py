@@ -1,0 +1,418 @@
+"""Datasets of CELLxGENE Discover arrive whole and verified, through whatever storm."""
+
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from tests.commands import COMMAND, finish, start
+from tests.h5ad_files import random_adata
+from tests.web import Fault, Web, serve
+from transcriptformer import fetch
+from transcriptformer.cli.main import app
+from transcriptformer.data.bulk_download import API_VARIABLE, Selection, look_into, select_datasets
+from transcriptformer.errors import DownloadError
+from transcriptformer.fetch import DamagedFileError
+
+LIST = "/curation/v1/datasets"
+
+
+def dataset(name: str, species: str = "Homo sapiens", web: Web | None = None, **more: Any) -> dict[str, Any]:
+    """What the service tells of a dataset; its file is served under its name."""
+    address, path = (web.address, f"/{name}.h5ad") if web else ("", "")
+    size = len(web.files[path]) if web else 1
+    assets = [
+        {"filetype": "RDS", "url": f"{address}/{name}.rds", "filesize": 7},
+        {"filetype": "H5AD", "url": address + path, "filesize": size},
+    ]
+    return {
+        "dataset_id": name,
+        "collection_id": "c1",
+        "collection_doi": "10.1/x",
+        "organism": [{"label": species}],
+        "is_primary_data": [True],
+        "assets": assets,
+        "cell_count": 20,
+        "tissue": [{"label": "lung"}],
+        "assay": [{"label": "10x 3' v3"}],
+        "disease": [{"label": "normal"}],
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Some h5ad files, all different."""
+    folder = tmp_path_factory.mktemp("h5ad")
+    for i in range(6):
+        random_adata(20 + i, seed=i).write_h5ad(folder / f"{i}.h5ad")
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+@pytest.fixture
+def web(contents: list[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    """Serves four datasets, three of them human."""
+    monkeypatch.setattr(fetch, "FIRST_WAIT", 0.001)
+    with serve(Web({f"/d{i}.h5ad": content for i, content in enumerate(contents[:4])})) as web:
+        monkeypatch.setenv(API_VARIABLE, web.address)
+        announce(web, *(dataset(f"d{i}", web=web) for i in range(3)), dataset("d3", "Mus musculus", web))
+        yield web
+
+
+def announce(web: Web, *datasets: dict[str, Any]) -> None:
+    web.files[LIST] = json.dumps(datasets).encode()
+
+
+def download(folder: Path, *options: object, species: str = "homo sapiens") -> Result:
+    fixed = ["download-data", "--species", species, "--output-dir", folder, "--max-retries", 3]
+    return CliRunner().invoke(app, [str(part) for part in (*fixed, *options)])
+
+
+def assert_whole(folder: Path, web: Web, *names: str) -> None:
+    """These datasets are there, byte for byte, with their records, and nothing else is."""
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(names)
+    for name in names:
+        assert sorted(path.name for path in (folder / name).iterdir()) == ["__success__", "full.h5ad"]
+        assert (folder / name / "full.h5ad").read_bytes() == web.files[f"/{name}.h5ad"]
+        record = json.loads((folder / name / "__success__").read_text())
+        assert record["size"] == len(web.files[f"/{name}.h5ad"])
+        assert record["url"] == f"{web.address}/{name}.h5ad"
+        with h5py.File(folder / name / "full.h5ad") as file:
+            assert [record["cells"], record["genes"]] == list(file["X"].attrs["shape"])
+
+
+def test_datasets_come_with_records_and_metadata(web: Web, tmp_path: Path) -> None:
+    result = download(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert_whole(tmp_path, web, "d0", "d1", "d2")
+    metadata = json.loads((tmp_path / "dataset_metadata.json").read_text())
+    assert metadata == json.loads(web.files[LIST])[:3]
+    assert "3 datasets with 60 cells" in result.stdout
+    assert "downloaded" in result.stdout
+
+
+def test_they_are_ready_for_inference(web: Web, tmp_path: Path) -> None:
+    download(tmp_path, "--max-datasets", 1)
+    assert anndata.read_h5ad(tmp_path / "d0" / "full.h5ad").shape == (20, 200)
+
+
+def test_a_second_run_fetches_nothing_and_another_species_adds_to_it(web: Web, tmp_path: Path) -> None:
+    download(tmp_path)
+    web.asked.clear()
+    result = download(tmp_path)
+    assert result.exit_code == 0
+    assert [path for path, _, _ in web.asked] == [LIST]
+    assert download(tmp_path, species="mus musculus").exit_code == 0
+    assert_whole(tmp_path, web, "d0", "d1", "d2", "d3")
+    assert len(json.loads((tmp_path / "dataset_metadata.json").read_text())) == 4
+
+
+def test_without_metadata_none_is_written(web: Web, tmp_path: Path) -> None:
+    assert download(tmp_path, "--no-metadata").exit_code == 0
+    assert not (tmp_path / "dataset_metadata.json").exists()
+
+
+def test_a_dry_run_only_counts(web: Web, tmp_path: Path) -> None:
+    result = download(tmp_path / "new", "--dry-run")
+    assert (
+        result.stdout
+        == f"3 datasets with 60 cells, {sum(len(web.files[f'/d{i}.h5ad']) for i in range(3)) / 1e6:.1f} MB\n"
+    )
+    assert not (tmp_path / "new").exists()
+    assert [path for path, _, _ in web.asked] == [LIST]
+
+
+def test_a_test_only_asks(web: Web, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["download-data", "--test-only", "--output-dir", str(tmp_path / "new")])
+    assert result.stdout == f"{web.address} answers: 4 datasets\n"
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_module_is_the_same_command(web: Web, tmp_path: Path) -> None:
+    options = ["--species", "homo sapiens", "--output-dir", str(tmp_path)]
+    module = [sys.executable, "-m", "transcriptformer.data.bulk_download", *options]
+    result = subprocess.run(module, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert_whole(tmp_path, web, "d0", "d1", "d2")
+
+
+def test_one_that_fails_does_not_stop_the_others_and_is_named(web: Web, tmp_path: Path) -> None:
+    web.fault = lambda path, n: "404" if path == "/d1.h5ad" else ""
+    result = download(tmp_path)
+    assert result.exit_code == 1
+    assert f"failed: d1: {web.address}/d1.h5ad: the server answers 404" in result.stdout
+    assert_whole(tmp_path, web, "d0", "d2")
+    assert [entry["dataset_id"] for entry in json.loads((tmp_path / "dataset_metadata.json").read_text())] == [
+        "d0",
+        "d2",
+    ]
+    web.fault = lambda path, n: ""
+    assert download(tmp_path).exit_code == 0
+    assert_whole(tmp_path, web, "d0", "d1", "d2")
+
+
+def test_a_dataset_without_h5ad_is_named(web: Web, tmp_path: Path) -> None:
+    announce(web, dataset("d0", web=web), dataset("d1", assets=[{"filetype": "RDS", "url": "x", "filesize": 1}]))
+    result = download(tmp_path)
+    assert result.exit_code == 1
+    assert "failed: d1: d1: the portal has no H5AD of it" in result.stdout
+    assert_whole(tmp_path, web, "d0")
+
+
+@pytest.mark.parametrize("cut", [0, 100, 20_000])
+def test_a_file_that_is_no_whole_h5ad_is_not_taken(cut: int, web: Web, tmp_path: Path) -> None:
+    web.files["/d0.h5ad"] = web.files["/d0.h5ad"][:cut]
+    announce(web, dataset("d0", web=web))
+    result = download(tmp_path)
+    assert result.exit_code == 1
+    assert "not a whole h5ad" in result.stdout
+    assert not list(tmp_path.rglob("full.h5ad*"))
+    assert not list(tmp_path.rglob("__success__"))
+
+
+def test_a_new_version_replaces_the_old_one_when_it_is_whole(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
+    download(tmp_path)
+    web.files["/d0.h5ad"], old = contents[5], web.files["/d0.h5ad"]
+    announce(web, dataset("d0", web=web))
+    web.fault = lambda path, n: "500" if path == "/d0.h5ad" else ""
+    assert download(tmp_path).exit_code == 1
+    assert (tmp_path / "d0" / "full.h5ad").read_bytes() == old
+    web.fault = lambda path, n: ""
+    assert download(tmp_path).exit_code == 0
+    assert_whole(tmp_path, web, "d0", "d1", "d2")
+
+
+@pytest.mark.parametrize("record", [None, "", "{}"])
+def test_a_file_that_lacks_only_the_record_is_looked_into_instead_of_fetched(
+    record: str | None, web: Web, tmp_path: Path
+) -> None:
+    """Killed just before the end, or fetched by the published package."""
+    download(tmp_path)
+    (tmp_path / "d0" / "__success__").unlink()
+    if record is not None:
+        (tmp_path / "d0" / "__success__").write_text(record)
+    web.asked.clear()
+    assert download(tmp_path).exit_code == 0
+    assert [path for path, _, _ in web.asked] == [LIST]
+    assert_whole(tmp_path, web, "d0", "d1", "d2")
+
+
+def test_a_damaged_file_without_a_record_is_fetched_again(web: Web, tmp_path: Path) -> None:
+    download(tmp_path)
+    (tmp_path / "d0" / "__success__").unlink()
+    (tmp_path / "d0" / "full.h5ad").write_bytes(bytes(len(web.files["/d0.h5ad"])))
+    assert download(tmp_path).exit_code == 0
+    assert_whole(tmp_path, web, "d0", "d1", "d2")
+
+
+def names(datasets: list[dict[str, Any]]) -> list[str]:
+    return [entry["dataset_id"] for entry in datasets]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({}, ["plain", "liver", "smart", "flu", "elsewhere"]),
+        ({"tissue": ("LIVER", "brain")}, ["liver"]),
+        ({"assay": ("smart-seq2",)}, ["smart"]),
+        ({"disease": ("influenza",)}, ["flu"]),
+        ({"tissue": ("lung",), "disease": ("influenza",)}, ["flu"]),
+        ({"collection": ("c2",)}, ["elsewhere"]),
+        ({"collection": ("https://cellxgene.cziscience.com/collections/c2/",)}, ["elsewhere"]),
+        ({"collection": ("10.1/X",), "max_datasets": 2}, ["plain", "liver"]),
+    ],
+)
+def test_selection(wanted: dict[str, Any], expected: list[str]) -> None:
+    datasets = [
+        dataset("plain"),
+        dataset("secondary", is_primary_data=[False]),
+        dataset("mixed", organism=[{"label": "Homo sapiens"}, {"label": "Mus musculus"}]),
+        dataset("mouse", "Mus musculus"),
+        dataset("liver", tissue=[{"label": "liver"}, {"label": "lung"}]),
+        dataset("smart", assay=[{"label": "Smart-seq2"}]),
+        dataset("flu", disease=[{"label": "influenza"}]),
+        dataset("elsewhere", collection_id="c2", collection_doi=None),
+    ]
+    assert names(select_datasets(datasets, Selection(("Homo Sapiens",), **wanted))) == expected
+
+
+def test_a_species_nobody_has_is_told_with_those_there_are() -> None:
+    datasets = [
+        dataset("a"),
+        dataset("b"),
+        dataset("c", "Mus musculus"),
+        dataset("d", "Danio rerio", is_primary_data=[]),
+    ]
+    with pytest.raises(DownloadError, match=r"'pan trog': no datasets; .*: homo sapiens \(2\), mus musculus \(1\)$"):
+        select_datasets(datasets, Selection(("homo sapiens", "pan trog")))
+
+
+def test_a_selection_that_leaves_nothing_is_told() -> None:
+    with pytest.raises(DownloadError, match="no dataset fits"):
+        select_datasets([dataset("a")], Selection(("homo sapiens",), tissue=("brain",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--species", " , "], "--species: name at least one"),
+        (["--species", "pan paniscus"], "'pan paniscus': no datasets"),
+        (["--species", "homo sapiens", "--filter", "x == 1"], "--filter does not go with --source discover"),
+        (["--species", "homo sapiens", "--source", "census", "--tissue", "lung"], "--tissue does not go with"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_clear_line(options: list[str], reason: str, web: Web, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["download-data", "--output-dir", str(tmp_path / "new"), *options])
+    assert result.exit_code != 0
+    assert reason in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"<html>Welcome to our Wi-Fi!</html>", b"{}x", b"[1]", b'{"a": 1}', b"[{}]", b"null"]
+)
+def test_an_answer_that_is_no_list_is_one_clear_line(answer: bytes, web: Web, tmp_path: Path) -> None:
+    web.files[LIST] = answer
+    result = download(tmp_path)
+    assert result.exit_code == 1
+    assert "answers, but not with a list of datasets; is there a log-in page in between?" in result.stderr
+
+
+@pytest.mark.parametrize(("status", "requests"), [("403", 1), ("404", 1), ("503", 4)])
+def test_a_service_that_refuses_is_one_clear_line(status: str, requests: int, web: Web, tmp_path: Path) -> None:
+    web.fault = lambda path, n: status
+    result = download(tmp_path)
+    assert result.exit_code == 1
+    assert f"ERROR: {web.address}{LIST}: the server answers {status}" in result.stderr
+    assert len(web.asked) == requests
+
+
+def test_no_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_VARIABLE, "http://no-such-host.invalid")
+    result = download(tmp_path, "--max-retries", 0)
+    assert result.exit_code == 1
+    assert result.stderr == f"ERROR: http://no-such-host.invalid{LIST}: no such host, or no network\n"
+
+
+def test_no_room_is_told_before_anything_is_fetched(web: Web, tmp_path: Path) -> None:
+    announce(web, dataset("d0", assets=[{"filetype": "H5AD", "url": f"{web.address}/d0.h5ad", "filesize": 2**60}]))
+    result = download(tmp_path)
+    assert result.exit_code == 1
+    assert "are needed, " in result.stderr
+    assert not (tmp_path / "d0").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(web: Web, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    result = download(tmp_path / "taken")
+    assert result.exit_code == 1
+    assert "cannot be written" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "..", ".lock"])
+def test_a_name_that_leaves_the_folder_is_refused(name: str, web: Web, tmp_path: Path) -> None:
+    announce(web, {**dataset("d0", web=web), "dataset_id": name})
+    result = download(tmp_path / "place")
+    assert result.exit_code == 1
+    assert "cannot be the name of a folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] in (["place"], [])
+
+
+@pytest.mark.parametrize("counts", ["none", "no cells", "empty"])
+def test_what_holds_no_counts_is_refused(counts: str, tmp_path: Path) -> None:
+    adata = random_adata(3, density=0 if counts == "empty" else 0.3)
+    adata = adata[:0] if counts == "no cells" else adata
+    if counts == "none":
+        del adata.X
+    adata.write_h5ad(tmp_path / "full.h5ad")
+    with pytest.raises(DamagedFileError):
+        look_into(tmp_path / "full.h5ad")
+
+
+def command(folder: Path, processes: int = 4) -> list[str]:
+    fixed = ["download-data", "--species", "homo sapiens", "--max-retries", "20"]
+    return [str(part) for part in (COMMAND, *fixed, "--output-dir", folder, "--processes", processes)]
+
+
+def test_ctrl_c_leaves_what_can_be_resumed(web: Web, tmp_path: Path) -> None:
+    web.fault = lambda path, n: "slow" if path == "/d0.h5ad" and n == 0 else ""
+    web.files["/d0.h5ad"] += bytes(3_000_000)
+    announce(web, dataset("d0", web=web), dataset("d1", web=web))
+    process = start(command(tmp_path))
+    while not web.sent["/d0.h5ad"] > 100_000:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    result = finish(process, kill_after=30)
+    assert result.returncode == 130, result.stderr
+    assert "the same command goes on from here" in result.stderr
+    assert (tmp_path / "d0" / "full.h5ad.part").exists()
+    assert download(tmp_path).exit_code == 0
+    assert_whole(tmp_path, web, "d0", "d1")
+    assert web.sent["/d0.h5ad"] < 1.6 * len(web.files["/d0.h5ad"])  # what was on its way came to nobody
+
+
+def storm(seed: int, faults: tuple[str, ...] = ("reset", "truncated", "short", "500", "503", "429 0")) -> Fault:
+    """Each request fails with probability 0.3, in one way or another."""
+    rng, lock = random.Random(seed), threading.Lock()
+
+    def fault(path: str, n: int) -> str:
+        with lock:
+            return rng.choice(faults) if rng.random() < 0.3 else ""
+
+    return fault
+
+
+def many_datasets(web: Web, n: int, contents: list[bytes], padding: int) -> list[str]:
+    """HDF5 allows bytes after the end, by which each file is another one."""
+    names = [f"s{i:03d}" for i in range(n)]
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(names):
+        web.files[f"/{name}.h5ad"] = contents[i % len(contents)] + rng.bytes(padding)
+    announce(web, *(dataset(name, web=web) for name in names))
+    return names
+
+
+@pytest.mark.parametrize("n", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_everything_arrives_through_a_storm_and_little_of_it_twice(
+    n: int, web: Web, tmp_path: Path, contents: list[bytes]
+) -> None:
+    names = many_datasets(web, n, contents, 200_000)
+    web.fault = storm(0)
+    result = download(tmp_path, "--processes", 8, "--max-retries", 20)
+    assert result.exit_code == 0, result.output
+    assert_whole(tmp_path, web, *names)
+    of_files = {path: n_bytes for path, n_bytes in web.sent.items() if path != LIST}
+    assert sum(of_files.values()) < 1.3 * sum(len(web.files[path]) for path in of_files)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_completes_it(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
+    names = many_datasets(web, 40, contents, 3_000_000)
+    web.fault = lambda path, n: "slow" if n % 2 else ""
+    rng = np.random.default_rng(0)
+    for moment in itertools.chain(rng.uniform(1, 4, 20), [None]):
+        verified, asked = {f"/{path.parent.name}.h5ad" for path in tmp_path.glob("*/__success__")}, len(web.asked)
+        process = start(command(tmp_path))
+        if moment is not None:
+            time.sleep(moment)
+            process.send_signal(signal.SIGKILL)
+        result = finish(process)
+        assert not {path for path, _, _ in web.asked[asked:]} & verified
+        for path in tmp_path.glob("*/__success__"):
+            assert (path.parent / "full.h5ad").read_bytes() == web.files[f"/{path.parent.name}.h5ad"]
+    assert result.returncode == 0, result.stderr
+    assert_whole(tmp_path, web, *names)
