@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 GOLDEN := tests/golden
+PYTEST := $(BIN)/python -m pytest
+AT_ONCE := -n 2 --dist worksteal  # two tests at a time, more than which memory may not allow
 
 .PHONY: test test-all test-gpu lint types unit demo clean
 
@@ -13,11 +15,11 @@ test: lint types unit
 
 ## the same with the slow tests
 test-all: lint types
-	$(BIN)/python -m pytest
+	$(PYTEST) $(AT_ONCE)
 
 ## the tests that need a CUDA device
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu
+	$(PYTEST) -m gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -27,7 +29,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) $(AT_ONCE) -m "not slow"
 
 ## embed the synthetic cells of the test suite
 demo: $(INSTALLED)
