@@ -1,8 +1,14 @@
 """Likelihoods of counts and genes, as functions of tensors. All of them work per position, (B, L)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**24
+"""Logits that are in memory at a time, unless those of one position are more."""
 
 
 def zero_truncated_poisson_nll(
@@ -28,9 +34,33 @@ def zero_truncated_poisson_nll(
     return -c * torch.log(x) + normalizer.clamp(min=0) + torch.lgamma(c + 1)
 
 
-def gene_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy (B, L) of gene logits (B, L, V) against target tokens (B, L)."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+def gene_cross_entropy(
+    to_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, is_gene: Tensor, n_genes: int
+) -> Tensor:
+    """Cross-entropy (B, L) of the genes' logits against target tokens (B, L), 0 where there is no gene.
+
+    Logits are made for some positions at a time, and once more for their gradients: (B, L, V) is never in memory.
+
+    Parameters
+    ----------
+    to_logits
+        From states (N, D) to logits (N, V).
+    hidden
+        States (B, L, D).
+    n_genes
+        Size of the vocabulary, V.
+    """
+
+    def of_some(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(to_logits(hidden).float(), targets, reduction="none")
+
+    at_once = max(1, LOGITS_AT_ONCE // n_genes)
+    some = zip(torch.split(hidden[is_gene], at_once), torch.split(targets[is_gene], at_once), strict=True)
+    if torch.is_grad_enabled():
+        losses = [checkpoint(of_some, *parts, use_reentrant=False) for parts in some]
+    else:
+        losses = [of_some(*parts) for parts in some]
+    return torch.zeros_like(targets, dtype=torch.float32).masked_scatter(is_gene, torch.cat(losses))
 
 
 def mean_over_genes(values: Tensor, is_gene: Tensor) -> Tensor:

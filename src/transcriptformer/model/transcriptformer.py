@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transcriptformer.config import LossConfig, ModelConfig
 from transcriptformer.model.attention import count_bias
 from transcriptformer.model.layers import MLP, CountHead, Encoder, GeneEmbedding
-from transcriptformer.model.losses import mean_over_genes, zero_truncated_poisson_nll
+from transcriptformer.model.losses import gene_cross_entropy, mean_over_genes, zero_truncated_poisson_nll
 from transcriptformer.vocab import AuxVocab, GeneVocab
 
 
@@ -131,11 +131,11 @@ class TranscriptFormer(nn.Module):
         genes = encoded.gene_tokens
         return self.mu(encoded.hidden, self.gene_embeddings(genes), genes, encoded.gene_counts, encoded.is_gene)
 
-    def gene_logits(self, encoded: Encoded) -> Tensor:
-        """Logits of the gene at each position (B, L, V), soft-capped."""
+    def gene_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (…, V) of the gene that each state (…, D) predicts, soft-capped."""
         if self.gene_id_head is None:
             raise ValueError("this model was built without a gene head (gene_id_loss_weight is 0)")
-        logits = self.gene_id_head(encoded.hidden)
+        logits = self.gene_id_head(hidden)
         softcap = self.config.softcap
         return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
 
@@ -144,6 +144,13 @@ class TranscriptFormer(nn.Module):
         targets = encoded.gene_tokens.clone()
         targets[:, self.config.seq_len - 1 :] = self.end
         return targets
+
+    def gene_nll(self, encoded: Encoded) -> Tensor:
+        """Negative log-likelihood of each cell's genes, mean over genes (B,); NaN without genes."""
+        n_genes = len(self.mu.gene_embedding.weight)
+        targets = self.gene_targets(encoded)
+        nll = gene_cross_entropy(self.gene_logits, encoded.hidden, targets, encoded.is_gene, n_genes)
+        return mean_over_genes(nll, encoded.is_gene)
 
     def count_nll(self, encoded: Encoded, clip_counts: float) -> Tensor:
         """Negative log-likelihood of each cell's counts given its genes, mean over genes (B,); NaN without genes."""
