@@ -8,7 +8,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from transcriptformer.errors import DownloadError, UsageError
-from transcriptformer.fetch import Fetcher, PartialFile, Stat, alone, gigabytes, need_space, size_on_disk, writing_to
+from transcriptformer.fetch import (
+    Fetcher,
+    Stat,
+    alone,
+    clear_part,
+    gigabytes,
+    need_space,
+    part_of,
+    size_on_disk,
+    writing_to,
+)
 from transcriptformer.s3_object import S3Object
 from transcriptformer.unpack import unpack
 
@@ -80,11 +90,13 @@ def download(
     """
     folder = checkpoint_dir / ARTIFACTS[name]
     archive = checkpoint_dir / f"{folder.name}.tar.gz"
+    left_by_a_killed_run = (archive, part_of(archive), _beside(folder, "old"), _beside(folder, "unpacked"))
+    if not force and not any(path.exists() for path in left_by_a_killed_run) and _is_there(folder):
+        return folder  # without a lock, for which one would have to be allowed to write
     with alone(_beside(folder, "lock")):
         _tidy(folder)
         if not force and _is_there(folder):
-            PartialFile.clear(archive)
-            logger.info("%s: complete already", folder)
+            _clear(archive)
             return folder
         remote = S3Object(bucket, f"weights/{archive.name}", fetcher.connections)
         stat = fetcher.patiently(remote.stat, 0)
@@ -99,8 +111,14 @@ def download(
             _replace(folder, unpacked)
 
         fetcher.fetch(remote, archive, install)
-        PartialFile.clear(archive)
+        _clear(archive)
     return folder
+
+
+def _clear(archive: Path) -> None:
+    """Remove an archive that has been unpacked, or what there is of it."""
+    archive.unlink(missing_ok=True)
+    clear_part(archive)
 
 
 def _is_there(folder: Path) -> bool:
@@ -124,6 +142,7 @@ def _is_there(folder: Path) -> bool:
         wrong = [RECORD]
     if wrong:
         raise DownloadError(f"{folder}: is there, but {wrong[0]} is missing or damaged; --force replaces the folder")
+    logger.info("%s: complete already", folder)
     return True
 
 

@@ -299,23 +299,17 @@ class PartialFile:
     def finish(self) -> None:
         """Give the file its name."""
         self.path.replace(self.target)
-        self.journal.unlink(missing_ok=True)
+        clear_part(self.target)
 
     def discard(self) -> None:
-        """Leave nothing of it."""
-        self.clear(self.target)
-
-    @staticmethod
-    def clear(target: Path) -> None:
-        """Remove a target and what there is of an unfinished one."""
-        for path in (target, part_of(target), journal_of(target)):
-            path.unlink(missing_ok=True)
+        """Leave nothing of it; the target, if there is an older one, stays."""
+        clear_part(self.target)
 
     def _note(self) -> None:
         """Write down how far each stretch has come, after what it has is on disk."""
         reached = [[stretch.next, stretch.stop] for stretch in self.stretches]
         os.fsync(self._file)
-        temporary = self.journal.with_name(f"{self.journal.name}.tmp")
+        temporary = _temporary(self.journal)
         temporary.write_text(json.dumps({"version": self.version, "size": self.size, "stretches": reached}))
         temporary.replace(self.journal)
         self._at_risk, self._noted = 0, time.monotonic()
@@ -347,6 +341,17 @@ def _read_journal(target: Path) -> _Journal | None:
         return _Journal(found["version"], int(found["size"]), stretches) if part_of(target).is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def clear_part(target: Path) -> None:
+    """Remove what there is of an unfinished target."""
+    journal = journal_of(target)
+    for path in (part_of(target), journal, _temporary(journal)):
+        path.unlink(missing_ok=True)
+
+
+def _temporary(journal: Path) -> Path:
+    return journal.with_name(f"{journal.name}.tmp")
 
 
 def part_of(target: Path) -> Path:

@@ -185,12 +185,16 @@ def test_a_file_that_is_no_whole_h5ad_is_not_taken(cut: int, web: Web, tmp_path:
 
 def test_a_new_version_replaces_the_old_one_when_it_is_whole(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
     download(tmp_path)
-    web.files["/d0.h5ad"], old = contents[5], web.files["/d0.h5ad"]
+    old = web.files["/d0.h5ad"]
+    for new, fault in [(contents[5], "500"), (contents[5][:20_000], "")]:  # one fails, one is damaged
+        web.files["/d0.h5ad"] = new
+        announce(web, dataset("d0", web=web))
+        web.fault = lambda path, n, fault=fault: fault if path == "/d0.h5ad" else ""  # type: ignore[misc]
+        assert download(tmp_path).exit_code == 1
+        assert (tmp_path / "d0" / "full.h5ad").read_bytes() == old
+        assert (tmp_path / "d0" / "__success__").exists()
+    web.files["/d0.h5ad"] = contents[5]
     announce(web, dataset("d0", web=web))
-    web.fault = lambda path, n: "500" if path == "/d0.h5ad" else ""
-    assert download(tmp_path).exit_code == 1
-    assert (tmp_path / "d0" / "full.h5ad").read_bytes() == old
-    web.fault = lambda path, n: ""
     assert download(tmp_path).exit_code == 0
     assert_whole(tmp_path, web, "d0", "d1", "d2")
 
