@@ -151,9 +151,9 @@ def test_bytes_that_are_not_those_of_the_object_are_not_taken(
     size = (tmp_path / "sapiens.tar.gz").stat().st_size
     tag = mirror.client.head_object(Bucket=BUCKET, Key=KEY)["ETag"]
     place.mkdir()
-    (place / "tf_sapiens.tar.gz.part").write_bytes(bytes(size))
+    (place / ".tf_sapiens.tar.gz.part").write_bytes(bytes(size))
     journal = {"version": tag, "size": size, "stretches": [[size, size]]}
-    (place / "tf_sapiens.tar.gz.part.json").write_text(json.dumps(journal))
+    (place / ".tf_sapiens.tar.gz.part.json").write_text(json.dumps(journal))
     result = download(place)
     assert result.exit_code == 0
     assert f"has another {algorithm} checksum; starting anew" in result.stderr
@@ -163,9 +163,9 @@ def test_bytes_that_are_not_those_of_the_object_are_not_taken(
 def test_an_object_that_changed_is_begun_anew(mirror: Mirror, place: Path, tmp_path: Path) -> None:
     size = (tmp_path / "sapiens.tar.gz").stat().st_size
     place.mkdir()
-    (place / "tf_sapiens.tar.gz.part").write_bytes(bytes(size))
+    (place / ".tf_sapiens.tar.gz.part").write_bytes(bytes(size))
     journal = {"version": '"another"', "size": size, "stretches": [[size, size]]}
-    (place / "tf_sapiens.tar.gz.part.json").write_text(json.dumps(journal))
+    (place / ".tf_sapiens.tar.gz.part.json").write_text(json.dumps(journal))
     assert download(place).exit_code == 0
     assert_whole(place)
 
@@ -191,6 +191,39 @@ def test_a_hostile_archive_leaves_the_old_checkpoint_as_it_was(
     assert "nothing of it is kept" in result.stderr
     assert contents(tmp_path) == before
     assert_whole(place)
+
+
+def test_so_does_one_that_lacks_something(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+    download(place)
+    mirror.put(pack_members(tmp_path / "half.tar.gz", [member("tf_sapiens/config.json")]))
+    result = download(place, "--force")
+    assert result.exit_code == 1
+    assert "lacks model_weights.pt, vocabs; nothing of it is kept" in result.stderr
+    assert_whole(place)
+
+
+def test_a_mirror_may_pack_what_was_downloaded(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+    download(place)
+    mirror.put(pack(place / "tf_sapiens", tmp_path / "again.tar.gz", "tf_sapiens"))
+    for _ in range(2):
+        assert download(tmp_path / "elsewhere").exit_code == 0
+    assert_whole(tmp_path / "elsewhere")
+
+
+def test_a_link_to_a_large_disk_may_be_replaced_again_and_again(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+    place.mkdir()
+    (tmp_path / "large").mkdir()
+    (place / "tf_sapiens").symlink_to(tmp_path / "large")
+    for _ in range(3):
+        assert download(place, "--force").exit_code == 0
+    assert_whole(place)
+
+
+def test_an_archive_of_the_users_is_left_alone(mirror: Mirror, place: Path) -> None:
+    place.mkdir()
+    (place / "tf_sapiens.tar.gz").write_text("mine")
+    assert download(place).exit_code == 0
+    assert (place / "tf_sapiens.tar.gz").read_text() == "mine"
 
 
 def test_so_does_a_truncated_one(mirror: Mirror, place: Path, tmp_path: Path) -> None:
@@ -275,8 +308,8 @@ def test_what_a_killed_run_may_leave_is_put_right(left: str, mirror: Mirror, pla
     elif left == "unpacked":
         shutil.copytree(folder, place / ".tf_sapiens.unpacked")
     else:
-        (place / "tf_sapiens.tar.gz").write_text("left")
-        (place / "tf_sapiens.tar.gz.part.json").write_text("left")
+        (place / ".tf_sapiens.tar.gz").write_text("left")
+        (place / ".tf_sapiens.tar.gz.part.json").write_text("left")
     result = download(place)
     assert "complete already" in result.stderr
     assert_whole(place)
@@ -289,14 +322,12 @@ def test_killed_at_any_moment_the_same_command_completes_it(mirror: Mirror, plac
     (large / "noise").write_bytes(np.random.default_rng(0).bytes(150_000_000))
     mirror.put(pack(large, tmp_path / "large.tar.gz", "tf_sapiens"))
     rng = np.random.default_rng(0)
-    ended = 0
     for moment in itertools.chain(rng.uniform(0.3, 6, 20), [None]):
         process = start(command(place))
         if moment is not None:
             time.sleep(moment)
             process.send_signal(signal.SIGKILL)
         result = finish(process)
-        ended += result.returncode == 0
         if (place / "tf_sapiens").exists():
             assert contents(place / "tf_sapiens").keys() >= contents(large).keys()
             if moment is not None:

@@ -56,7 +56,7 @@ def test_a_file_arrives(web: Web, tmp_path: Path) -> None:
     assert len(web.asked) == 1
 
 
-@pytest.mark.parametrize("fault", ["reset", "truncated", "short", "long", "slow", "500", "503", "429", "408"])
+@pytest.mark.parametrize("fault", ["reset", "truncated", "short", "long", "slow", "500", "507", "520", "429", "408"])
 def test_a_fault_on_the_way_is_made_good_without_fetching_twice(fault: str, web: Web, tmp_path: Path) -> None:
     web.fault = once(fault)
     assert fetch_file(web, tmp_path / "file") == CONTENT
@@ -194,6 +194,7 @@ def test_a_server_may_say_how_long_to_wait(web: Web) -> None:
         ("99999", 600, 600),
         ("Fri, 01 Jan 2100 00:00:00 GMT", 600, 600),
         ("x", 0, 0),
+        ("²", 0, 0),
     ]:
         web.fault = lambda path, n, value=value: f"429 {value}"  # type: ignore[misc]
         with pytest.raises(InterruptedDownloadError) as told:
@@ -227,6 +228,44 @@ def test_a_folder_that_cannot_be_written_is_told(web: Web, tmp_path: Path) -> No
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(DownloadError, match="cannot be written"):
         fetch_file(web, tmp_path / "taken" / "file")
+
+
+def test_a_journal_that_vouches_for_more_than_there_is_means_a_new_beginning(web: Web, tmp_path: Path) -> None:
+    web.fault = lambda path, n: {0: "reset", 1: "500"}.get(n, "")
+    with pytest.raises(InterruptedDownloadError):
+        fetch_file(web, tmp_path / "file", retries=0)
+    (tmp_path / "file.part").write_bytes(b"short")
+    assert fetch_file(web, tmp_path / "file") == CONTENT
+
+
+def test_of_another_version_nothing_is_left_to_go_on_with(web: Web, tmp_path: Path) -> None:
+    """Not even when the first one comes back."""
+    web.fault = lambda path, n: {0: "reset", 1: "500", 2: "reset", 3: "500"}.get(n, "")
+    for content in (CONTENT, CONTENT[::-1]):
+        web.files[FILE] = content
+        with pytest.raises(InterruptedDownloadError):
+            fetch_file(web, tmp_path / "file", retries=0)
+    web.files[FILE] = CONTENT
+    assert fetch_file(web, tmp_path / "file") == CONTENT
+
+
+def test_what_was_there_already_is_told_apart(web: Web, tmp_path: Path) -> None:
+    web.fault = lambda path, n: {0: "reset", 1: "500"}.get(n, "")
+    with pytest.raises(InterruptedDownloadError):
+        fetch_file(web, tmp_path / "file", retries=0)
+    found: list[int] = []
+    fetched: list[int] = []
+    with closing(HttpFile(web.address + FILE)) as remote:
+        Fetcher(advance=fetched.append, found=found.append).fetch(remote, tmp_path / "file", Path.read_bytes)
+    assert (sum(found), sum(fetched)) == (150_000, 150_000)
+
+
+def test_after_stopping_nothing_comes(remote: HttpFile, tmp_path: Path) -> None:
+    fetcher = Fetcher()
+    fetcher.stopping.set()
+    with pytest.raises(DownloadError, match="stopped"):
+        fetcher.fetch(remote, tmp_path / "file", Path.read_bytes)
+    assert not (tmp_path / "file").exists()
 
 
 def test_stopping_leaves_what_can_be_resumed(web: Web, remote: HttpFile, tmp_path: Path) -> None:

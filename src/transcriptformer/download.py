@@ -10,6 +10,7 @@ from pathlib import Path
 from transcriptformer.errors import DownloadError, UsageError
 from transcriptformer.fetch import (
     Fetcher,
+    RefusedFileError,
     Stat,
     alone,
     clear_part,
@@ -17,6 +18,7 @@ from transcriptformer.fetch import (
     need_space,
     part_of,
     size_on_disk,
+    write_json,
     writing_to,
 )
 from transcriptformer.s3_object import S3Object
@@ -89,7 +91,7 @@ def download(
         If it cannot be had. What came of it stays for the next try.
     """
     folder = checkpoint_dir / ARTIFACTS[name]
-    archive = checkpoint_dir / f"{folder.name}.tar.gz"
+    archive = _beside(folder, "tar.gz")
     left_by_a_killed_run = (archive, part_of(archive), _beside(folder, "old"), _beside(folder, "unpacked"))
     if not force and not any(path.exists() for path in left_by_a_killed_run) and _is_there(folder):
         return folder  # without a lock, for which one would have to be allowed to write
@@ -98,7 +100,7 @@ def download(
         if not force and _is_there(folder):
             _clear(archive)
             return folder
-        remote = S3Object(bucket, f"weights/{archive.name}", fetcher.connections)
+        remote = S3Object(bucket, f"weights/{folder.name}.tar.gz", fetcher.connections)
         stat = fetcher.patiently(remote.stat, 0)
         need_space(checkpoint_dir, int(stat.size * (1 + UNPACKED_SIZE)) - size_on_disk(archive))
         logger.info("%s: %s from %s", folder, gigabytes(stat.size), remote.name)
@@ -107,12 +109,24 @@ def download(
         def install(path: Path) -> None:
             unpacked = _beside(folder, "unpacked")
             unpack(path, folder.name, unpacked)
+            _refuse_incomplete(unpacked, folder.name, remote.name)
             _write_record(unpacked, remote.name, stat)
             _replace(folder, unpacked)
 
         fetcher.fetch(remote, archive, install)
         _clear(archive)
     return folder
+
+
+def _refuse_incomplete(unpacked: Path, name: str, source: str) -> None:
+    """An archive of something else must not replace what is there."""
+    if name == ARTIFACTS["all-embeddings"]:
+        missing = [] if any(unpacked.rglob("*.h5")) else ["*.h5"]
+    else:
+        missing = [file for file in CHECKPOINT_FILES if not (unpacked / file).exists()]
+    if missing:
+        shutil.rmtree(unpacked)
+        raise RefusedFileError(f"{source}: lacks {', '.join(missing)}; nothing of it is kept")
 
 
 def _clear(archive: Path) -> None:
@@ -153,7 +167,7 @@ def _tidy(folder: Path) -> None:
         if old.exists() and not folder.exists():
             old.replace(folder)
         for path in (old, unpacked):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def _replace(folder: Path, new: Path) -> None:
@@ -161,18 +175,24 @@ def _replace(folder: Path, new: Path) -> None:
     if folder.exists():
         folder.replace(old)
     new.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """A folder, or a link to one."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_record(folder: Path, source: str, stat: Stat) -> None:
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    record = {
-        "source": source,
-        "etag": stat.version,
-        "size": stat.size,
-        "date": datetime.now(UTC).isoformat("T", "seconds"),
-    }
-    (folder / RECORD).write_text(json.dumps({**record, "files": files}, indent=1), encoding="utf-8")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RECORD)
+    date = datetime.now(UTC).isoformat("T", "seconds")
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    write_json(
+        folder / RECORD, {"source": source, "etag": stat.version, "size": stat.size, "date": date, "files": files}
+    )
 
 
 def _beside(folder: Path, purpose: str) -> Path:

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -128,6 +128,8 @@ class Fetcher:
         By which a large file is read at once.
     advance
         Called with the number of bytes that came to disk; negative where they were of no use.
+    found
+        Called with the number of those that an earlier try had brought.
     stopping
         Set: give up as soon as possible, which leaves what can be resumed.
     """
@@ -135,6 +137,7 @@ class Fetcher:
     retries: int = 5
     connections: int = 1
     advance: Callable[[int], object] = lambda n_bytes: None
+    found: Callable[[int], object] = lambda n_bytes: None
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def fetch(self, remote: RemoteFile, target: Path, verify: Callable[[Path], T]) -> T:
@@ -153,7 +156,8 @@ class Fetcher:
         for starts_left in reversed(range(STARTS)):
             stat = self.patiently(remote.stat, PartialFile.reached(target))
             part = PartialFile(target, stat, self.connections)
-            self.advance(part.n_done)
+            n_found = part.n_done
+            self.found(n_found)
             try:
                 with writing_to(target):
                     need_space(target.parent, stat.size - part.n_done)
@@ -163,8 +167,11 @@ class Fetcher:
                     part.finish()
                 return seen
             except (ChangedFileError, DamagedFileError) as error:
+                if self.stopping.is_set():
+                    raise
                 part.discard()
-                self.advance(-part.n_done)
+                self.found(-n_found)
+                self.advance(n_found - part.n_done)
                 if not starts_left:
                     raise
                 logger.warning("%s: %s; starting anew", target, error)
@@ -173,13 +180,16 @@ class Fetcher:
                 raise
         raise AssertionError
 
-    def patiently(self, request: Callable[..., T], *arguments: object) -> T:
+    def patiently(self, request: Callable[..., T], *arguments: object, given_up: threading.Event | None = None) -> T:
         """The result of a request, which is repeated when it is interrupted, after longer and longer waits."""
+        ends = [self.stopping, *([given_up] if given_up else [])]
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(InterruptedDownloadError),
-            stop=tenacity.stop_after_attempt(self.retries + 1) | tenacity.stop_when_event_set(self.stopping),
+            stop=tenacity.stop_any(
+                tenacity.stop_after_attempt(self.retries + 1), *(tenacity.stop_when_event_set(end) for end in ends)
+            ),
             wait=_wait,
-            sleep=tenacity.sleep_using_event(self.stopping),
+            sleep=lambda seconds: _pause(seconds, ends),
             before_sleep=lambda state: logger.info("%s; trying again", state.outcome and state.outcome.exception()),
             reraise=True,
         )
@@ -188,7 +198,7 @@ class Fetcher:
     def _fill(self, part: "PartialFile", remote: RemoteFile) -> None:
         """Read every stretch to its end, all at once."""
         given_up = threading.Event()
-        with part, ThreadPoolExecutor(len(part.stretches)) as threads:
+        with part, ThreadPoolExecutor(min(self.connections, len(part.stretches))) as threads:
             jobs = [threads.submit(self._fill_stretch, part, i, remote, given_up) for i in range(len(part.stretches))]
             try:
                 for job in as_completed(jobs):
@@ -201,16 +211,16 @@ class Fetcher:
 
     def _fill_stretch(self, part: "PartialFile", i: int, remote: RemoteFile, given_up: threading.Event) -> None:
         while not part.stretches[i].is_done:
-            self.patiently(self._read_on, part, part.stretches[i], remote, given_up)
+            self.patiently(self._read_on, part, part.stretches[i], remote, given_up, given_up=given_up)
 
     def _read_on(self, part: "PartialFile", stretch: "Stretch", remote: RemoteFile, given_up: threading.Event) -> None:
         """One request; an interruption does not count if it came with bytes that can be kept."""
-        start = stretch.next
+        start, ends = stretch.next, [self.stopping, given_up]
         try:
+            _raise_if_any(ends, remote.name)
             with closing(remote.read(start, stretch.stop, part.version)) as arriving:
                 for data in arriving:
-                    if given_up.is_set() or self.stopping.is_set():
-                        raise DownloadError(f"{remote.name}: stopped")
+                    _raise_if_any(ends, remote.name)
                     self.advance(part.write(stretch, data))
                     if stretch.is_done:
                         break
@@ -223,6 +233,7 @@ class Fetcher:
             if stretch.next == start:
                 raise
             logger.info("%s; going on", error)
+            _pause(FIRST_WAIT, ends)
 
 
 @dataclass
@@ -263,23 +274,15 @@ class PartialFile:
         """Bytes on disk."""
         return self.size - sum(stretch.stop - stretch.next for stretch in self.stretches)
 
-    @property
-    def is_done(self) -> bool:
-        """Whether all are."""
-        return all(stretch.is_done for stretch in self.stretches)
-
     def __enter__(self) -> None:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         if not self.n_done:
-            self.path.unlink(missing_ok=True)
+            clear_part(self.target)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def __exit__(self, *unused: object) -> None:
         try:
-            if self.is_done:
-                os.fsync(self._file)
-            else:
-                self._note()
+            self._note()
         finally:
             os.close(self._file)
 
@@ -334,11 +337,14 @@ class _Journal(NamedTuple):
 
 
 def _read_journal(target: Path) -> _Journal | None:
-    """What is noted of an unfinished target, if that makes sense."""
+    """What is noted of an unfinished target, if that makes sense and its bytes are there."""
     try:
         found = json.loads(journal_of(target).read_text())
         stretches = [Stretch(int(start), int(stop)) for start, stop in found["stretches"]]
-        return _Journal(found["version"], int(found["size"]), stretches) if part_of(target).is_file() else None
+        begins = [0, *(stretch.stop for stretch in stretches[:-1])]
+        furthest = max(s.next if s.next > begin else 0 for s, begin in zip(stretches, begins, strict=True))
+        is_there = part_of(target).stat().st_size >= furthest
+        return _Journal(found["version"], int(found["size"]), stretches) if is_there else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -346,7 +352,7 @@ def _read_journal(target: Path) -> _Journal | None:
 def clear_part(target: Path) -> None:
     """Remove what there is of an unfinished target."""
     journal = journal_of(target)
-    for path in (part_of(target), journal, _temporary(journal)):
+    for path in (_temporary(journal), journal, part_of(target)):  # a journal must not outlive what it vouches for
         path.unlink(missing_ok=True)
 
 
@@ -369,6 +375,23 @@ def _cut(size: int, connections: int) -> list[Stretch]:
     n = max(1, min(connections, size // LEAST_STRETCH))
     borders = [size * i // n for i in range(n + 1)]
     return [Stretch(start, stop) for start, stop in pairwise(borders)]
+
+
+def may_pass(status: int) -> bool:
+    """Whether an answer of that status may be another one next time."""
+    return status in (408, 425, 429) or status >= 500
+
+
+def _pause(seconds: float, ends: Sequence[threading.Event]) -> None:
+    """Wait, unless one of the events is set."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and not any(end.is_set() for end in ends):
+        time.sleep(min(left, 0.1))
+
+
+def _raise_if_any(ends: Sequence[threading.Event], name: str) -> None:
+    if any(end.is_set() for end in ends):
+        raise DownloadError(f"{name}: stopped")
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
@@ -429,6 +452,14 @@ def writing_to(path: Path) -> Iterator[None]:
         raise DownloadError(
             f"{path}: cannot be written: {error.strerror or error}; what is there already is kept for the next try"
         ) from error
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write a small file that is whole whenever it is there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with writing_to(path):
+        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        temporary.replace(path)
 
 
 @contextmanager

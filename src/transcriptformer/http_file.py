@@ -10,24 +10,13 @@ import requests
 import urllib3
 
 from transcriptformer.errors import DownloadError
-from transcriptformer.fetch import ChangedFileError, InterruptedDownloadError, Stat
+from transcriptformer.fetch import ChangedFileError, InterruptedDownloadError, Stat, may_pass
 
 TIMEOUT = (10.0, 20.0)
 """Seconds to wait for a connection, and for the next bytes."""
 
 CHUNK = 2**20
 """Bytes that are taken at a time, or what is there."""
-
-PASSING = {
-    HTTPStatus.REQUEST_TIMEOUT,
-    HTTPStatus.TOO_EARLY,
-    HTTPStatus.TOO_MANY_REQUESTS,
-    HTTPStatus.INTERNAL_SERVER_ERROR,
-    HTTPStatus.BAD_GATEWAY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    HTTPStatus.GATEWAY_TIMEOUT,
-}
-"""Answers that another try may better."""
 
 
 class HttpFile:
@@ -66,7 +55,7 @@ class HttpFile:
         else:  # 416 is the answer for an empty file
             found = response.headers.get("Content-Range", "").rpartition("/")[2]
         self._begun = start, response
-        size = int(found) if found.isdigit() else self.size
+        size = int(found) if _is_number(found) else self.size
         if size is None:
             raise DownloadError(f"{self.name}: the server does not tell how large it is")
         if self.size is not None and size != self.size:
@@ -76,10 +65,10 @@ class HttpFile:
 
     def read(self, start: int, stop: int, version: str | None) -> Generator[bytes]:  # noqa: D102
         headers = {"Range": f"bytes={start}-{stop - 1}", "If-Range": version} if version else {}
-        if self._begun and self._begun[0] == start:
-            response, self._begun = self._begun[1], None
+        begun = self._begun
+        if begun and begun[0] == start:
+            response, self._begun = begun[1], None
         else:
-            self._drop()
             response = ask(self.name, headers, self._session)
         with response, in_our_words(self.name):
             if version and not _continues(response, start, version):
@@ -107,7 +96,7 @@ def ask(url: str, headers: dict[str, str], session: requests.Session | None = No
         return response
     response.close()
     answer = f"{url}: the server answers {status} {response.reason or ''}".rstrip()
-    raise InterruptedDownloadError(answer, _ordered_wait(response)) if status in PASSING else DownloadError(answer)
+    raise InterruptedDownloadError(answer, _ordered_wait(response)) if may_pass(status) else DownloadError(answer)
 
 
 @contextmanager
@@ -139,12 +128,16 @@ def _continues(response: requests.Response, start: int, version: str) -> bool:
 def _ordered_wait(response: requests.Response) -> float:
     """Seconds of Retry-After, which is a number or a date."""
     value = response.headers.get("Retry-After", "")
-    if value.isdigit():
+    if _is_number(value):
         return float(value)
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def _reason(error: Exception) -> str:

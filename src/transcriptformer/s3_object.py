@@ -1,8 +1,9 @@
 """Objects of public S3 buckets."""
 
 import base64
+import re
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
 from transcriptformer.errors import DownloadError
-from transcriptformer.fetch import ChangedFileError, InterruptedDownloadError, Stat
+from transcriptformer.fetch import ChangedFileError, InterruptedDownloadError, Stat, may_pass
 
 CHUNK = 2**18
 """Bytes that are taken at a time; what came of a chunk is lost when the connection breaks."""
@@ -43,16 +44,18 @@ class S3Object:
     def stat(self, start: int) -> Stat:  # noqa: D102
         with self._in_our_words():
             found = self._client.head_object(Bucket=self.bucket, Key=self.key, ChecksumMode="ENABLED")
-        return Stat(found["ContentLength"], found["ETag"], _checksum(found))
+        return Stat(found["ContentLength"], found.get("ETag"), _checksum(found))
 
     def read(self, start: int, stop: int, version: str | None) -> Generator[bytes]:  # noqa: D102
-        place = {"Bucket": self.bucket, "Key": self.key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": version}
+        part = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": version} if version else {}
         with self._in_our_words():
-            body = self._client.get_object(**place)["Body"]
-            try:
+            found = self._client.get_object(Bucket=self.bucket, Key=self.key, **part)
+            with closing(found["Body"]) as body:
+                if part and (
+                    found.get("ETag") != version or not found.get("ContentRange", "").startswith(f"bytes {start}-")
+                ):
+                    raise ChangedFileError(f"{self.name}: has changed since it was begun, or does not come in parts")
                 yield from body.iter_chunks(CHUNK)
-            finally:
-                body.close()
 
     @cached_property
     def _client(self) -> Any:
@@ -84,9 +87,9 @@ def _checksum(found: dict[str, Any]) -> tuple[str, str] | None:
         value = found.get(name, "-")
         if "-" not in value:
             return algorithm, value
-    tag = found["ETag"].strip('"')
+    tag = found.get("ETag", "").strip('"')
     is_md5 = (
-        len(tag) == 32
+        re.fullmatch("[0-9a-f]{32}", tag) is not None
         and found.get("ServerSideEncryption", "AES256") == "AES256"
         and "SSECustomerAlgorithm" not in found
     )
@@ -98,6 +101,6 @@ def _refusal(name: str, error: ClientError) -> DownloadError:
     reason = f"{name}: the server answers {status} {error.response.get('Error', {}).get('Message', '')}".rstrip()
     if status == 412:
         return ChangedFileError(f"{name}: has changed since it was begun")
-    if status in (408, 429) or status >= 500:
+    if may_pass(status):
         return InterruptedDownloadError(reason)
     return DownloadError(reason)

@@ -4,8 +4,8 @@ import gzip
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from transcriptformer.fetch import DamagedFileError, RefusedFileError, need_space, writing_to
 
@@ -13,13 +13,15 @@ DAMAGE = (tarfile.ReadError, gzip.BadGzipFile, EOFError, zlib.error)
 """What reading a truncated or damaged archive leads to."""
 
 
-def unpack(archive: Path, name: str, into: Path, advance: Callable[[int], object] = lambda n_bytes: None) -> None:
-    """Unpack the one folder `name` of a `.tar.gz` as `into`, which must not exist yet.
+LARGEST_HEADER = 2**20
+"""Bytes of a header before a member; they are read into memory at once."""
 
-    Parameters
-    ----------
-    advance
-        Called with the size of each file that has been unpacked.
+LONGEST_END = 2**26
+"""Bytes that may follow the last member; archivers fill up their last block."""
+
+
+def unpack(archive: Path, name: str, into: Path) -> None:
+    """Unpack the one folder `name` of a `.tar.gz` as `into`, which must not exist yet.
 
     Raises
     ------
@@ -35,25 +37,47 @@ def unpack(archive: Path, name: str, into: Path, advance: Callable[[int], object
     try:
         with writing_to(into):
             into.mkdir(parents=True)
-            _unpack(archive, name, into, advance)
+            _unpack(archive, name, into)
     except BaseException:
         shutil.rmtree(into, ignore_errors=True)
         raise
 
 
-def _unpack(archive: Path, name: str, into: Path, advance: Callable[[int], object]) -> None:
+def _unpack(archive: Path, name: str, into: Path) -> None:
     try:
         with gzip.open(archive) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as members:
+            with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as members:
                 for member in members:
                     _unpack_member(members, member, name, into)
-                    advance(member.size)
-            while stream.read(2**20):  # on to the end, where gzip's checksum is
-                pass
+            n_left = 0
+            while block := stream.read(2**20):  # on to the end, where gzip's checksum is
+                n_left += len(block)
+                if n_left > LONGEST_END:
+                    raise ValueError("goes on after its end")
     except DAMAGE as error:
         raise DamagedFileError(f"{archive}: truncated or damaged ({error})") from error
-    except (tarfile.FilterError, ValueError) as error:
+    except (tarfile.FilterError, ValueError, OverflowError) as error:
         raise RefusedFileError(f"{archive}: {error}; nothing of it is kept") from error
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header must be whole, and of a sensible size; `tarfile` takes a damaged one for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end as it should be
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if not (member.isreg() or member.isdir()) and member.size > LARGEST_HEADER:
+            raise ValueError(f"a header of {member.size} bytes")
+        return member
 
 
 def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, name: str, into: Path) -> None:

@@ -25,7 +25,7 @@ from transcriptformer import fetch
 from transcriptformer.cli.main import app
 from transcriptformer.data.bulk_download import API_VARIABLE, Selection, look_into, select_datasets
 from transcriptformer.errors import DownloadError
-from transcriptformer.fetch import DamagedFileError
+from transcriptformer.fetch import DamagedFileError, RefusedFileError
 
 LIST = "/curation/v1/datasets"
 
@@ -236,6 +236,7 @@ def names(datasets: list[dict[str, Any]]) -> list[str]:
         ({"tissue": ("lung",), "disease": ("influenza",)}, ["flu"]),
         ({"collection": ("c2",)}, ["elsewhere"]),
         ({"collection": ("https://cellxgene.cziscience.com/collections/c2/",)}, ["elsewhere"]),
+        ({"collection": ("https://doi.org/10.1/x",), "max_datasets": 1}, ["plain"]),
         ({"collection": ("10.1/X",), "max_datasets": 2}, ["plain", "liver"]),
     ],
 )
@@ -287,7 +288,8 @@ def test_what_cannot_be_meant_is_one_clear_line(options: list[str], reason: str,
 
 
 @pytest.mark.parametrize(
-    "answer", [b"<html>Welcome to our Wi-Fi!</html>", b"{}x", b"[1]", b'{"a": 1}', b"[{}]", b"null"]
+    "answer",
+    [b"<html>Welcome to our Wi-Fi!</html>", b"{}x", b"[1]", b'{"a": 1}', b"[{}]", b"null", b"{}", b"[]", b'""'],
 )
 def test_an_answer_that_is_no_list_is_one_clear_line(answer: bytes, web: Web, tmp_path: Path) -> None:
     web.files[LIST] = answer
@@ -327,7 +329,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(web: Web, tmp_path: P
     assert "cannot be written" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "..", ".lock"])
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "..", ".lock", "", "x" * 300, "a\0b"])
 def test_a_name_that_leaves_the_folder_is_refused(name: str, web: Web, tmp_path: Path) -> None:
     announce(web, {**dataset("d0", web=web), "dataset_id": name})
     result = download(tmp_path / "place")
@@ -343,8 +345,50 @@ def test_what_holds_no_counts_is_refused(counts: str, tmp_path: Path) -> None:
     if counts == "none":
         del adata.X
     adata.write_h5ad(tmp_path / "full.h5ad")
-    with pytest.raises(DamagedFileError):
+    with pytest.raises(DamagedFileError if counts == "none" else RefusedFileError):
         look_into(tmp_path / "full.h5ad")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"assets": [{"filetype": "H5AD"}]},
+        {"assets": ["H5AD"]},
+        {"assets": "none"},
+        {"assets": [{"filetype": "H5AD", "url": "nonsense", "filesize": "large"}]},
+    ],
+)
+def test_an_odd_dataset_does_not_stop_the_others(odd: dict[str, Any], web: Web, tmp_path: Path) -> None:
+    announce(web, dataset("odd", **odd), dataset("d0", web=web))
+    result = download(tmp_path)
+    assert result.exit_code == 1
+    assert "failed: odd: " in result.stdout
+    assert_whole(tmp_path, web, "d0")
+
+
+def test_datasets_of_odd_species_are_none_of_the_wanted() -> None:
+    odd = [dataset("a", organism="Homo sapiens"), dataset("b", organism=["Homo sapiens"]), dataset("c", organism=None)]
+    assert names(select_datasets([*odd, dataset("d")], Selection(("homo sapiens",)))) == ["d"]
+
+
+def test_a_dataset_that_is_told_twice_comes_once(web: Web, tmp_path: Path) -> None:
+    announce(web, dataset("d0", web=web), dataset("d0", web=web))
+    result = download(tmp_path)
+    assert "1 datasets with 20 cells" in result.stdout
+    assert_whole(tmp_path, web, "d0")
+
+
+def test_metadata_tells_of_what_is_there_and_is_not_lost(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
+    download(tmp_path)
+    before = (tmp_path / "dataset_metadata.json").read_text()
+    web.files["/d0.h5ad"] = contents[5][:1000]
+    announce(web, dataset("d0", web=web))
+    download(tmp_path)
+    assert (tmp_path / "dataset_metadata.json").read_text() == before
+    (tmp_path / "dataset_metadata.json").write_text("{ notes of mine")
+    announce(web, dataset("d3", "Mus musculus", web))
+    assert "cannot be read, and is left as it is" in download(tmp_path, species="mus musculus").stderr
+    assert (tmp_path / "dataset_metadata.json").read_text() == "{ notes of mine"
 
 
 def command(folder: Path, processes: int = 4) -> list[str]:

@@ -115,6 +115,20 @@ def test_files_of_two_selections_are_not_mixed(uri: str, tmp_path: Path) -> None
     assert len(written(tmp_path)) == 1
 
 
+def test_a_note_that_cannot_be_read_is_one_clear_line(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "homo_sapiens").mkdir()
+    (tmp_path / "homo_sapiens" / "census_selection.json").write_text("{")
+    result = download(tmp_path, uri)
+    assert result.exit_code == 2
+    assert "census_selection.json: cannot be read" in result.stderr
+
+
+def test_a_species_that_is_not_there_is_told_before_another_is_fetched(uri: str, tmp_path: Path) -> None:
+    result = download(tmp_path, uri, "--species", "homo sapiens,pan troglodytes")
+    assert result.exit_code == 1
+    assert not list(tmp_path.rglob("*.h5ad"))
+
+
 def test_a_dry_run_only_counts(uri: str, tmp_path: Path) -> None:
     result = download(tmp_path / "new", uri, "--dry-run", "--cells-per-file", 30)
     assert result.stdout == "Homo sapiens: 100 cells, 4 files\n"

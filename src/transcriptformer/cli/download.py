@@ -42,7 +42,7 @@ def download(
 
         for name in artifacts_of(models):
             with ByteProgress() as progress:
-                fetcher = Fetcher(max_retries, connections, progress.advance)
+                fetcher = Fetcher(max_retries, connections, progress.advance, progress.found)
                 folder = download_artifact(name, checkpoint_dir, fetcher, bucket or BUCKET, force, progress.expect)
             typer.echo(f"{folder}: {_describe(folder)}")
 

@@ -132,7 +132,7 @@ def _download(
     from transcriptformer.data.bulk_download import download_datasets
 
     with ByteProgress() as progress:
-        fetcher.advance = progress.advance
+        fetcher.advance, fetcher.found = progress.advance, progress.found
         outcomes = download_datasets(datasets, output_dir, fetcher, processes, save_metadata, progress.expect)
     _print_outcomes(outcomes)
     if any(outcome.status == "failed" for outcome in outcomes):
@@ -168,9 +168,10 @@ def _from_census(
     version: str,
     dry_run: bool,
 ) -> None:
-    from transcriptformer.data.census import download_cells, find_cells, open_census
+    from transcriptformer.data.census import check_species, download_cells, find_cells, open_census
 
     with open_census(uri, version) as census:
+        check_species(census, species)
         for name in species:
             if dry_run:
                 n_cells = len(find_cells(census, name, cell_filter))

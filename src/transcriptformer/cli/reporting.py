@@ -121,6 +121,10 @@ class ByteProgress(_Bar):
             self.bar.start()
             self.bar.update(self.task, total=self.n_bytes)
 
+    def found(self, n_bytes: int) -> None:
+        """So many of them were there already."""
+        self.expect(-n_bytes)
+
     def advance(self, n_bytes: int) -> None:
         """So many more have come."""
         with self._lock:
@@ -130,7 +134,7 @@ class ByteProgress(_Bar):
             if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
                 self.last_line = now
                 rate = max(self.n_done, 1) / (now - self.started)
-                left = (self.n_bytes - self.n_done) / rate
+                left = max(0, self.n_bytes - self.n_done) / rate
                 logger.info(
                     "%.0f of %.0f MB, %.1f MB/s, %.0f s left", self.n_done / 1e6, self.n_bytes / 1e6, rate / 1e6, left
                 )

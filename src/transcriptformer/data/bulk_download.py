@@ -6,6 +6,7 @@
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,7 +20,17 @@ from typing import Any, NamedTuple
 import h5py
 
 from transcriptformer.errors import DownloadError, TranscriptFormerError, one_line
-from transcriptformer.fetch import DamagedFileError, Fetcher, alone, need_space, part_of, size_on_disk, writing_to
+from transcriptformer.fetch import (
+    DamagedFileError,
+    Fetcher,
+    RefusedFileError,
+    alone,
+    clear_part,
+    need_space,
+    part_of,
+    size_on_disk,
+    write_json,
+)
 from transcriptformer.http_file import HttpFile, ask, in_our_words
 
 logger = logging.getLogger(__name__)
@@ -29,6 +40,11 @@ API_VARIABLE = "TRANSCRIPTFORMER_CELLXGENE_API"
 """Environment variable that moves the service's address."""
 
 FILE, SUCCESS, METADATA = "full.h5ad", "__success__", "dataset_metadata.json"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+"""Ids that can be the name of a folder."""
+
+_COLLECTION_ADDRESS = re.compile(r"https?://(.*/collections|(dx[.])?doi[.]org)/")
 
 ROWS_AT_ONCE = 1000
 """Rows of a dense matrix, or values of a sparse one, in which counts are looked for at a time."""
@@ -48,7 +64,7 @@ class Selection:
     tissue, assay, disease
         Labels, of which a dataset needs one each.
     collection
-        Ids, addresses or DOIs of collections.
+        Ids, addresses, DOIs or names of collections.
     max_datasets
         The first so many.
     """
@@ -108,7 +124,7 @@ def _read_list(url: str) -> list[Dataset]:
         body = response.content
     try:
         datasets = json.loads(body)
-        if all(isinstance(dataset["dataset_id"], str) for dataset in datasets):
+        if isinstance(datasets, list) and datasets and all(isinstance(d["dataset_id"], str) for d in datasets):
             return datasets
     except (ValueError, TypeError, KeyError):
         pass
@@ -129,7 +145,8 @@ def select_datasets(datasets: Iterable[Dataset], wanted: Selection) -> list[Data
         if name.lower() not in species:
             known = ", ".join(f"{label} ({n:,})" for label, n in species.most_common())
             raise DownloadError(f"--species {name!r}: no datasets; there are, with their numbers: {known or 'none'}")
-    chosen = [dataset for dataset in usable if _fits(dataset, wanted)][: wanted.max_datasets]
+    fitting = {dataset["dataset_id"]: dataset for dataset in usable if _fits(dataset, wanted)}  # each id once
+    chosen = list(fitting.values())[: wanted.max_datasets]
     if not chosen:
         raise DownloadError("no dataset fits --tissue, --assay, --disease and --collection together")
     return chosen
@@ -144,14 +161,15 @@ def _fits(dataset: Dataset, wanted: Selection) -> bool:
     }
     if any(values and not _labels(dataset, key) & {v.lower() for v in values} for key, values in labels.items()):
         return False
-    collections = {name.rstrip("/").rpartition("/collections/")[2].lower() for name in wanted.collection}
-    names = {str(dataset.get(key)).lower() for key in ("collection_id", "collection_doi", "collection_name")}
-    return not collections or bool(collections & names)
+    collections = {_COLLECTION_ADDRESS.sub("", name.strip().rstrip("/").lower()) for name in wanted.collection}
+    names = (dataset.get(key) for key in ("collection_id", "collection_doi", "collection_name"))
+    return not collections or bool(collections & {str(name).lower() for name in names if name})
 
 
 def _labels(dataset: Dataset, key: str) -> set[str]:
     """Of a property that has several, in lower case."""
-    return {str(entry.get("label")).lower() for entry in dataset.get(key) or []}
+    entries = dataset.get(key)
+    return {str(e.get("label")).lower() for e in entries if isinstance(e, dict)} if isinstance(entries, list) else set()
 
 
 def _is_primary(dataset: Dataset) -> bool:
@@ -168,8 +186,9 @@ def asset_of(dataset: Dataset) -> Asset:
         If there is none.
     """
     for asset in dataset.get("assets") or []:
-        if asset.get("filetype") == "H5AD":
-            return Asset(asset["url"], asset.get("filesize"))
+        if isinstance(asset, dict) and asset.get("filetype") == "H5AD" and isinstance(asset.get("url"), str):
+            size = asset.get("filesize")
+            return Asset(asset["url"], size if isinstance(size, int) else None)
     raise DownloadError(f"{dataset['dataset_id']}: the portal has no H5AD of it")
 
 
@@ -197,11 +216,11 @@ def download_datasets(
         If there is no room, or the folder cannot be written.
     """
     with alone(output_dir / ".lock"):
-        missing = [d for d in datasets if (asset := asset_or_none(d)) and not _is_there(output_dir / _id(d), asset)]
+        missing = [d for d in datasets if (asset := asset_or_none(d)) and not _is_verified(output_dir / _id(d), asset)]
         sizes = [(asset_of(d).size or 0, output_dir / _id(d) / FILE) for d in missing]
         need_space(output_dir, sum(max(0, size - size_on_disk(target)) for size, target in sizes))
         expect(sum(size for size, _ in sizes))
-        outcomes = {}
+        outcomes: dict[str, Outcome] = {}
         threads = ThreadPoolExecutor(processes, thread_name_prefix="download")
         try:
             jobs = {threads.submit(_download_dataset, d, output_dir / _id(d), fetcher): _id(d) for d in datasets}
@@ -213,13 +232,14 @@ def download_datasets(
         finally:
             threads.shutdown(cancel_futures=True)
             if save_metadata:
-                _save_metadata(datasets, output_dir)
+                there = {name for name, outcome in outcomes.items() if outcome.status != "failed"}
+                _save_metadata([d for d in datasets if _id(d) in there], output_dir)
     return [outcomes[_id(dataset)] for dataset in datasets]
 
 
 def _id(dataset: Dataset) -> str:
     name = dataset["dataset_id"]
-    if Path(name).name != name or name.startswith("."):
+    if not _NAME.fullmatch(name):
         raise DownloadError(f"the portal names a dataset {name!r}, which cannot be the name of a folder")
     return name
 
@@ -236,7 +256,7 @@ def _download_dataset(dataset: Dataset, folder: Path, fetcher: Fetcher) -> Outco
     """One dataset, which ends with its `__success__`."""
     try:
         asset = asset_of(dataset)
-        there = _is_there(folder, asset)
+        there = _is_verified(folder, asset)
         if not there:
             success = folder / SUCCESS
 
@@ -253,11 +273,15 @@ def _download_dataset(dataset: Dataset, folder: Path, fetcher: Fetcher) -> Outco
         status = "there already" if there else "downloaded"
         return Outcome(folder.name, status, found["size"], found["cells"], found["genes"])
     except TranscriptFormerError as error:
-        logger.warning("%s: %s", folder, error)
+        if not fetcher.stopping.is_set():
+            logger.warning("%s: %s", folder, error)
         return Outcome(folder.name, "failed", reason=str(error))
+    except Exception as error:  # whatever is odd about this one, the others shall come
+        logger.exception("%s", folder)
+        return Outcome(folder.name, "failed", reason=one_line(error))
 
 
-def _is_there(folder: Path, asset: Asset) -> bool:
+def _is_verified(folder: Path, asset: Asset) -> bool:
     """Whether this very file is there and verified; one that lacks nothing but the record is looked into now."""
     file = folder / FILE
     if not file.exists():
@@ -265,15 +289,17 @@ def _is_there(folder: Path, asset: Asset) -> bool:
     size = file.stat().st_size
     try:
         found = json.loads((folder / SUCCESS).read_text(encoding="utf-8"))
-        return (found["url"], found["size"]) == (asset.url, size) and asset.size in (None, size)
-    except (OSError, ValueError, KeyError, TypeError):
+        if found.keys() >= {"cells", "genes"}:
+            return (found["url"], found["size"]) == (asset.url, size) and asset.size in (None, size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # killed just before the end, or fetched by the published package
-    if size != asset.size or part_of(file).exists():
+    if asset.size not in (None, size) or part_of(file).exists():
         return False
     try:
         cells, genes = look_into(file)
-    except DamagedFileError:
+    except (DamagedFileError, RefusedFileError):
         return False
+    clear_part(file)
     _write_success(folder, asset, cells, genes)
     return True
 
@@ -284,10 +310,14 @@ def look_into(path: Path) -> tuple[int, int]:
     Raises
     ------
     DamagedFileError
-        If it is not one, or holds no cells, no genes or no counts.
+        If it is not one, or not a whole one.
+    RefusedFileError
+        If it holds no cells, no genes or no counts.
+    DownloadError
+        If it cannot be read for another reason.
     """
     try:
-        with h5py.File(path) as file:
+        with h5py.File(path, locking=False) as file:
             place = "raw/" if "raw/X" in file else ""
             matrix = file[f"{place}X"]
             is_sparse = isinstance(matrix, h5py.Group)
@@ -296,10 +326,12 @@ def look_into(path: Path) -> tuple[int, int]:
             lengths = [len(file[frame][file[frame].attrs["_index"]]) for frame in ("obs", f"{place}var")]
             blocks = (values[start : start + ROWS_AT_ONCE] for start in range(0, len(values), ROWS_AT_ONCE))
             has_counts = any(block.any() for block in blocks)
+    except MemoryError as error:
+        raise DownloadError(f"{path}: no memory to look into it") from error
     except Exception as error:  # h5py raises whatever damaged data leads it to
         raise DamagedFileError(f"{path}: not a whole h5ad ({one_line(error)})") from error
     if lengths != [cells, genes] or 0 in (cells, genes) or not has_counts:
-        raise DamagedFileError(
+        raise RefusedFileError(
             f"{path}: a matrix of {cells} cells and {genes} genes {'with' if has_counts else 'without'} counts, for "
             f"{lengths[0]} named cells and {lengths[1]} named genes"
         )
@@ -309,7 +341,7 @@ def look_into(path: Path) -> tuple[int, int]:
 def _write_success(folder: Path, asset: Asset, cells: int, genes: int) -> None:
     size, date = (folder / FILE).stat().st_size, datetime.now(UTC).isoformat("T", "seconds")
     record = {"size": size, "cells": cells, "genes": genes, "url": asset.url, "date": date}
-    _write_json(folder / SUCCESS, record)
+    write_json(folder / SUCCESS, record)
 
 
 def _save_metadata(datasets: Sequence[Dataset], output_dir: Path) -> None:
@@ -317,17 +349,12 @@ def _save_metadata(datasets: Sequence[Dataset], output_dir: Path) -> None:
     path = output_dir / METADATA
     try:
         known = {dataset["dataset_id"]: dataset for dataset in json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         known = {}
-    known |= {_id(dataset): dataset for dataset in datasets if (output_dir / _id(dataset) / SUCCESS).exists()}
-    _write_json(path, list(known.values()))
-
-
-def _write_json(path: Path, values: object) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with writing_to(path):
-        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        temporary.replace(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        logger.warning("%s: cannot be read, and is left as it is", path)
+        return
+    write_json(path, list({**known, **{_id(dataset): dataset for dataset in datasets}}.values()))
 
 
 if __name__ == "__main__":

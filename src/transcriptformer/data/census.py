@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from transcriptformer.errors import DownloadError, UsageError, one_line
-from transcriptformer.fetch import alone, part_of, writing_to
+from transcriptformer.fetch import alone, part_of, write_json, writing_to
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,7 @@ def find_cells(census: Any, species: str, cell_filter: str) -> np.ndarray:
         If there are none.
     """
     organism, known = _organism(species), census["census_data"]
-    if organism not in known:
-        raise DownloadError(f"--species {species!r}: not in this census, which has: {', '.join(known)}")
+    check_species(census, [species])
     try:
         tables = known[organism].obs.read(column_names=["soma_joinid"], value_filter=cell_filter or None)
         ids = [table["soma_joinid"].to_numpy() for table in tables]
@@ -115,6 +114,20 @@ def find_cells(census: Any, species: str, cell_filter: str) -> np.ndarray:
     if not len(cells):
         raise DownloadError(f"--filter {cell_filter!r}: no cell of {species} fits")
     return cells
+
+
+def check_species(census: Any, species: Iterable[str]) -> None:
+    """Refuse species that are not there, before any cell is fetched.
+
+    Raises
+    ------
+    DownloadError
+        If one is not.
+    """
+    known = census["census_data"]
+    for name in species:
+        if _organism(name) not in known:
+            raise DownloadError(f"--species {name!r}: not in this census, which has: {', '.join(known)}")
 
 
 def _organism(species: str) -> str:
@@ -136,8 +149,12 @@ def _claim(folder: Path, selection: dict[str, Any]) -> None:
     with writing_to(note):
         folder.mkdir(parents=True, exist_ok=True)
         if not note.exists():
-            note.write_text(json.dumps(selection, indent=1), encoding="utf-8")
-        found = json.loads(note.read_text(encoding="utf-8"))
+            write_json(note, selection)
+        text = note.read_text(encoding="utf-8")
+    try:
+        found = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{note}: cannot be read ({error}); choose another --output-dir") from error
     if found != selection:
         change = next(key for key in selection if found.get(key) != selection[key])
         raise UsageError(
@@ -165,6 +182,7 @@ def _write_cells(census: Any, organism: str, ids: np.ndarray, path: Path) -> Non
                     if obs:
                         anndata.io.sparse_dataset(file["X"]).append(block.X)
                     else:
+                        block.X.indptr = block.X.indptr.astype(np.int64)  # of all blocks, it may need that
                         anndata.io.write_elem(file, "X", block.X)
                         anndata.io.write_elem(file, "var", _with_ensembl_id(block.var))
                     obs.append(block.obs)
