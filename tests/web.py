@@ -27,7 +27,8 @@ class Web:
         Path → bytes; may be changed while it runs.
     fault
         What goes wrong. A number is an answer of that status ("429 7" with Retry-After: 7). "reset" and "truncated" end
-        the body half-way, "short" and "long" announce a wrong length, "slow" sends it in small pieces.
+        the body half-way, "short" and "long" announce a wrong length, "slow" sends it in small pieces, within a second
+        ("slow 6": six).
     serves_ranges
         Otherwise every answer is the whole file.
     sent
@@ -65,10 +66,10 @@ class _Handler(BaseHTTPRequestHandler):
             n_before = sum(at == path for at, _, _ in web.asked)
             web.asked.append((path, self.headers.get("Range", ""), 0))
             mine = len(web.asked) - 1
-        fault, _, wait = web.fault(path, n_before).partition(" ")
+        fault, _, seconds = web.fault(path, n_before).partition(" ")
         body = web.files.get(path)
         if fault.isdigit() or body is None:
-            self._answer(mine, int(fault) if fault.isdigit() else 404, b"", {"Retry-After": wait} if wait else {})
+            self._answer(mine, int(fault) if fault.isdigit() else 404, b"", {"Retry-After": seconds} if seconds else {})
             return
         tag = _tag(body)
         status, headers = 200, {"ETag": tag}
@@ -80,9 +81,11 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{len(body)}"
             body = body[start:stop]
-        self._answer(mine, status, body, headers, fault)
+        self._answer(mine, status, body, headers, fault, float(seconds or 1))
 
-    def _answer(self, mine: int, status: int, body: bytes, headers: dict[str, str], fault: str = "") -> None:
+    def _answer(
+        self, mine: int, status: int, body: bytes, headers: dict[str, str], fault: str = "", seconds: float = 0
+    ) -> None:
         web, path = self.web, self.path
         web.asked[mine] = (*web.asked[mine][:2], status)
         announced = {"short": len(body) // 2, "long": len(body) + 10}.get(fault, len(body))
@@ -99,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             with web.lock:
                 web.sent[path] += len(body[start : start + step])
             if fault == "slow":
-                time.sleep(0.05)
+                time.sleep(seconds / 20)
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             time.sleep(0.02)  # what was sent shall arrive before the reset overtakes it

@@ -397,7 +397,7 @@ def command(folder: Path, processes: int = 4) -> list[str]:
 
 
 def test_ctrl_c_leaves_what_can_be_resumed(web: Web, tmp_path: Path) -> None:
-    web.fault = lambda path, n: "slow" if path == "/d0.h5ad" and n == 0 else ""
+    web.fault = lambda path, n: "slow 8" if path == "/d0.h5ad" and n == 0 else ""
     web.files["/d0.h5ad"] += bytes(3_000_000)
     announce(web, dataset("d0", web=web), dataset("d1", web=web))
     process = start(command(tmp_path))
