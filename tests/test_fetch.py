@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.web import Fault, Web, serve
-from transcriptformer import fetch
+from transcriptformer import fetch, http_file
 from transcriptformer.errors import DownloadError
 from transcriptformer.fetch import DamagedFileError, Fetcher, InterruptedDownloadError, RefusedFileError, checksum
 from transcriptformer.http_file import HttpFile, ask
@@ -61,6 +61,13 @@ def test_a_fault_on_the_way_is_made_good_without_fetching_twice(fault: str, web:
     web.fault = once(fault)
     assert fetch_file(web, tmp_path / "file") == CONTENT
     assert web.sent[FILE] <= len(CONTENT)
+
+
+def test_a_server_that_stalls_is_asked_again(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_file, "TIMEOUT", (5, 0.5))
+    web.fault = once("slow 60")  # three seconds from piece to piece
+    assert fetch_file(web, tmp_path / "file") == CONTENT
+    assert web.ranges(FILE)[1] == "bytes=15000-299999"
 
 
 def test_a_connection_that_breaks_ever_again_is_enough_as_long_as_something_comes(web: Web, tmp_path: Path) -> None:

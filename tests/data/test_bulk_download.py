@@ -413,6 +413,19 @@ def test_ctrl_c_leaves_what_can_be_resumed(web: Web, tmp_path: Path) -> None:
     assert web.sent["/d0.h5ad"] < 1.6 * len(web.files["/d0.h5ad"])  # what was on its way came to nobody
 
 
+def test_a_file_that_cannot_grow_is_one_clear_line_and_what_came_is_kept(web: Web, tmp_path: Path) -> None:
+    """As on a disk that others fill meanwhile."""
+    web.files["/d0.h5ad"] += bytes(3_000_000)
+    announce(web, dataset("d0", web=web), dataset("d1", web=web))
+    result = finish(start(["bash", "-c", 'ulimit -f 1000; exec "$@"', "-", *command(tmp_path)]))
+    assert result.returncode == 1
+    assert "d0/full.h5ad: cannot be written: File too large; what is there already is kept" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "d0").iterdir()) == ["full.h5ad.part", "full.h5ad.part.json"]
+    assert download(tmp_path).exit_code == 0
+    assert_whole(tmp_path, web, "d0", "d1")
+    assert web.sent["/d0.h5ad"] < 2 * len(web.files["/d0.h5ad"])
+
+
 def storm(seed: int, faults: tuple[str, ...] = ("reset", "truncated", "short", "500", "503", "429 0")) -> Fault:
     """Each request fails with probability 0.3, in one way or another."""
     rng, lock = random.Random(seed), threading.Lock()
