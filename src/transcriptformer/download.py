@@ -118,12 +118,16 @@ def download(
     return folder
 
 
+def _missing(folder: Path, name: str) -> list[str]:
+    """What a folder lacks that the artifact of that name must have."""
+    if name == ARTIFACTS["all-embeddings"]:
+        return [] if any(folder.rglob("*.h5")) else ["*.h5"]
+    return [file for file in CHECKPOINT_FILES if not (folder / file).exists()]
+
+
 def _refuse_incomplete(unpacked: Path, name: str, source: str) -> None:
     """An archive of something else must not replace what is there."""
-    if name == ARTIFACTS["all-embeddings"]:
-        missing = [] if any(unpacked.rglob("*.h5")) else ["*.h5"]
-    else:
-        missing = [file for file in CHECKPOINT_FILES if not (unpacked / file).exists()]
+    missing = _missing(unpacked, name)
     if missing:
         shutil.rmtree(unpacked)
         raise RefusedFileError(f"{source}: lacks {', '.join(missing)}; nothing of it is kept")
@@ -148,9 +152,10 @@ def _is_there(folder: Path) -> bool:
     record = folder / RECORD
     try:
         sizes = json.loads(record.read_text(encoding="utf-8"))["files"] if record.exists() else {}
-        names = sizes or (CHECKPOINT_FILES if folder.name != ARTIFACTS["all-embeddings"] else ())
-        wrong = [
-            n for n in names if not (folder / n).exists() or sizes.get(n) not in (None, (folder / n).stat().st_size)
+        wrong = _missing(folder, folder.name) + [
+            name
+            for name, size in sizes.items()
+            if not (folder / name).exists() or (folder / name).stat().st_size != size
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         wrong = [RECORD]

@@ -34,6 +34,9 @@ T = TypeVar("T")
 STARTS = 3
 """How often a file is begun anew, because it changed on the way or arrived damaged."""
 
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 20.0
+"""Seconds to wait for a connection, and for the next bytes."""
+
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds before a failed request is tried again; they double each time, and something random is added."""
 

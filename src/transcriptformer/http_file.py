@@ -9,11 +9,17 @@ from http import HTTPStatus
 import requests
 import urllib3
 
-from transcriptformer.errors import DownloadError
-from transcriptformer.fetch import ChangedFileError, InterruptedDownloadError, Stat, may_pass
+from transcriptformer.errors import DownloadError, one_line
+from transcriptformer.fetch import (
+    CONNECT_TIMEOUT,
+    READ_TIMEOUT,
+    ChangedFileError,
+    InterruptedDownloadError,
+    Stat,
+    may_pass,
+)
 
-TIMEOUT = (10.0, 20.0)
-"""Seconds to wait for a connection, and for the next bytes."""
+TIMEOUT = (CONNECT_TIMEOUT, READ_TIMEOUT)
 
 CHUNK = 2**20
 """Bytes that are taken at a time, or what is there."""
@@ -156,4 +162,4 @@ def _reason(error: Exception) -> str:
     ):
         if sign in text or sign in type(error).__name__:
             return reason
-    return " ".join(text.split())[:200] or type(error).__name__
+    return one_line(error)

@@ -13,8 +13,15 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
-from transcriptformer.errors import DownloadError
-from transcriptformer.fetch import ChangedFileError, InterruptedDownloadError, Stat, may_pass
+from transcriptformer.errors import DownloadError, one_line
+from transcriptformer.fetch import (
+    CONNECT_TIMEOUT,
+    READ_TIMEOUT,
+    ChangedFileError,
+    InterruptedDownloadError,
+    Stat,
+    may_pass,
+)
 
 CHUNK = 2**18
 """Bytes that are taken at a time; what came of a chunk is lost when the connection breaks."""
@@ -63,8 +70,8 @@ class S3Object:
         config = Config(
             signature_version=UNSIGNED,
             retries={"total_max_attempts": 1},
-            connect_timeout=10,
-            read_timeout=20,
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=READ_TIMEOUT,
             max_pool_connections=max(10, self.connections),
         )
         return boto3.client("s3", config=config)
@@ -76,9 +83,9 @@ class S3Object:
         except ClientError as error:
             raise _refusal(self.name, error) from error
         except (HTTPClientError, IncompleteReadError, urllib3.exceptions.HTTPError, ConnectionError) as error:
-            raise InterruptedDownloadError(f"{self.name}: {' '.join(str(error).split())[:200]}") from error
+            raise InterruptedDownloadError(f"{self.name}: {one_line(error)}") from error
         except (BotoCoreError, ValueError) as error:  # a setting, such as an impossible address
-            raise DownloadError(f"{self.name}: {' '.join(str(error).split())[:200]}") from error
+            raise DownloadError(f"{self.name}: {one_line(error)}") from error
 
 
 def _checksum(found: dict[str, Any]) -> tuple[str, str] | None:

@@ -50,13 +50,10 @@ def download(
 def _describe(folder: Path) -> str:
     """What is in a folder that has come, opened as `inference` would open it."""
     from transcriptformer.config import load_config
-    from transcriptformer.errors import CheckpointError
     from transcriptformer.vocab import read_gene_ids
 
     if not (folder / "config.json").exists():
         files = sorted(folder.rglob("*.h5"))
-        if not files:
-            raise CheckpointError(f"{folder}: no protein embeddings in it; --force replaces the folder")
         return f"protein embeddings of {len(files)} species: " + ", ".join(
             f"{_species(path)} ({len(read_gene_ids(path)):,} genes)" for path in files
         )

@@ -216,8 +216,8 @@ def download_datasets(
         If there is no room, or the folder cannot be written.
     """
     with alone(output_dir / ".lock"):
-        missing = [d for d in datasets if (asset := asset_or_none(d)) and not _is_verified(output_dir / _id(d), asset)]
-        sizes = [(asset_of(d).size or 0, output_dir / _id(d) / FILE) for d in missing]
+        assets = [(asset, output_dir / _id(d)) for d in datasets if (asset := asset_or_none(d))]
+        sizes = [(asset.size or 0, folder / FILE) for asset, folder in assets if not _is_verified(folder, asset)]
         need_space(output_dir, sum(max(0, size - size_on_disk(target)) for size, target in sizes))
         expect(sum(size for size, _ in sizes))
         outcomes: dict[str, Outcome] = {}
