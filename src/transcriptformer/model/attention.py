@@ -109,19 +109,19 @@ def blockwise_attention(
     """The same in blocks whose scores stay in the cache; keys behind a block are left out.
 
     Parameters and result are those of `plain_attention`; matrix products run in the type of `q`. It works in place, so
-    it has no gradients.
+    it has no gradients; `transcriptformer.model.trainable_attention` adds them.
     """
     cells, heads, length, head_dim = q.shape
     cap = softcap if softcap > 0 else 1.0  # scores are computed as s / cap, which spares a pass over them
     q = (q / (head_dim**0.5 * cap)).flatten(0, 1)  # (B·H, T, d)
     k = k.contiguous().mT.contiguous().flatten(0, 1)  # (B·H, d, T); in two steps, each of which is a fast copy
     v = v.contiguous().flatten(0, 1)  # (B·H, T, d)
-    bias = _per_head(key_bias.float() / cap, heads)  # (B·H, 1, T)
-    hidden = _per_head(hiding(key_allowed), heads)  # (B·H, 1, T)
+    bias = per_head(key_bias.float() / cap, heads)  # (B·H, 1, T)
+    hidden = per_head(hiding(key_allowed), heads)  # (B·H, 1, T)
     output = torch.empty_like(v)
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
-        for few in _slices(cells * heads, SCORES_AT_ONCE[q.device.type] // ((end - start) * end)):
+        for few in slices(cells * heads, SCORES_AT_ONCE[q.device.type] // ((end - start) * end)):
             scores = torch.bmm(q[few, start:end], k[few, :, :end]).float()  # (few, block, end)
             own_block = scores[..., start:]  # (few, block, block)
             scores += bias[few, :, :end]
@@ -142,11 +142,11 @@ def blockwise_attention(
     return output.view(cells, heads, length, head_dim)
 
 
-def _per_head(values: Tensor, heads: int) -> Tensor:
+def per_head(values: Tensor, heads: int) -> Tensor:
     """A row for each head of each cell: (B, T) → (B·H, 1, T)."""
     return values.repeat_interleave(heads, dim=0)[:, None]
 
 
-def _slices(n: int, size: int) -> Iterator[slice]:
+def slices(n: int, size: int) -> Iterator[slice]:
     """Consecutive slices of `size`, at least 1, that make up `n`."""
     return (slice(start, start + max(size, 1)) for start in range(0, n, max(size, 1)))

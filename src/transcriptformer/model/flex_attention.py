@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention as flex
 
 from transcriptformer.config import ModelConfig
 from transcriptformer.model.attention import Attention, blockwise_attention, hiding, plain_attention
+from transcriptformer.model.trainable_attention import needs_gradients, trainable_attention
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,15 @@ def choose_attention(
     return flex_attention if _compiles(device, dtype, config) else blockwise_attention
 
 
+def choose_training_attention(name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig) -> Attention:
+    """The path of that name, with gradients; `auto` is flex on a GPU where it can be compiled, elsewhere in blocks."""
+    if name == "plain":
+        return plain_attention
+    if name == "flex" or (name == "auto" and device.type == "cuda" and _compiles(device, dtype, config)):
+        return flex_attention
+    return trainable_attention
+
+
 def _has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++"))
 
@@ -90,8 +100,8 @@ def flex_attention(
     """What `transcriptformer.model.attention.plain_attention` defines, with the same parameters and result."""
     if q.device.type != "cpu":
         return look_bias_up(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
-    if not bias_on_diagonal:  # while training, which on a CPU the kernel is not made for
-        return plain_attention(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
+    if not bias_on_diagonal or needs_gradients(q, k, v):  # while training, which on a CPU the kernel is not made for
+        return trainable_attention(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
     if q.shape[2] < SHORT or len(q) == 1:  # a single cell would be compiled for apart
         return blockwise_attention(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
     return carry_bias_in_keys(q, k, v, key_bias, key_allowed, softcap)
@@ -164,7 +174,7 @@ def _in_keys(q: Tensor, k: Tensor, v: Tensor, cap: Tensor | None, blocks: BlockM
 def _without_keys_zero(values: Tensor, key_allowed: Tensor) -> Tensor:
     """Values of the queries (B, H, T, d), in place 0 where no key is seen."""
     has_key = key_allowed.cumsum(dim=-1) > 0  # (B, T)
-    return values.masked_fill_(~has_key[:, None, :, None], 0)
+    return values.masked_fill(~has_key[:, None, :, None], 0)
 
 
 @cache
