@@ -14,6 +14,7 @@ LAYERS = [
     {"download"},
     {"data", "model"},
     {"checkpoint", "lightning"},
+    {"trainer"},
     {"parts", "output", "pooling", "recording", "batching", "distributed", "workspace"},
     {"inputs"},
     {"file_run"},

@@ -2,10 +2,8 @@
 
 import json
 import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,7 +20,7 @@ from transcriptformer.data.store import Location, is_url
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.device import keep_freed_memory
 from transcriptformer.distributed import Processes, plan_processes
-from transcriptformer.errors import TranscriptFormerError, UsageError
+from transcriptformer.errors import UsageError
 from transcriptformer.file_run import FileRun
 from transcriptformer.inputs import Inputs
 from transcriptformer.lightning import EmbeddingModule, Esm2CEModule, TranscriptFormerModule
@@ -30,7 +28,8 @@ from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.output import check_writable, pooled_to_anndata, provenance_of, read_provenance, to_anndata
 from transcriptformer.parts import layout_of
 from transcriptformer.pooling import Pool
-from transcriptformer.recording import SIGTERM_EXIT_CODE, MemoryRecorder, OnProgress, Recording
+from transcriptformer.recording import MemoryRecorder, OnProgress, Recording
+from transcriptformer.trainer import plain_lightning, quiet_lightning
 from transcriptformer.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
@@ -115,7 +114,9 @@ def compute(
     results: MemoryRecorder | Pool
     if inference.cge_pool is None:
         groups = pd.Index([])
-        results = MemoryRecorder(layout_of(inference, checkpoint.width), survey.n_kept)
+        results = MemoryRecorder(
+            layout_of(inference, checkpoint.width), survey.n_kept
+        )
     else:
         group_of_row, groups = inputs.groups(survey)
         results = Pool(group_of_row, len(checkpoint.gene_vocab), checkpoint.width)
@@ -203,7 +204,7 @@ def make_module(checkpoint: Checkpoint) -> EmbeddingModule:
 
 
 def _trainer(checkpoint: Checkpoint, processes: Processes, recording: Recording) -> pl.Trainer:
-    with _quiet_lightning():
+    with quiet_lightning():
         return pl.Trainer(
             accelerator=checkpoint.device.type,
             **processes.trainer_options(),
@@ -217,41 +218,5 @@ def _trainer(checkpoint: Checkpoint, processes: Processes, recording: Recording)
 
 
 def _predict(trainer: pl.Trainer, module: EmbeddingModule, **data: Any) -> None:
-    try:
-        with _quiet_lightning():
-            trainer.predict(module, **data, return_predictions=False)
-    except SystemExit as error:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
-        if trainer.interrupted and error.code != SIGTERM_EXIT_CODE:
-            raise KeyboardInterrupt from None
-        raise
-    except TranscriptFormerError as error:
-        # A worker process has put its traceback before the message.
-        name = f"{type(error).__name__}: "
-        if str(error).startswith("Caught ") and name in str(error):
-            raise type(error)(str(error).rpartition(name)[2].strip()) from None
-        raise
-    except RuntimeError as error:
-        if "gloo" not in str(error):
-            raise
-        if not trainer.is_global_zero:  # whatever it was, it has been said there
-            raise SystemExit(1) from None
-        raise TranscriptFormerError(
-            "another process of this run has ended; see what it said; the same command with --resume goes on"
-        ) from error
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Leave out what Lightning has to say about hardware it does not use, its other products and its own imports."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [lightning_logger.level for lightning_logger in loggers]
-    for lightning_logger in loggers:
-        lightning_logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-            yield
-    finally:
-        for lightning_logger, level in zip(loggers, levels, strict=True):
-            lightning_logger.setLevel(level)
+    with plain_lightning(trainer):
+        trainer.predict(module, **data, return_predictions=False)

@@ -13,11 +13,10 @@ import torch
 from transcriptformer.errors import OutputError
 from transcriptformer.lightning import Prediction
 from transcriptformer.parts import N_GENES, ROWS, Layout
+from transcriptformer.trainer import SIGTERM_EXIT_CODE
 
 OnProgress = Callable[[int, int], None]
 """Called with how many cells are done and how many there are."""
-
-SIGTERM_EXIT_CODE = 143
 
 BATCHES_WAITING = 2
 """Batches whose results may be on their way while the next one is computed."""
