@@ -87,7 +87,7 @@ class Inputs:
     ) -> BatchLoader:
         """Batches for one of several processes, without the rows that are done (kept cells,)."""
         data = self.checkpoint.config.model.data_config
-        dataset = CellDataset(self.readers, survey, data.block_size)
+        dataset = CellDataset(self.readers, survey.kept, survey.lengths, data.block_size)
         dataset.deal_out(process, n_processes, is_done)
         return BatchLoader(
             dataset,

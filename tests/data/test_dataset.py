@@ -52,7 +52,7 @@ def make_loader(
 ) -> BatchLoader:
     readers = make_readers(*sources, seq_len=seq_len, aux_vocabs=aux_vocabs, **config)
     survey = survey_cells(readers, readers[0].config)
-    dataset = CellDataset(readers, survey, readers[0].config.block_size)
+    dataset = CellDataset(readers, survey.kept, survey.lengths, readers[0].config.block_size)
     dataset.deal_out(*share, np.zeros(survey.n_kept, bool) if is_done is None else is_done)
     return BatchLoader(dataset, BatchLimits(max_cells, max_tokens), PAD, seq_len, min_positions, n_workers)
 

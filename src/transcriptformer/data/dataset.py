@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from transcriptformer.data.prefetch import prefetch
 from transcriptformer.data.reader import CellReader
-from transcriptformer.data.survey import Survey
 from transcriptformer.data.tokenize import Tokens
 
 BATCHES_AHEAD = 4
@@ -80,16 +79,18 @@ class CellDataset(IterableDataset[CellBlock]):
     ----------
     readers
         The sources, in order.
-    survey
-        What was found in them.
+    kept
+        Which of all their cells to serve (cells,), bool.
+    lengths
+        Genes of each of all cells (cells,).
     block_size
         Most cells that are read at once.
     """
 
-    def __init__(self, readers: Sequence[CellReader], survey: Survey, block_size: int) -> None:
-        self.readers, self.kept = readers, survey.kept
-        self.lengths = survey.lengths[survey.kept]
-        self.block_size, self.n_kept = block_size, survey.n_kept
+    def __init__(self, readers: Sequence[CellReader], kept: np.ndarray, lengths: np.ndarray, block_size: int) -> None:
+        self.readers, self.kept = readers, kept
+        self.lengths = lengths[kept]
+        self.block_size, self.n_kept = block_size, int(kept.sum())
         self.is_done = np.zeros(self.n_kept, bool)
         self.process, self.n_processes = 0, 1
 
@@ -169,7 +170,7 @@ class BatchLoader:
     ) -> None:
         self.limits, self.pad, self.seq_len, self.min_positions = limits, pad, seq_len, min_positions
         self.pin_memory = pin_memory
-        self.blocks = DataLoader(dataset, batch_size=None, collate_fn=_as_is, num_workers=n_workers)
+        self.blocks = DataLoader(dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -183,19 +184,23 @@ class BatchLoader:
 
     def _batches(self, blocks: Iterator[CellBlock]) -> Iterator[Batch]:
         for block in blocks:
-            for cells in group_by_length(block.tokens.lengths, self.limits, self.seq_len, self.min_positions):
-                batch = self._batch(block, cells)
+            for batch in batches_of(block, self.limits, self.pad, self.seq_len, self.min_positions):
                 yield Batch(*(values.pin_memory() for values in batch)) if self.pin_memory else batch
 
-    def _batch(self, block: CellBlock, cells: np.ndarray) -> Batch:
-        tokens = block.tokens.take(cells)
-        genes, counts = pad_to_common_length(tokens, self.pad, self.seq_len, self.min_positions)
-        arrays = block.rows[cells], genes, counts, block.aux_tokens[cells]
-        return Batch(*map(torch.from_numpy, arrays))
 
-
-def _as_is(block: Any) -> Any:
+def as_is(block: Any) -> Any:
+    """What a DataLoader is to do with what a dataset yields."""
     return block
+
+
+def batches_of(
+    block: CellBlock, limits: BatchLimits, pad: int, seq_len: int, min_positions: int = 0
+) -> Iterator[Batch]:
+    """The cells of a block in batches of cells of like length, the longest first."""
+    for cells in group_by_length(block.tokens.lengths, limits, seq_len, min_positions):
+        genes, counts = pad_to_common_length(block.tokens.take(cells), pad, seq_len, min_positions)
+        arrays = block.rows[cells], genes, counts, block.aux_tokens[cells]
+        yield Batch(*map(torch.from_numpy, arrays))
 
 
 def group_by_length(

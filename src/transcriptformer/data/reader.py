@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
 
 import numpy as np
 
@@ -48,6 +50,12 @@ class CellReader:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def with_seed(self, seed: int) -> "CellReader":
+        """The same cells, with their genes shuffled by another seed if they are shuffled."""
+        reader = copy(self)
+        reader.config = replace(self.config, seed=seed)
+        return reader
 
     def tell_of_missing_columns(self) -> None:
         """Warn of auxiliary columns that the source does not have."""

@@ -1,6 +1,7 @@
 """Counts become tokens: pure functions on CSR arrays and on ragged rows; no matrix is ever made dense."""
 
 import logging
+from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -66,6 +67,15 @@ class Tokens(NamedTuple):
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         entries = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Tokens(self.genes.take(entries), self.counts.take(entries), offsets)
+
+    @classmethod
+    def join(cls, parts: Sequence["Tokens"]) -> "Tokens":
+        """The cells of `parts`, one after the other."""
+        genes, counts, lengths = (
+            np.concatenate(arrays)
+            for arrays in zip(*((part.genes, part.counts, part.lengths) for part in parts), strict=True)
+        )
+        return cls(genes, counts, np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def tokens_of_columns(gene_ids: np.ndarray, vocab: GeneVocab, filter_to_vocabs: bool, name: str) -> np.ndarray:
