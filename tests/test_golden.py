@@ -13,6 +13,9 @@ from transcriptformer.data.survey import survey_cells
 from transcriptformer.inference import embed
 from transcriptformer.inputs import Inputs
 from transcriptformer.model import flex_attention
+from transcriptformer.model.attention import Attention
+from transcriptformer.model.flex_attention import ATTENTION
+from transcriptformer.model.trainable_attention import trainable_attention
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
 each_case = pytest.mark.parametrize(
@@ -87,10 +90,22 @@ def test_gene_embeddings_equal_the_reference(case: GoldenCase, attention: str) -
 @each_attention
 @each_case
 def test_training_forward_equals_the_reference(case: GoldenCase, attention: str) -> None:
-    config = case.config(f"model.inference_config.attention={attention}")
+    with torch.inference_mode():
+        assert_training_forward_equal(case, ATTENTION[attention])
+
+
+@pytest.mark.parametrize("case", synthetic_cases("cell", "normalize", "clip5"), ids=str)
+def test_training_forward_with_gradients_equals_the_reference(case: GoldenCase) -> None:
+    assert_training_forward_equal(case, trainable_attention)
+
+
+def assert_training_forward_equal(case: GoldenCase, attention: Attention) -> None:
+    config = case.config()
     checkpoint = load_checkpoint(case.checkpoint, config)
     model, settings = checkpoint.model, config.model
     assert isinstance(model, TranscriptFormer)
+    model.transformer_encoder.attention = attention
+    model.transformer_encoder.requires_grad_(torch.is_grad_enabled())
     inputs = Inputs([case.source()], checkpoint)
     survey = survey_cells(inputs.readers, settings.data_config)
     lengths = np.minimum(survey.lengths[survey.kept], settings.model_config.seq_len)
@@ -98,23 +113,22 @@ def test_training_forward_equals_the_reference(case: GoldenCase, attention: str)
 
     names = [name for name in case.expected if name.startswith("train_")]
     figures = {name: np.full(survey.n_kept, np.nan, np.float32) for name in names}
-    with torch.inference_mode():
-        for batch in inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool)):
-            encoded = model(
-                batch.gene_tokens,
-                batch.gene_counts,
-                batch.aux_tokens,
-                layer=settings.inference_config.embedding_layer_index,
-            )
-            mu = model.expected_counts(encoded)
-            of_batch = {
-                "train_gene_nll": model.gene_nll(encoded),
-                "train_count_nll": model.count_nll(encoded, settings.data_config.clip_counts),
-                "train_mu_sum": mu.sum(1),
-                "train_mu_max": mu.amax(1),
-            }
-            for name, values in of_batch.items():
-                figures[name][batch.rows] = values
+    for batch in inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool)):
+        encoded = model(
+            batch.gene_tokens,
+            batch.gene_counts,
+            batch.aux_tokens,
+            layer=settings.inference_config.embedding_layer_index,
+        )
+        mu = model.expected_counts(encoded)
+        of_batch = {
+            "train_gene_nll": model.gene_nll(encoded),
+            "train_count_nll": model.count_nll(encoded, settings.data_config.clip_counts),
+            "train_mu_sum": mu.sum(1),
+            "train_mu_max": mu.amax(1),
+        }
+        for name, values in of_batch.items():
+            figures[name][batch.rows] = values.detach()
 
     assert len(figures) == 4
     for name, array in figures.items():

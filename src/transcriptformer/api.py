@@ -6,6 +6,7 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import load_config
@@ -13,7 +14,7 @@ from transcriptformer.data.source import looks_like_gene_ids
 from transcriptformer.errors import UsageError
 from transcriptformer.inference import Source, compute
 from transcriptformer.inference import embed as embed_sources
-from transcriptformer.output import EMBEDDINGS_KEY, to_rows_of_genes
+from transcriptformer.output import EMBEDDINGS_KEY, predicted_labels, to_rows_of_genes
 from transcriptformer.recording import MemoryRecorder
 
 FileOrFiles = str | Path | Sequence[str | Path]
@@ -107,8 +108,9 @@ def embed(
     Returns
     -------
     For an AnnData None, or the copy: `obsm[key_added]` (cells, D), float32, has a row for every cell, NaN for cells
-    that the filters of the model's settings leave out; `obs[key_added + '_llh']` if the settings ask for llh;
-    `uns[key_added]` says how it was made. For files a new AnnData of the kept cells with their metadata.
+    that the filters of the model's settings leave out; `obs[key_added + '_llh']` if the settings ask for llh; with
+    a model that was trained to tell labels, `obs['predicted_…']` and its probability; `uns[key_added]` says how it was
+    made. For files a new AnnData of the kept cells with their metadata.
 
     Raises
     ------
@@ -131,6 +133,8 @@ def embed(
         llh = np.full(data.n_obs, np.nan, dtype=np.float32)
         llh[kept] = computed.results.read("llh", 0, n_kept)
         target.obs[f"{key_added}_llh"] = llh
+    for column, values in predicted_labels(computed.results, 0, n_kept, model.label_head).items():
+        target.obs[column] = pd.Series(values, index=np.flatnonzero(kept)).reindex(range(data.n_obs)).array
     target.uns[key_added] = computed.provenance
     return target if copy else None
 

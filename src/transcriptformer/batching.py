@@ -3,10 +3,12 @@
 import torch
 
 from transcriptformer.checkpoint import Checkpoint
+from transcriptformer.config import ModelConfig
 from transcriptformer.data.dataset import BatchLimits
 from transcriptformer.device import compute_dtype, free_memory
 from transcriptformer.model.attention import QUERY_BLOCK
 from transcriptformer.model.esm2ce import Esm2CE
+from transcriptformer.train_config import TrainConfig
 
 MOST_CELLS = 4096
 """Of a batch whose size is chosen here."""
@@ -35,6 +37,35 @@ def batch_limits(checkpoint: Checkpoint, n_processes: int = 1) -> BatchLimits:
     room = SHARE_OF_FREE_MEMORY * (free_memory(checkpoint.device, n_processes) - checkpoint.weights_bytes)
     fitting = max(1, int(room / bytes_per_token(checkpoint)))
     return BatchLimits(MOST_CELLS, min(fitting, most_tokens))
+
+
+def training_limits(config: TrainConfig, device: torch.device, protein_dim: int, n_processes: int = 1) -> BatchLimits:
+    """From `tokens_per_batch` of a training run, or the memory that is free now.
+
+    Parameters
+    ----------
+    protein_dim
+        Width of the protein embeddings.
+    n_processes
+        Processes that share this machine's memory.
+    """
+    training, model = config.training, config.model.model_config
+    if training.tokens_per_batch is not None:
+        return BatchLimits(training.batch_size, training.tokens_per_batch)
+    room = SHARE_OF_FREE_MEMORY * free_memory(device, n_processes)
+    fitting = max(1, int(room / bytes_per_trained_token(model, protein_dim)))
+    return BatchLimits(training.batch_size, min(fitting, suitable_tokens(device, model.embed_dim)))
+
+
+def bytes_per_trained_token(model: ModelConfig, protein_dim: int) -> int:
+    """Memory that a position takes at most while gradients are computed, in float32.
+
+    Every block of the encoder keeps what its steps took in: states, projections, the feed-forward's two widths. The
+    heads, the genes' MLP and the scores of one block of queries are there once.
+    """
+    block = 4 * (14 * model.embed_dim + 4 * model.model_dim)
+    once = 4 * (protein_dim + 12 * model.embed_dim + 4 * model.gene_head_hidden_dim)
+    return model.num_layers * block + once + 4 * 4 * model.num_heads * QUERY_BLOCK
 
 
 def suitable_tokens(device: torch.device, width: int) -> int:

@@ -15,8 +15,10 @@ from transcriptformer.config import Config
 from transcriptformer.device import choose_device, compute_dtype
 from transcriptformer.errors import CheckpointError
 from transcriptformer.model.esm2ce import Esm2CE
+from transcriptformer.model.label_head import LabelHead
 from transcriptformer.model.layers import Linear
 from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.train_config import TrainConfig
 from transcriptformer.vocab import (
     AuxVocab,
     GeneVocab,
@@ -49,6 +51,8 @@ class Checkpoint:
         The model in evaluation mode, in the run's precision; what stays float32 is mapped from the file.
     device
         Where it is to run.
+    label_head
+        What tells the label of a cell from its embedding, if it was trained to; in float32.
     """
 
     path: Path
@@ -57,6 +61,7 @@ class Checkpoint:
     aux_vocabs: dict[str, AuxVocab]
     model: TranscriptFormer | Esm2CE
     device: torch.device
+    label_head: LabelHead | None = None
 
     @property
     def min_positions(self) -> int:
@@ -95,7 +100,7 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
     device = choose_device(inference.device)
     trained_vocab, aux_vocabs = read_vocabs(path, config)
     weights_path = path / "model_weights.pt"
-    weights = _read_weights(weights_path)
+    weights = read_weights(weights_path)
     protein_dim = _check_embedding(weights, len(trained_vocab), weights_path)
     gene_vocab, embedding = trained_vocab, weights[_EMBEDDING]
     if inference.pretrained_embedding:
@@ -109,14 +114,43 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
             model = TranscriptFormer(
                 config.model.model_config, config.model.loss_config, trained_vocab, aux_vocabs, protein_dim
             )
-        _check_weights(weights, model.state_dict(), weights_path)
+        check_weights(weights, model.state_dict(), weights_path)
         model.load_state_dict(weights, assign=True)
         dtype = compute_dtype(inference.precision, device)
         if dtype != torch.float32:
             _cast_linear_layers(model, weights_path, dtype)
         if inference.pretrained_embedding:
             model.replace_genes(embedding)
-    return Checkpoint(path, config, gene_vocab, aux_vocabs, model.eval().requires_grad_(False), device)
+    model.eval().requires_grad_(False)
+    return Checkpoint(path, config, gene_vocab, aux_vocabs, model, device, _label_head(path, config))
+
+
+def _label_head(path: Path, config: Config) -> LabelHead | None:
+    """The label head, where it is wanted and was trained on what is computed: embeddings of cells by the last block."""
+    model, inference = config.model, config.model.inference_config
+    is_last = inference.embedding_layer_index in (-1, model.model_config.num_layers - 1)
+    is_as_trained = model.model_type == "transcriptformer" and inference.emb_type == "cell" and is_last
+    if not (inference.predict_labels and is_as_trained and "embeddings" in inference.output_keys):
+        return None
+    return read_label_head(path)
+
+
+def read_label_head(path: Path) -> LabelHead | None:
+    """The head in the `label_head.pt` of a checkpoint folder, if there is one.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+    """
+    file = path / "label_head.pt"
+    if not file.exists():
+        return None
+    try:
+        head = LabelHead.from_file(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # the reader raises whatever a damaged file leads it to
+        raise CheckpointError(f"{file}: damaged, or not the label head of a checkpoint") from error
+    return head.eval().requires_grad_(False)
 
 
 def _new_species(config: Config, trained: GeneVocab, embedding: Tensor) -> tuple[GeneVocab, Tensor]:
@@ -135,7 +169,7 @@ def _new_species(config: Config, trained: GeneVocab, embedding: Tensor) -> tuple
     return vocab, torch.cat([embedding[trained_rows], torch.from_numpy(rows)])
 
 
-def read_vocabs(path: Path, config: Config) -> tuple[GeneVocab, dict[str, AuxVocab]]:
+def read_vocabs(path: Path, config: Config | TrainConfig) -> tuple[GeneVocab, dict[str, AuxVocab]]:
     """Vocabularies that a checkpoint was trained with.
 
     Raises
@@ -156,7 +190,7 @@ def read_vocabs(path: Path, config: Config) -> tuple[GeneVocab, dict[str, AuxVoc
     return genes, aux
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict of `model_weights.pt`, memory-mapped; nothing in it is executed."""
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
@@ -195,7 +229,7 @@ def _cast_linear_layers(model: TranscriptFormer, path: Path, dtype: torch.dtype)
         if isinstance(module, Linear) and not name.startswith("gene_id_head")
     ]
     for _, part in itertools.groupby(linear, key=lambda item: item[0].split(".")[:3]):
-        weights = _read_weights(path)
+        weights = read_weights(path)
         for name, module in part:
             for kind, _ in list(module.named_parameters()):
                 setattr(module, kind, torch.nn.Parameter(weights[f"{name}.{kind}"].to(dtype)))
@@ -212,7 +246,8 @@ def _check_embedding(weights: Mapping[str, Tensor], n_genes: int, path: Path) ->
     return embedding.shape[1]
 
 
-def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError where the names or shapes of weights are not those that are expected."""
     problems = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],

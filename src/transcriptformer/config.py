@@ -2,13 +2,15 @@
 
 Values are layered, later ones winning: the defaults below, the checkpoint's `config.json` (what was trained),
 `conf/inference_config.yaml` (what we run by default), options, overrides. The dotted paths
-(`model.data_config.clip_counts`, …) are those of the published package.
+(`model.data_config.clip_counts`, …) are those of the published package. What `transcriptformer train` reads is in
+`transcriptformer.train_config`.
 """
 
 import difflib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,15 @@ LINK_FUNCTIONS = ("exp", "log", "relu", "sigmoid", "softplus", "linear", "softma
 ACTIVATIONS = ("gelu", "relu")
 
 
-def _require(condition: bool, key: str, message: str) -> None:
+def require(condition: bool, key: str, message: str) -> None:
+    """Raise UsageError, naming `key`, unless a condition holds."""
     if not condition:
         raise UsageError(f"{key}: {message}")
 
 
-def _require_one_of(value: object, allowed: Sequence[object], key: str) -> None:
-    _require(value in allowed, key, f"{value!r} is not one of {', '.join(map(str, allowed))}")
+def require_one_of(value: object, allowed: Sequence[object], key: str) -> None:
+    """Raise UsageError, naming `key`, unless `value` is one of those allowed."""
+    require(value in allowed, key, f"{value!r} is not one of {', '.join(map(str, allowed))}")
 
 
 @dataclass
@@ -80,14 +84,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         key = "model.data_config."
-        _require_one_of(self.use_raw, (True, False, None, "auto"), key + "use_raw (--use-raw)")
-        _require(self.filter_outliers >= 0, key + "filter_outliers", "must be 0 (keep all) or more")
-        _require(self.normalize_to_scale >= 0, key + "normalize_to_scale", "must be 0 (leave the counts) or more")
-        _require(self.clip_counts > 0, key + "clip_counts (--clip-counts)", "must be more than 0")
-        _require(self.seed >= 0, key + "seed", "must be 0 or more")
-        _require(self.n_data_workers >= 0, key + "n_data_workers (--n-data-workers)", "must be 0 or more")
-        _require(self.block_size > 0, key + "block_size", "must be at least 1")
-        _require(
+        require_one_of(self.use_raw, (True, False, None, "auto"), key + "use_raw (--use-raw)")
+        require(self.filter_outliers >= 0, key + "filter_outliers", "must be 0 (keep all) or more")
+        require(self.normalize_to_scale >= 0, key + "normalize_to_scale", "must be 0 (leave the counts) or more")
+        require(self.clip_counts > 0, key + "clip_counts (--clip-counts)", "must be more than 0")
+        require(self.seed >= 0, key + "seed", "must be 0 or more")
+        require(self.n_data_workers >= 0, key + "n_data_workers (--n-data-workers)", "must be 0 or more")
+        require(self.block_size > 0, key + "block_size", "must be at least 1")
+        require(
             not (self.sort_genes and self.randomize_genes),
             key + "sort_genes",
             "cannot be combined with randomize_genes",
@@ -130,12 +134,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         key = "model.model_config."
         for name in ("num_layers", "num_heads", "embed_dim", "model_dim", "seq_len", "gene_head_hidden_dim"):
-            _require(getattr(self, name) > 0, key + name, "must be more than 0")
-        _require(self.embed_dim % self.num_heads == 0, key + "embed_dim", "must be a multiple of num_heads")
-        _require(0 <= self.dropout <= 1, key + "dropout", "must be between 0 and 1")
-        _require(self.softcap >= 0, key + "softcap", "must be 0 (no cap) or more")
-        _require_one_of(self.activation, ACTIVATIONS, key + "activation")
-        _require_one_of(self.mu_link_fn, LINK_FUNCTIONS, key + "mu_link_fn")
+            require(getattr(self, name) > 0, key + name, "must be more than 0")
+        require(self.embed_dim % self.num_heads == 0, key + "embed_dim", "must be a multiple of num_heads")
+        require(0 <= self.dropout <= 1, key + "dropout", "must be between 0 and 1")
+        require(self.softcap >= 0, key + "softcap", "must be 0 (no cap) or more")
+        require_one_of(self.activation, ACTIVATIONS, key + "activation")
+        require_one_of(self.mu_link_fn, LINK_FUNCTIONS, key + "mu_link_fn")
 
 
 @dataclass
@@ -171,6 +175,8 @@ class InferenceConfig:
     """gene: the mean of the contextual vectors of each gene; a column of obs: of each gene and value; None: all."""
     output_keys: list[str] = field(default_factory=lambda: ["embeddings"])
     """What to compute: embeddings, llh."""
+    predict_labels: bool = True
+    """With a checkpoint that was trained to tell labels, add its predictions to `obs`."""
     obs_keys: list[str] = field(default_factory=lambda: ["all"])
     """Columns of `obs` to keep in the output; `all`: every one."""
     output_path: str = "./inference_results"
@@ -193,38 +199,38 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         key = "model.inference_config."
-        _require(
+        require(
             self.batch_size == "auto" or (isinstance(self.batch_size, int) and self.batch_size > 0),
             key + "batch_size (--batch-size)",
             f"must be at least 1, or auto, not {self.batch_size}",
         )
-        _require(
+        require(
             self.tokens_per_batch is None or self.tokens_per_batch > 0, key + "tokens_per_batch", "must be at least 1"
         )
-        _require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
-        _require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
-        _require_one_of(self.attention, ("auto", "blockwise", "flex", "plain"), key + "attention")
-        _require_one_of(self.emb_type, ("cell", "cge"), key + "emb_type (--emb-type)")
-        _require(
+        require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
+        require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
+        require_one_of(self.attention, ("auto", "blockwise", "flex", "plain"), key + "attention")
+        require_one_of(self.emb_type, ("cell", "cge"), key + "emb_type (--emb-type)")
+        require(
             all(isinstance(name, str) for name in self.obs_keys), key + "obs_keys", "must be a list of column names"
         )
         for output_key in self.output_keys:
-            _require_one_of(output_key, ("embeddings", "llh"), key + "output_keys")
-        _require(len(self.output_keys) > 0, key + "output_keys", "must name at least one of embeddings, llh")
-        _require(
+            require_one_of(output_key, ("embeddings", "llh"), key + "output_keys")
+        require(len(self.output_keys) > 0, key + "output_keys", "must name at least one of embeddings, llh")
+        require(
             Path(self.output_filename).name == self.output_filename
             and self.output_filename.endswith((".h5ad", ".zarr")),
             key + "output_filename (--output-filename)",
             f"{self.output_filename!r} is not a name that ends in .h5ad or .zarr (the folder goes into --output-path)",
         )
-        _require(self.num_gpus >= 1 or self.num_gpus == -1, key + "num_gpus (--num-gpus)", "must be at least 1, or -1")
-        _require(self.num_nodes >= 1, key + "num_nodes (--num-nodes)", "must be at least 1")
-        _require(
+        require(self.num_gpus >= 1 or self.num_gpus == -1, key + "num_gpus (--num-gpus)", "must be at least 1, or -1")
+        require(self.num_nodes >= 1, key + "num_nodes (--num-nodes)", "must be at least 1")
+        require(
             self.cge_pool is None or (self.emb_type == "cge" and self.output_keys == ["embeddings"]),
             key + "cge_pool (--cge-pool)",
             "needs --emb-type cge, and embeddings as the only output key",
         )
-        _require(
+        require(
             not self.reference_stale_indices or len(self.pretrained_embedding) > 0,
             key + "reference_stale_indices",
             "speaks of a new species: it needs --pretrained-embedding",
@@ -243,14 +249,14 @@ class ModelSection:
     """transcriptformer; or esm2ce, the protein embeddings of a cell's genes without a transformer."""
 
     def __post_init__(self) -> None:
-        _require_one_of(self.model_type, ("transcriptformer", "esm2ce"), "model.model_type (--model-type)")
-        _require(
+        require_one_of(self.model_type, ("transcriptformer", "esm2ce"), "model.model_type (--model-type)")
+        require(
             self.model_type == "transcriptformer" or self.inference_config.output_keys == ["embeddings"],
             "model.inference_config.output_keys",
             "esm2ce has embeddings only",
         )
         layer, num_layers = self.inference_config.embedding_layer_index, self.model_config.num_layers
-        _require(
+        require(
             -num_layers <= layer < num_layers,
             "model.inference_config.embedding_layer_index (--embedding-layer-index)",
             f"the checkpoint has {num_layers} layers, {layer} is outside {-num_layers}…{num_layers - 1}",
@@ -350,9 +356,21 @@ def load_config(
     if not checkpoint_path.is_dir():
         raise UsageError(f"--checkpoint-path {checkpoint_path}: no such folder")
     config_path = checkpoint_path / "config.json"
-    try:
+    with faults_of(config_path):  # looked for before options come in, so that they are not blamed on these
         config = OmegaConf.merge(OmegaConf.structured(Config), read_checkpoint_config(checkpoint_path))
-        OmegaConf.to_object(config)  # checked by itself, so that its faults are not blamed on an option
+        OmegaConf.to_object(config)
+    config = OmegaConf.merge(config, OmegaConf.load(conf_dir() / "inference_config.yaml"))
+    assert isinstance(config, DictConfig)
+    checked = finish_config(config, options or {}, overrides)
+    assert isinstance(checked, Config)
+    return checked
+
+
+@contextmanager
+def faults_of(config_path: Path) -> Iterator[None]:
+    """Raise what is wrong with the values of a checkpoint's `config.json` as CheckpointError."""
+    try:
+        yield
     except MissingMandatoryValue as error:
         raise CheckpointError(f"{config_path}: the needed key {_full_key(error)} is missing") from error
     except OmegaConfBaseException as error:
@@ -360,19 +378,24 @@ def load_config(
     except UsageError as error:
         raise CheckpointError(f"{config_path}: {error}") from error
 
-    config = OmegaConf.merge(config, OmegaConf.load(conf_dir() / "inference_config.yaml"))
-    assert isinstance(config, DictConfig)
-    for key, value in (options or {}).items():
+
+def finish_config(config: DictConfig, options: Mapping[str, object], overrides: Sequence[str]) -> object:
+    """Put options, then overrides, on top of `config` and turn it into its checked dataclass.
+
+    Raises
+    ------
+    UsageError
+        If one of them has an unknown key, a wrong type or an impossible value.
+    """
+    for key, value in options.items():
         if value is not None:
             _update(config, key, value)
     for override in overrides:
         _update(config, *_parse_override(override))
     try:
-        checked = OmegaConf.to_object(config)
+        return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UsageError(f"{_full_key(error)}: {_first_line(error)}") from error
-    assert isinstance(checked, Config)
-    return checked
 
 
 def _parse_override(override: str) -> tuple[str, object]:

@@ -25,6 +25,10 @@ class OutputError(TranscriptFormerError):
     """A result that cannot be written where it should go."""
 
 
+class TrainingError(TranscriptFormerError):
+    """Training that cannot go on."""
+
+
 class DownloadError(TranscriptFormerError):
     """Something that cannot be fetched, or is not what it should be."""
 

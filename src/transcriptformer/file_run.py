@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class FileRun(pl.LightningDataModule):
         self.weights_sha256, self.recording, self.processes_per_node = weights_sha256, recording, processes_per_node
         self.inference = checkpoint.config.model.inference_config
         self.inputs = Inputs(locations, checkpoint)
-        self.layout = layout_of(self.inference, checkpoint.width)
+        self.layout = layout_of(self.inference, checkpoint.width, checkpoint.label_head is not None)
         self.survey: Survey | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -143,7 +144,8 @@ class FileRun(pl.LightningDataModule):
         else:
             parts = Parts(self.workspace.folder, self.layout)
             check_room(output, parts.n_bytes)
-            write_cells(output, survey.n_kept, lambda: self.inputs.obs_blocks(survey), parts, names, provenance)
+            obs_blocks, label_head = partial(self.inputs.obs_blocks, survey), self.checkpoint.label_head
+            write_cells(output, survey.n_kept, obs_blocks, parts, names, provenance, label_head)
         self.workspace.remove()
 
     def _is_done(self) -> np.ndarray:

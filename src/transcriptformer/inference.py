@@ -74,7 +74,7 @@ def embed(
         return pooled_to_anndata(table, means, computed.provenance)
     obs = computed.inputs.obs(computed.survey)
     computed.inputs.close()
-    return to_anndata(obs, results, names, computed.provenance)
+    return to_anndata(obs, results, names, computed.provenance, checkpoint.label_head)
 
 
 class Computed(NamedTuple):
@@ -115,7 +115,7 @@ def compute(
     if inference.cge_pool is None:
         groups = pd.Index([])
         results = MemoryRecorder(
-            layout_of(inference, checkpoint.width), survey.n_kept
+            layout_of(inference, checkpoint.width, checkpoint.label_head is not None), survey.n_kept
         )
     else:
         group_of_row, groups = inputs.groups(survey)
@@ -200,7 +200,8 @@ def make_module(checkpoint: Checkpoint) -> EmbeddingModule:
     model, pad = checkpoint.config.model, checkpoint.gene_vocab.pad
     if isinstance(checkpoint.model, Esm2CE):
         return Esm2CEModule(checkpoint.model, model.inference_config, pad)
-    return TranscriptFormerModule(checkpoint.model, model.inference_config, model.data_config.clip_counts, pad)
+    clip_counts, label_head = model.data_config.clip_counts, checkpoint.label_head
+    return TranscriptFormerModule(checkpoint.model, model.inference_config, clip_counts, pad, label_head)
 
 
 def _trainer(checkpoint: Checkpoint, processes: Processes, recording: Recording) -> pl.Trainer:

@@ -14,6 +14,7 @@ from transcriptformer.device import compute_dtype
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.model.flex_attention import choose_attention
+from transcriptformer.model.label_head import LabelHead
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class Prediction(NamedTuple):
         (B, D)
     llh
         Mean negative log-likelihood of a cell's counts (B,), NaN without genes; the name is the published one.
+    label, label_probability
+        Number of the likeliest label of each cell (B,), and how likely it is.
     n_genes
         Genes of each cell that the model saw (B,).
     genes, cge_embeddings
@@ -40,6 +43,8 @@ class Prediction(NamedTuple):
     rows: Tensor
     embeddings: Tensor | None = None
     llh: Tensor | None = None
+    label: Tensor | None = None
+    label_probability: Tensor | None = None
     n_genes: Tensor | None = None
     genes: Tensor | None = None
     cge_embeddings: Tensor | None = None
@@ -110,9 +115,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 class TranscriptFormerModule(EmbeddingModule):
     """TranscriptFormer with only the heads that `model.inference_config.output_keys` names."""
 
-    def __init__(self, model: TranscriptFormer, inference: InferenceConfig, clip_counts: float, pad: int) -> None:
+    def __init__(
+        self,
+        model: TranscriptFormer,
+        inference: InferenceConfig,
+        clip_counts: float,
+        pad: int,
+        label_head: LabelHead | None = None,
+    ) -> None:
         super().__init__(inference, pad)
-        self.model, self.clip_counts = model, clip_counts
+        self.model, self.clip_counts, self.label_head = model, clip_counts, label_head
 
     def on_predict_start(self) -> None:  # noqa: D102
         loader = self.trainer.predict_dataloaders
@@ -141,7 +153,11 @@ class TranscriptFormerModule(EmbeddingModule):
         if "embeddings" not in self.inference.output_keys:
             return prediction
         if self.inference.emb_type == "cell":
-            return prediction._replace(embeddings=self.model.cell_embedding(encoded))
+            embeddings = self.model.cell_embedding(encoded)
+            if self.label_head is not None:
+                likeliest = self.label_head(embeddings).softmax(1).max(1)
+                prediction = prediction._replace(label=likeliest.indices, label_probability=likeliest.values)
+            return prediction._replace(embeddings=embeddings)
         n_genes = (batch.gene_tokens != self.pad).sum(1)
         return prediction._replace(n_genes=n_genes, genes=batch.gene_tokens, cge_embeddings=encoded.hidden)
 

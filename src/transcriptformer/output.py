@@ -20,7 +20,8 @@ import zarr
 from transcriptformer.checkpoint import Checkpoint
 from transcriptformer.data.store import Location
 from transcriptformer.errors import DataError, OutputError, UsageError
-from transcriptformer.parts import Layout
+from transcriptformer.model.label_head import LabelHead
+from transcriptformer.parts import LABEL, LABEL_PROBABILITY, Layout
 
 EMBEDDINGS_KEY, LLH_KEY, PROVENANCE_KEY = "embeddings", "llh", "transcriptformer"
 CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY = "cge_embeddings", "cge_cell_indices", "cge_gene_names"
@@ -78,7 +79,11 @@ def select_columns(columns: Sequence[str], obs_keys: Sequence[str]) -> list[str]
 
 
 def to_anndata(
-    obs: pd.DataFrame, results: Results, gene_names: np.ndarray, provenance: Mapping[str, object]
+    obs: pd.DataFrame,
+    results: Results,
+    gene_names: np.ndarray,
+    provenance: Mapping[str, object],
+    label_head: LabelHead | None = None,
 ) -> anndata.AnnData:
     """Results beside the cells' metadata, in memory.
 
@@ -86,8 +91,11 @@ def to_anndata(
     ----------
     gene_names
         Name of each gene token (tokens,).
+    label_head
+        What has told labels, if any.
     """
     n_cells, layout = len(obs), results.layout
+    obs = obs.assign(**predicted_labels(results, 0, n_cells, label_head))
     with anndata.settings.override(check_uniqueness=False):  # the survey has told of names that occur twice
         adata = anndata.AnnData(obs=obs, uns={PROVENANCE_KEY: dict(provenance)})
     if "embeddings" in layout:
@@ -108,6 +116,7 @@ def write_cells(
     results: Results,
     gene_names: np.ndarray,
     provenance: Mapping[str, object],
+    label_head: LabelHead | None = None,
 ) -> None:
     """Write results beside the cells' metadata, block by block; memory does not grow with the number of cells.
 
@@ -117,6 +126,8 @@ def write_cells(
         Called for the metadata of the cells, in order, in blocks.
     gene_names
         Name of each gene token (tokens,).
+    label_head
+        What has told labels, if any.
 
     Raises
     ------
@@ -127,8 +138,11 @@ def write_cells(
     with new_anndata(path) as root:
         anndata.io.write_elem(root, f"uns/{PROVENANCE_KEY}", dict(provenance))
         obs = _RowStream(root, "obs", n_cells)
+        start = 0
         for block in obs_blocks():
-            obs.write(block)
+            stop = start + len(block)
+            obs.write(block.assign(**predicted_labels(results, start, stop, label_head)))
+            start = stop
         if "embeddings" in layout:
             stream = _RowStream(root, f"obsm/{EMBEDDINGS_KEY}", n_cells)
             step = max(1, BLOCK_BYTES // layout["embeddings"].record.itemsize)
@@ -142,6 +156,17 @@ def write_cells(
                 start += len(block)
         if "cge_embeddings" in layout:
             _write_gene_embeddings(root, results, gene_names)
+
+
+def predicted_labels(results: Results, start: int, stop: int, label_head: LabelHead | None) -> dict[str, Any]:
+    """Columns of `obs` for the cells from `start` to before `stop`: the likeliest label, and how likely it is."""
+    if label_head is None or LABEL not in results.layout:
+        return {}
+    column = f"predicted_{label_head.column}"
+    return {
+        column: pd.Categorical.from_codes(results.read(LABEL, start, stop), pd.Index(label_head.labels)),
+        f"{column}_probability": results.read(LABEL_PROBABILITY, start, stop),
+    }
 
 
 def _write_gene_embeddings(root: h5py.File | zarr.Group, results: Results, gene_names: np.ndarray) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from transcriptformer.config import InferenceConfig
 from transcriptformer.errors import OutputError
 
-ROWS, N_GENES = "rows", "n_genes"
+ROWS, N_GENES, LABEL, LABEL_PROBABILITY = "rows", "n_genes", "label", "label_probability"
 
 SECONDS_AT_RISK = 5.0
 """Results wait in memory for this long at most."""
@@ -61,8 +61,8 @@ Layout = Mapping[str, Field]
 """The results there are, by the names of `transcriptformer.lightning.Prediction`."""
 
 
-def layout_of(inference: InferenceConfig, width: int) -> Layout:
-    """What the results that are wanted look like, for embeddings of that width."""
+def layout_of(inference: InferenceConfig, width: int, with_labels: bool = False) -> Layout:
+    """What the results that are wanted look like, for embeddings of that width, and whether labels are told."""
     layout: dict[str, Field] = {}
     if "embeddings" in inference.output_keys and inference.emb_type == "cell":
         layout["embeddings"] = Field("float32", width)
@@ -72,6 +72,8 @@ def layout_of(inference: InferenceConfig, width: int) -> Layout:
         layout["cge_embeddings"] = Field("float32", width, per_gene=True)
     if "llh" in inference.output_keys:
         layout["llh"] = Field("float32")
+    if with_labels:
+        layout |= {LABEL: Field("int32"), LABEL_PROBABILITY: Field("float32")}
     return layout
 
 

@@ -151,6 +151,11 @@ def read_protein_embeddings(paths: Sequence[Path]) -> tuple[list[str], np.ndarra
     return list(rows), np.stack(list(rows.values()))
 
 
+def make_aux_vocab(column: str, values: Iterable[str], unknown: str) -> AuxVocab:
+    """Number `unknown`, then the other `values`."""
+    return AuxVocab(column, {value: i for i, value in enumerate(dict.fromkeys([unknown, *values]))}, 0)
+
+
 def read_aux_vocab(path: Path, column: str, unknown: str) -> AuxVocab:
     """Read `<column>_vocab.json`.
 

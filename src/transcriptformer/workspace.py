@@ -125,17 +125,18 @@ class Workspace:
 
 def identify(locations: Sequence[Location], config: Config, compute_dtype: str, weights_sha256: str) -> dict[str, Any]:
     """What decides about the numbers of a run: settings, inputs, checkpoint."""
-    settings = {key: value for key, value in _flat(asdict(config)) if key not in _FREE_TO_CHANGE}
+    settings = {key: value for key, value in flat(asdict(config)) if key not in _FREE_TO_CHANGE}
     files = [Path(file) for file in config.model.inference_config.pretrained_embedding]
     return {
         "settings": {**settings, "type of matrix products": compute_dtype},
-        "inputs": [_identify_location(location) for location in locations],
-        "pretrained embeddings": [_identify_location(file) for file in files],
+        "inputs": [identify_location(location) for location in locations],
+        "pretrained embeddings": [identify_location(file) for file in files],
         "checkpoint": {"weights": weights_sha256},
     }
 
 
-def _identify_location(location: Location) -> dict[str, Any]:
+def identify_location(location: Location) -> dict[str, Any]:
+    """What tells whether a file or store is still the same."""
     if is_url(location):
         root = Store(location).root
         shapes = {key: value.shape for key, value in root.members(max_depth=None) if hasattr(value, "shape")}
@@ -153,16 +154,17 @@ def _identify_location(location: Location) -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """What changed, in words."""
-    before, after = (dict(_flat(json.loads(json.dumps(identity)))) for identity in (old, new))
+    before, after = (dict(flat(json.loads(json.dumps(identity)))) for identity in (old, new))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             yield f"{key} was {before.get(key)}, is {after.get(key)}"
 
 
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values with their dotted paths."""
     items: Any = values.items() if isinstance(values, Mapping) else enumerate(values)
     for key, value in items:
         if isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping)):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

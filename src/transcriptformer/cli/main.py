@@ -8,6 +8,7 @@ from transcriptformer.cli.check import check
 from transcriptformer.cli.download import download
 from transcriptformer.cli.download_data import download_data
 from transcriptformer.cli.inference import inference
+from transcriptformer.cli.train import train
 
 app = typer.Typer(
     help="Embeddings of single cells from their RNA counts, with TranscriptFormer.",
@@ -37,6 +38,7 @@ def transcriptformer(
 
 
 app.command()(inference)
+app.command()(train)
 app.command()(check)
 app.command()(download)
 app.command()(download_data)

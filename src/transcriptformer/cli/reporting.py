@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import typer
 from rich.console import Console
@@ -52,19 +52,20 @@ def plain_errors(debug: bool) -> Iterator[None]:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Say of what Ctrl-C ended that it is not lost."""
+def resumable(option: str = "") -> Iterator[None]:
+    """Say of what Ctrl-C ended that it is not lost, and which option goes on with it, if one is needed."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("Interrupted; the same command goes on from here.", err=True)
+        with_option = f" with {option}" if option else ""
+        typer.echo(f"Interrupted; the same command{with_option} goes on from here.", err=True)
         raise typer.Exit(130) from None
 
 
 class _Bar:
     """A bar on a terminal; elsewhere, a log line now and then."""
 
-    def __init__(self, name: str, *columns: ProgressColumn) -> None:
+    def __init__(self, name: str, *columns: ProgressColumn, **fields: Any) -> None:
         console = Console(stderr=True)
         self.bar = Progress(
             TextColumn(name),
@@ -74,7 +75,7 @@ class _Bar:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("", total=None)
+        self.task = self.bar.add_task("", total=None, **fields)
         self.started = self.last_line = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -104,6 +105,26 @@ class CellProgress(_Bar):
             rate = n_done / (now - self.started)
             left = (n_cells - n_done) / rate
             logger.info("%d of %d cells, %.1f cells/s, %.0f s left", n_done, n_cells, rate, left)
+
+
+class StepProgress(_Bar):
+    """Steps of training, the loss and the time left."""
+
+    def __init__(self) -> None:
+        super().__init__("training", MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"), loss="")
+        self.first: int | None = None
+
+    def update(self, n_done: int, n_steps: int, loss: float) -> None:
+        """Show that `n_done` of `n_steps` are done; the clock starts at the first call."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.started, self.last_line = n_done, now, now
+            self.bar.start()
+        self.bar.update(self.task, completed=n_done, total=n_steps, loss=f"{loss:.3f}")
+        if self.bar.disable and n_done > self.first and now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            left = (n_steps - n_done) * (now - self.started) / (n_done - self.first)
+            logger.info("%d of %d steps, loss %.3f, %.0f s left", n_done, n_steps, loss, left)
 
 
 class ByteProgress(_Bar):

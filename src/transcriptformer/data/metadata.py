@@ -109,6 +109,29 @@ def _values(array: Any, start: int, stop: int) -> np.ndarray:
     return np.asarray(array[start:stop])
 
 
+def encode(parts: Sequence[Metadata], column: str) -> tuple[np.ndarray, list[str]]:
+    """The values of one column of several tables, one after the other, as numbers, and what the numbers stand for.
+
+    Returns
+    -------
+    Codes (cells,), int64, -1 where there is no value; and the distinct values, as text, sorted.
+    """
+    numbers: dict[str, int] = {}
+    found: list[np.ndarray] = []
+    for part in parts:
+        for start in range(0, len(part), BLOCK_SIZE):
+            stop = min(start + BLOCK_SIZE, len(part))
+            if column in part.columns:
+                codes, distinct = pd.factorize(part.rows(start, stop, [column])[column])
+            else:
+                codes, distinct = np.full(stop - start, -1), pd.Index([])
+            number = [numbers.setdefault(str(value), len(numbers)) for value in distinct]
+            found.append(np.array([*number, -1], np.int64)[codes])
+    values = sorted(numbers)
+    rank = np.array([*(values.index(value) for value in numbers), -1], np.int64)
+    return rank[np.concatenate(found)], values
+
+
 class JoinedMetadata:
     """Tables one below the other, with the columns of all of them and one type for each column.
 

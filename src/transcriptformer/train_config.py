@@ -1,0 +1,290 @@
+"""What can be set for `transcriptformer train`: `model`, which goes into the checkpoint's config.json, and `training`.
+
+Values are layered, later ones winning: the defaults below, `conf/train_config.yaml`, the architecture and the
+vocabularies of the checkpoint that is trained on, if any, a recipe (`--config`), options, overrides.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from transcriptformer.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    conf_dir,
+    faults_of,
+    finish_config,
+    read_checkpoint_config,
+    require,
+    require_one_of,
+)
+from transcriptformer.errors import UsageError, one_line
+
+MEAN = "mean"
+"""What a new value of a metadata column starts from, if not from another value: the mean of those that are known."""
+
+
+@dataclass
+class TrainingConfig:
+    """A run of `transcriptformer train` (`training`)."""
+
+    data_files: list[str] = field(default_factory=list)
+    """h5ad files or zarr stores with raw counts; a name may hold the wildcards * and **."""
+    data_weights: list[float] = field(default_factory=list)
+    """Passes over each of `data_files` in an epoch, which may be fractions; empty: one over every file."""
+    validation_files: list[str] = field(default_factory=list)
+    """Files whose cells are validated on, and not learned from."""
+    validation_fraction: float = 0.1
+    """Share of the cells of `data_files` that is validated on where there are no `validation_files`; 0: none."""
+    checkpoint_path: str | None = None
+    """Folder of the checkpoint that training starts from; None: from scratch."""
+    protein_embeddings: list[str] = field(default_factory=list)
+    """Protein-embedding files whose genes are the vocabulary, from scratch."""
+    new_aux_values: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Values to append to the vocabulary of a metadata column, and the known value that each starts from, or `mean`."""
+    label_column: str | None = None
+    """Column of `obs` with the labels, such as cell types, that a head learns to tell from the cell embedding."""
+    freeze: list[str] | None = None
+    """Modules that are not trained, such as transformer_encoder.encoder_layers.0; None: none of them, or, with LoRA,
+    all that were there before."""
+    lora_rank: int = 0
+    """Rank of the updates that are learned for attention and feed-forward instead of their weights; 0: no LoRA."""
+    lora_alpha: float = 16.0
+    """The updates are scaled by lora_alpha / lora_rank."""
+    output_path: str = "./training_results"
+    """Folder of what comes out."""
+    max_epochs: int = 10
+    """Passes over the training cells."""
+    max_steps: int | None = None
+    """Most steps of the optimizer, if fewer than `max_epochs` take."""
+    patience: int | None = None
+    """Stop after this many validations in a row without a better loss; None: never."""
+    batch_size: int = 64
+    """Cells in a step of the optimizer, of all processes together."""
+    tokens_per_batch: int | None = None
+    """Most positions that a process computes at a time; a step of more is accumulated. None: as suits the device."""
+    learning_rate: float = 3e-4
+    """At its highest."""
+    final_learning_rate_share: float = 0.1
+    """Share of it that is left at the end, after a cosine."""
+    warmup_share: float = 0.05
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.1
+    """AdamW's; it spares norms, biases and embeddings."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's two."""
+    clip_gradients: float = 1.0
+    """Gradients whose norm is above this are scaled down to it; 0: never."""
+    gene_loss_weight: float | None = None
+    """Weight of the genes' cross-entropy; None: model.loss_config.gene_id_loss_weight (where 0 means: no gene head)."""
+    count_loss_weight: float = 1.0
+    """Weight of the counts' negative log-likelihood."""
+    label_loss_weight: float = 1.0
+    """Weight of the labels' cross-entropy."""
+    start_from_frequencies: bool = True
+    """From scratch, begin with heads that say how often each gene occurs, and how high."""
+    precision: str = "16-mixed"
+    """32; bf16-mixed; or 16-mixed: fp16 on a GPU, on a CPU bf16 where it has bf16 matrix instructions, else 32."""
+    attention: str = "auto"
+    """blockwise: long cells in blocks; flex: compiled, on a GPU; plain; or auto: flex on a GPU, elsewhere blockwise."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there."""
+    num_gpus: int = 1
+    """Devices to run on, one process each; -1: all GPUs. On a CPU: processes."""
+    num_nodes: int = 1
+    """Machines to run on; the command is started on each."""
+    seed: int = 0
+    """Of weights, order, dropout and the choice of validation cells."""
+    streams: int = 8
+    """Parts of the shuffled cells that are read side by side; as long as processes and their workers are no more than
+    these, they do not change the order."""
+    block_size: int = 128
+    """Consecutive cells that are read at once."""
+    blocks_to_mix: int = 16
+    """Blocks of a stream that are in memory and shuffled with each other."""
+    validate_every: int | None = None
+    """Steps between validations; None: once per epoch."""
+    save_every: int = 500
+    """Steps between saving what a killed run goes on from."""
+    log_every: int = 10
+    """Steps between lines in metrics.csv."""
+    resume: bool = False
+    """Go on with a run that was ended before it was done."""
+
+    def __post_init__(self) -> None:
+        key = "training."
+        require(
+            not self.data_weights or len(self.data_weights) == len(self.data_files),
+            key + "data_weights",
+            f"{len(self.data_weights)} weights for {len(self.data_files)} data_files",
+        )
+        require(all(weight > 0 for weight in self.data_weights), key + "data_weights", "must be more than 0")
+        require(0 <= self.validation_fraction < 1, key + "validation_fraction", "must be from 0 to less than 1")
+        for name in ("max_epochs", "batch_size", "save_every", "log_every", "streams", "block_size", "blocks_to_mix"):
+            require(getattr(self, name) >= 1, key + name, "must be at least 1")
+        for name in ("max_steps", "patience", "tokens_per_batch", "validate_every"):
+            require(getattr(self, name) is None or getattr(self, name) >= 1, key + name, "must be at least 1")
+        for name in ("weight_decay", "clip_gradients", "count_loss_weight", "label_loss_weight", "lora_rank", "seed"):
+            require(getattr(self, name) >= 0, key + name, "must be 0 or more")
+        require(self.learning_rate > 0, key + "learning_rate (--learning-rate)", "must be more than 0")
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), key + "betas", "must be two, below 1")
+        for name in ("final_learning_rate_share", "warmup_share"):
+            require(0 <= getattr(self, name) <= 1, key + name, "must be between 0 and 1")
+        require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
+        require_one_of(self.attention, ("auto", "blockwise", "flex", "plain"), key + "attention")
+        require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
+        require(self.num_gpus >= 1 or self.num_gpus == -1, key + "num_gpus (--num-gpus)", "must be at least 1, or -1")
+        require(self.num_nodes >= 1, key + "num_nodes (--num-nodes)", "must be at least 1")
+        require(
+            self.checkpoint_path is None or not self.protein_embeddings,
+            key + "protein_embeddings (--protein-embedding)",
+            "is for training from scratch; a checkpoint (--checkpoint-path) brings its own",
+        )
+        require(
+            self.patience is None or self.has_validation,
+            key + "patience (--patience)",
+            "needs cells to validate on: training.validation_fraction, or validation_files",
+        )
+        for name in ("lora_rank", "new_aux_values"):
+            require(
+                not getattr(self, name) or self.checkpoint_path is not None,
+                key + name,
+                "speaks of a checkpoint to start from: it needs --checkpoint-path",
+            )
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether some cells are kept to validate on."""
+        return bool(self.validation_files) or self.validation_fraction > 0
+
+
+@dataclass
+class TrainedModel:
+    """What the checkpoint will say of itself (`model`)."""
+
+    model_config: ModelConfig
+    data_config: DataConfig = field(default_factory=DataConfig)
+    loss_config: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass
+class TrainConfig:
+    """The whole configuration of `transcriptformer train`."""
+
+    model: TrainedModel
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        training, has_gene_head = self.training, self.model.loss_config.gene_id_loss_weight > 0
+        require(
+            has_gene_head or not training.gene_loss_weight,
+            "training.gene_loss_weight",
+            "needs a gene head, which a model.loss_config.gene_id_loss_weight above 0 brings",
+        )
+        require(max(self.gene_loss_weight, *self.other_loss_weights) > 0, "training", "all weights of losses are 0")
+
+    @property
+    def gene_loss_weight(self) -> float:
+        """What the genes' loss counts for."""
+        weight = self.training.gene_loss_weight
+        return self.model.loss_config.gene_id_loss_weight if weight is None else weight
+
+    @property
+    def other_loss_weights(self) -> tuple[float, float]:
+        """What the losses of counts and of labels count for."""
+        training = self.training
+        return training.count_loss_weight, training.label_loss_weight if training.label_column else 0.0
+
+
+def load_train_config(
+    options: Mapping[str, object] | None = None, overrides: Sequence[str] = (), recipe: Path | None = None
+) -> TrainConfig:
+    """Layer defaults, YAML, checkpoint, recipe, options and overrides into one checked configuration.
+
+    Parameters
+    ----------
+    options
+        Dotted path → value; None means "not given".
+    overrides
+        `dotted.path=value` in Hydra's grammar, applied last.
+    recipe
+        A YAML file of the form of `conf/train_config.yaml`, with any part of its keys.
+
+    Raises
+    ------
+    UsageError
+        If an option, an override or the recipe has an unknown key, a wrong type or an impossible value, or nothing is
+        there to start from or to learn from.
+    CheckpointError
+        If the checkpoint's `config.json` cannot be used.
+    """
+    options = options or {}
+    own = _read_recipe(recipe) if recipe else OmegaConf.create()
+    config = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(conf_dir() / "train_config.yaml"))
+    start = options.get("training.checkpoint_path") or OmegaConf.select(own, "training.checkpoint_path")
+    if start is not None:
+        folder = Path(str(start))
+        if not folder.is_dir():
+            raise UsageError(f"--checkpoint-path {folder}: no such folder")
+        with faults_of(folder / "config.json"):
+            config = OmegaConf.merge(config, _what_was_trained(folder))
+            OmegaConf.to_object(config)
+    try:
+        config = OmegaConf.merge(config, own)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"--config {recipe}: {error.full_key!r}: {one_line(error)}") from error
+    assert isinstance(config, DictConfig)
+    checked = finish_config(config, options, overrides)
+    assert isinstance(checked, TrainConfig)
+    return _complete(checked)
+
+
+def _read_recipe(path: Path) -> Any:
+    try:
+        return OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UsageError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"--config {path}: not readable as YAML ({one_line(error)})") from error
+
+
+_OF_THE_VOCABULARY = ("aux_cols", "esm2_mappings", "special_tokens", "gene_pad_token", "aux_pad_token")
+
+
+def _what_was_trained(folder: Path) -> dict[str, Any]:
+    """Of a checkpoint the architecture, the losses and the vocabularies; how its counts were read is not asked."""
+    sections = read_checkpoint_config(folder)["model"]
+    data = {key: value for key, value in sections["data_config"].items() if key in _OF_THE_VOCABULARY}
+    return {"model": {**sections, "data_config": data}}
+
+
+def _complete(config: TrainConfig) -> TrainConfig:
+    """Fill in what follows from other values, and see that there is something to do."""
+    training, data = config.training, config.model.data_config
+    require(bool(training.data_files), "training.data_files (--data-file)", "there is no file to learn from")
+    if training.checkpoint_path is None:
+        require(
+            bool(training.protein_embeddings),
+            "training.protein_embeddings (--protein-embedding)",
+            "there is nothing to start from: give the genes' protein embeddings, or a checkpoint (--checkpoint-path)",
+        )
+        data.esm2_mappings = [Path(file).name for file in training.protein_embeddings]
+        require(
+            len(set(data.esm2_mappings)) == len(data.esm2_mappings),
+            "training.protein_embeddings (--protein-embedding)",
+            f"two files bear one name: {', '.join(data.esm2_mappings)}",
+        )
+        config.model.model_config.aux_len = len(data.aux_cols)
+    unknown = [column for column in training.new_aux_values if column not in data.aux_cols]
+    require(
+        not unknown,
+        "training.new_aux_values (--new-assay)",
+        f"the checkpoint has no vocabulary for {', '.join(unknown)}; it has: {', '.join(data.aux_cols) or 'none'}",
+    )
+    return config

@@ -1,0 +1,254 @@
+"""Cells in, a checkpoint out."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+
+from transcriptformer.baseline import Baseline, start_from_frequencies
+from transcriptformer.batching import training_limits
+from transcriptformer.corpus import Corpus
+from transcriptformer.device import choose_device, compute_dtype, keep_freed_memory
+from transcriptformer.distributed import Processes, plan_processes
+from transcriptformer.errors import TrainingError
+from transcriptformer.export import write_checkpoint
+from transcriptformer.lightning import is_out_of_memory
+from transcriptformer.metrics import MetricsFile, plot_losses, read_metrics
+from transcriptformer.model.lora import merged_state_dict
+from transcriptformer.saving import OnStep, Saving
+from transcriptformer.starting_point import StartingPoint, count_parameters, prepare
+from transcriptformer.train_config import TrainConfig
+from transcriptformer.trainer import plain_lightning, quiet_lightning
+from transcriptformer.training_data import TrainingData
+from transcriptformer.training_folder import TrainingFolder, WholeFiles
+from transcriptformer.training_module import TrainingModule, Weights
+from transcriptformer.workspace import flat, identify_location
+
+logger = logging.getLogger(__name__)
+
+LIGHTNING_PRECISION: dict[torch.dtype, Any] = {
+    torch.float32: "32-true",
+    torch.bfloat16: "bf16-mixed",
+    torch.float16: "16-mixed",
+}
+
+_FREE_TO_CHANGE = {
+    "model.data_config.n_data_workers",
+    *(
+        f"training.{name}"
+        for name in (
+            *("output_path", "resume", "device", "num_gpus", "num_nodes", "attention", "tokens_per_batch"),
+            *("save_every", "log_every", "patience", "data_files", "validation_files"),
+            *("protein_embeddings", "checkpoint_path"),
+        )
+    ),
+}
+"""Settings that say how to compute, not what; a run may go on with others. (Files are compared by what is in them.)"""
+
+
+class Trained(NamedTuple):
+    """What training has come to.
+
+    Attributes
+    ----------
+    checkpoint
+        Folder in the published layout.
+    n_steps
+        Steps after which the weights in it were taken.
+    validation
+        Its figures in the validation then, by name; empty where there was none.
+    baseline
+        The loss of genes and counts by frequency alone, weighted like the model's.
+    baseline_parts
+        The two losses that it is made of.
+    """
+
+    checkpoint: Path
+    n_steps: int
+    validation: dict[str, float]
+    baseline: float
+    baseline_parts: Baseline
+
+    def describe(self) -> str:
+        """The same in words, a few lines."""
+        lines = [f"{self.checkpoint}: weights of step {self.n_steps}"]
+        if self.validation:
+            lines.append(f"validation loss {_told(self.validation, 'validation_')}")
+        parts = self.baseline_parts
+        lines.append(
+            f"by frequency alone {self.baseline:.3f} (genes {parts.gene_nll:.3f}, counts {parts.count_nll:.3f})"
+        )
+        if "validation_label_accuracy" in self.validation:
+            lines.append(f"labels told right {100 * self.validation['validation_label_accuracy']:.1f} %")
+        return "\n".join(lines)
+
+
+def _told(figures: Mapping[str, float], prefix: str) -> str:
+    """A loss and the parts it is made of."""
+    names = (("gene_nll", "genes"), ("count_nll", "counts"), ("label_loss", "labels"))
+    parts = [f"{word} {figures[prefix + name]:.3f}" for name, word in names if prefix + name in figures]
+    return f"{figures[prefix + 'loss']:.3f} ({', '.join(parts)})"
+
+
+def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
+    """What `transcriptformer train` does: learn from cells and write a checkpoint, in one or several processes.
+
+    Returns
+    -------
+    What came out; None in a process that leaves the writing to another one.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If a file, the starting point or a setting cannot be used, a loss is not a number, or the disk is full; what was
+        saved until then stays and `resume` goes on from it.
+    """
+    training = config.training
+    device = choose_device(training.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    processes = plan_processes(training, device)
+    folder = TrainingFolder(Path(training.output_path))
+    metrics = MetricsFile(folder.metrics)
+    saving = Saving(folder, training.save_every, metrics, on_step)
+    trainer = _trainer(config, processes, folder, metrics, saving)
+    if not trainer.is_global_zero:  # one process tells what all of them find
+        logging.getLogger("transcriptformer").setLevel(logging.ERROR)
+    corpus = Corpus(training, config.model.data_config)
+    start = prepare(config, corpus)
+    learned, there = count_parameters(start.model, start.label_head)
+    logger.info("%s of %s weights are learned", f"{learned:,}", f"{there:,}")
+    if learned == 0:
+        raise TrainingError("training.freeze: everything is frozen, there is nothing to learn")
+    if trainer.is_global_zero:
+        folder.begin(_identify(config, corpus), OmegaConf.to_yaml(OmegaConf.create(asdict(config))), training.resume)
+    try:
+        module = TrainingModule(start.model, start.label_head, config)
+        if not folder.is_complete:
+            data = _data(config, corpus, start, folder, processes, device, _Ready(start, config, module, saving))
+            _run(trainer, module, data, folder.last if training.resume and folder.last.is_file() else None)
+        return _finish(config, folder, start, module) if trainer.is_global_zero else None
+    finally:
+        corpus.close()
+        if trainer.is_global_zero:
+            folder.end()
+
+
+def _trainer(
+    config: TrainConfig, processes: Processes, folder: TrainingFolder, metrics: MetricsFile, saving: Saving
+) -> pl.Trainer:
+    training = config.training
+    device = choose_device(training.device)
+    callbacks: list[Callback] = []
+    if training.patience is not None:
+        callbacks.append(EarlyStopping("validation_loss", patience=training.patience, check_finite=False))
+    loggers: list[Logger] = [metrics]
+    if find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(folder.path, name="tensorboard", version=""))
+    options = processes.trainer_options(backend="nccl" if device.type == "cuda" else "gloo")
+    with quiet_lightning():
+        return pl.Trainer(
+            accelerator=device.type,
+            **{**options, "plugins": [*options.get("plugins", []), WholeFiles()]},
+            precision=LIGHTNING_PRECISION[compute_dtype(training.precision, device)],
+            max_epochs=-1,
+            limit_val_batches=None if training.has_validation else 0,
+            callbacks=[*callbacks, saving],
+            logger=loggers,
+            log_every_n_steps=training.log_every,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+class _Ready:
+    """Tells all that wait for it what the first look at the cells has shown."""
+
+    def __init__(self, start: StartingPoint, config: TrainConfig, module: TrainingModule, saving: Saving) -> None:
+        self.start, self.config, self.module, self.saving = start, config, module, saving
+
+    def __call__(self, data: TrainingData) -> None:
+        split, labels = data.split, self.start.labels
+        of_rows = {"training": labels, "validation": labels[split.is_validated]} if len(labels) else {}
+        self.module.expect(data.n_steps, data.epochs.n_steps(0), of_rows, split.describe)
+        self.saving.expect(data.n_steps, data.validate_every)
+        training = self.config.training
+        if training.checkpoint_path is None and training.start_from_frequencies:
+            start_from_frequencies(self.start.model, data.statistics)
+        logger.info(
+            "%d cells are learned from, %d validated on; %d steps, %d in an epoch",
+            *(split.is_learned.sum(), split.is_validated.sum(), data.n_steps, data.epochs.n_steps(0)),
+        )
+
+
+def _data(
+    config: TrainConfig,
+    corpus: Corpus,
+    start: StartingPoint,
+    folder: TrainingFolder,
+    processes: Processes,
+    device: torch.device,
+    on_ready: Callable[[TrainingData], None],
+) -> TrainingData:
+    readers = corpus.readers(start.gene_vocab, start.aux_vocabs, config.model.model_config.seq_len)
+    protein_dim = start.model.gene_embeddings.embedding.embedding_dim
+    limits = training_limits(config, device, protein_dim, processes.per_node)
+    pad, n_tokens = start.gene_vocab.pad, len(start.gene_vocab)
+    return TrainingData(corpus, readers, config, limits, pad, n_tokens, folder, processes.total, on_ready)
+
+
+def _run(trainer: pl.Trainer, module: TrainingModule, data: TrainingData, state: Path | None) -> None:
+    try:
+        with plain_lightning(trainer):
+            trainer.fit(module, datamodule=data, ckpt_path=state)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory: lower training.tokens_per_batch, which is {data.limits.max_tokens}"
+        ) from error
+
+
+def _finish(config: TrainConfig, folder: TrainingFolder, start: StartingPoint, module: TrainingModule) -> Trained:
+    """Write the checkpoint with the weights of the best validation, and the picture; say what it has come to."""
+    state = torch.load(folder.best, map_location="cpu", weights_only=True)
+    baseline = Baseline.load(folder.baseline)
+    weights = Weights(config.gene_loss_weight, *config.other_loss_weights)
+    loss = weights.gene * baseline.gene_nll + weights.count * baseline.count_nll
+    if not folder.is_complete:
+        module.load_state_dict(state["state_dict"], strict=False)
+        merged = merged_state_dict(start.model)
+        write_checkpoint(folder.checkpoint, config.model, start.gene_files, start.aux_vocabs, merged, start.label_head)
+        with folder.writing():
+            plot_losses(folder.metrics, folder.plot, loss if weights.label == 0 else None)
+    step = int(state["global_step"])
+    rows = [row for row in read_metrics(folder.metrics) if int(row["step"]) == step and row["validation_loss"]]
+    figures = (
+        {name: float(value) for name, value in rows[-1].items() if name.startswith("validation_") and value}
+        if rows
+        else {}
+    )
+    return Trained(folder.checkpoint, step, figures, loss, baseline)
+
+
+def _identify(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """What decides about the numbers of a run: settings, files, starting point."""
+    training = config.training
+    start = [Path(file) for file in training.protein_embeddings]
+    if training.checkpoint_path is not None:
+        start.append(Path(training.checkpoint_path) / "model_weights.pt")
+    return {
+        "settings": {key: value for key, value in flat(asdict(config)) if key not in _FREE_TO_CHANGE},
+        "cells": [identify_location(source.name) for source in corpus.sources],
+        "start": [identify_location(file) for file in start],
+    }

@@ -1,0 +1,106 @@
+"""How the configuration of training is layered, and what it refuses."""
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.golden_cases import CHECKPOINT
+from tests.training_runs import GENE_FILE
+from transcriptformer.config import conf_dir
+from transcriptformer.errors import CheckpointError, UsageError
+from transcriptformer.train_config import TrainConfig, load_train_config
+
+SCRATCH: dict[str, object] = {"training.data_files": ["x.h5ad"], "training.protein_embeddings": [str(GENE_FILE)]}
+TUNED: dict[str, object] = {"training.data_files": ["x.h5ad"], "training.checkpoint_path": str(CHECKPOINT)}
+
+
+def test_the_yaml_names_every_setting_with_the_default_of_its_field() -> None:
+    written = OmegaConf.load(conf_dir() / "train_config.yaml")
+    fields = OmegaConf.structured(TrainConfig)
+    assert set(written.training) == set(fields.training)
+    for key, value in fields.training.items():
+        assert written.training[key] == value, key
+
+
+def test_from_scratch_vocabulary_files_and_metadata_columns_follow_from_what_is_given() -> None:
+    config = load_train_config(SCRATCH)
+    assert config.model.data_config.esm2_mappings == ["homo_sapiens_gene.h5"]
+    assert config.model.data_config.aux_cols == ["assay"]
+    assert config.model.model_config.aux_len == 1
+    assert load_train_config(SCRATCH, ["model.data_config.aux_cols=[]"]).model.model_config.aux_len == 0
+
+
+def test_a_checkpoint_brings_its_architecture_and_vocabularies_but_not_how_its_cells_were_read() -> None:
+    config = load_train_config(TUNED)
+    assert config.model.model_config.embed_dim == 32
+    assert config.model.model_config.seq_len == 127
+    assert config.model.data_config.esm2_mappings == ["homo_sapiens_gene.h5"]
+    assert config.model.data_config.n_data_workers == 0
+    assert config.model.data_config.randomize_genes
+
+
+def test_a_recipe_wins_over_the_yaml_and_loses_to_options_and_overrides(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "training: {learning_rate: 0.5, max_epochs: 3, batch_size: 5}\nmodel: {model_config: {num_heads: 4}}"
+    )
+    options = {**SCRATCH, "training.max_epochs": 7}
+    config = load_train_config(options, ["training.batch_size=9"], recipe)
+    training = config.training
+    assert (training.learning_rate, training.max_epochs, training.batch_size) == (0.5, 7, 9)
+    assert config.model.model_config.num_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {learning_rat: 1}", r"--config .*recipe\.yaml: .*learning_rat"),
+        ("training: {learning_rate: fast}", r"--config .*recipe\.yaml: 'training\.learning_rate'.*fast"),
+        ("training: [", r"--config .*recipe\.yaml: not readable as YAML"),
+    ],
+)
+def test_a_recipe_with_a_fault_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_train_config(SCRATCH, [], recipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "message"),
+    [
+        ({}, [], r"training\.data_files \(--data-file\): there is no file to learn from"),
+        ({"training.data_files": ["x"]}, [], r"--protein-embedding\): there is nothing to start from"),
+        ({**SCRATCH, **TUNED}, [], r"is for training from scratch; a checkpoint \(--checkpoint-path\) brings its own"),
+        ({**SCRATCH, "training.lora_rank": 4}, [], r"training\.lora_rank: .*needs --checkpoint-path"),
+        ({**TUNED, "training.checkpoint_path": "nowhere"}, [], r"--checkpoint-path nowhere: no such folder"),
+        (SCRATCH, ["training.learning_rate=0"], r"training\.learning_rate \(--learning-rate\): must be more than 0"),
+        (SCRATCH, ["training.data_weights=[1,2]"], r"training\.data_weights: 2 weights for 1 data_files"),
+        (SCRATCH, ["training.validation_fraction=1"], r"training\.validation_fraction: must be from 0 to less than 1"),
+        (
+            SCRATCH,
+            ["training.validation_fraction=0", "training.patience=3"],
+            r"--patience\): needs cells to validate on",
+        ),
+        (SCRATCH, ["training.learning_rat=1"], r"no such configuration key; did you mean training\.learning_rate\?"),
+        (SCRATCH, ["training.betas=[0.9]"], r"training\.betas: must be two, below 1"),
+        (
+            SCRATCH,
+            ["training.gene_loss_weight=0", "training.count_loss_weight=0"],
+            r"training: all weights of losses are 0",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict[str, object], overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_train_config(options, overrides)
+    assert re.search(message, str(caught.value)), caught.value
+
+
+def test_a_damaged_checkpoint_is_named(checkpoint_copy: Path) -> None:
+    (checkpoint_copy / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json: the key 'model' is missing"):
+        load_train_config({**TUNED, "training.checkpoint_path": str(checkpoint_copy)})
+
