@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-GOLDEN := tests/golden
+DEMO := build/demo
 PYTEST := $(BIN)/python -m pytest
 AT_ONCE := -n 2 --dist worksteal  # two tests at a time, more than which memory may not allow
 
-.PHONY: test test-all test-gpu lint types unit demo clean
+.PHONY: test test-all test-gpu lint types unit demo demo-model clean
 
 ## lint, types and all tests but the slow ones
 test: lint types unit
@@ -31,14 +31,21 @@ types: $(INSTALLED)
 unit: $(INSTALLED)
 	$(PYTEST) $(AT_ONCE) -m "not slow"
 
-## embed the synthetic cells of the test suite
+## embed blood cells with the model that comes with the package, and draw them
 demo: $(INSTALLED)
-	$(BIN)/transcriptformer inference --checkpoint-path $(GOLDEN)/checkpoint --data-file $(GOLDEN)/cells.h5ad \
-		--output-path demo_results --config-override model.inference_config.output_keys=[embeddings,llh]
-	$(BIN)/python -c "import anndata; print(anndata.read_h5ad('demo_results/embeddings.h5ad'))"
+	$(BIN)/transcriptformer demo --output-path demo_results
+
+## train that model anew
+demo-model: $(INSTALLED)
+	rm -rf $(DEMO)
+	$(BIN)/python scripts/prepare_demo.py $(DEMO)
+	$(BIN)/transcriptformer train --config conf/demo_train_config.yaml --data-file $(DEMO)/cells.h5ad \
+		--protein-embedding $(DEMO)/pbmc_coexpression.h5 --output-path $(DEMO)/run
+	rm -rf src/transcriptformer/demo/checkpoint
+	cp -r $(DEMO)/run/checkpoint src/transcriptformer/demo/checkpoint
 
 clean:
-	rm -rf $(VENV) demo_results
+	rm -rf $(VENV) $(DEMO) demo_results
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

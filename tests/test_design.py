@@ -20,7 +20,7 @@ LAYERS = [
     {"inputs", "corpus", "baseline", "export", "metrics", "training_folder", "training_module"},
     {"file_run", "starting_point", "training_data", "saving"},
     {"inference", "check", "training"},
-    {"api"},
+    {"api", "demo"},
     {"cli"},
 ]
 """Lower layers first; a module imports from its own layer or below, but `data` and `model` never from each other."""

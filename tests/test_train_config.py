@@ -104,3 +104,7 @@ def test_a_damaged_checkpoint_is_named(checkpoint_copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: the key 'model' is missing"):
         load_train_config({**TUNED, "training.checkpoint_path": str(checkpoint_copy)})
 
+
+def test_the_recipe_of_the_demo_is_a_valid_one() -> None:
+    config = load_train_config(SCRATCH, [], conf_dir() / "demo_train_config.yaml")
+    assert config.model.data_config.gene_col_name == "index"

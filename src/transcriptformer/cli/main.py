@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from transcriptformer.cli.check import check
+from transcriptformer.cli.demo import demo
 from transcriptformer.cli.download import download
 from transcriptformer.cli.download_data import download_data
 from transcriptformer.cli.inference import inference
@@ -42,3 +43,4 @@ app.command()(train)
 app.command()(check)
 app.command()(download)
 app.command()(download_data)
+app.command()(demo)
