@@ -168,8 +168,18 @@ def test_a_label_column_that_is_missing_or_says_nothing_is_refused(cells: Path, 
         DataError, match=r"--label-column tissue: .*cells\.h5ad has no such column of obs; it has: assay"
     ):
         fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, label_column="tissue"))
-    with pytest.raises(DataError, match="--label-column assay: holds 1 distinct values; at least 2 are needed"):
+    with pytest.raises(
+        DataError, match="--label-column assay: holds 1 distinct values; from 2 to 10000 can be learned"
+    ):
         fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, label_column="assay"))
+
+
+def test_labels_of_which_the_checkpoint_knows_none_are_refused(cells: Path, tmp_path: Path) -> None:
+    first = fit(config_of(tmp_path / "first", cells, start=CHECKPOINT, label_column="cell_type", max_epochs=1))
+    assert first is not None
+    others = write_cells(tmp_path / "others.h5ad", cell_type=np.array(["x", "y"])[np.arange(40) % 2])
+    with pytest.raises(DataError, match=r"holds x, y, …, but the checkpoint's head tells B, NK, T"):
+        fit(config_of(tmp_path / "more", others, start=first.checkpoint, label_column="cell_type"))
 
 
 def test_a_damaged_label_head_is_refused(cells: Path, tmp_path: Path, checkpoint_copy: Path) -> None:

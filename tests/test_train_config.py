@@ -41,6 +41,11 @@ def test_a_checkpoint_brings_its_architecture_and_vocabularies_but_not_how_its_c
     assert config.model.data_config.randomize_genes
 
 
+def test_a_checkpoint_may_be_named_by_an_override_too() -> None:
+    config = load_train_config({"training.data_files": ["x.h5ad"]}, [f"training.checkpoint_path={CHECKPOINT}"])
+    assert config.model.model_config.embed_dim == 32
+
+
 def test_a_recipe_wins_over_the_yaml_and_loses_to_options_and_overrides(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -59,6 +64,8 @@ def test_a_recipe_wins_over_the_yaml_and_loses_to_options_and_overrides(tmp_path
         ("training: {learning_rat: 1}", r"--config .*recipe\.yaml: .*learning_rat"),
         ("training: {learning_rate: fast}", r"--config .*recipe\.yaml: 'training\.learning_rate'.*fast"),
         ("training: [", r"--config .*recipe\.yaml: not readable as YAML"),
+        ("- training", r"--config .*recipe\.yaml: not of the form of conf/train_config\.yaml"),
+        ("training: 5", r"--config .*recipe\.yaml: not of the form of conf/train_config\.yaml"),
     ],
 )
 def test_a_recipe_with_a_fault_is_refused(tmp_path: Path, text: str, message: str) -> None:

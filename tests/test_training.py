@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from tests.commands import COMMAND, finish, start
 from tests.training_runs import GENE_FILE, SMALL, config_of, losses, weights, write_cells
 from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.config import load_config
-from transcriptformer.errors import TrainingError, UsageError
+from transcriptformer.errors import CheckpointError, DataError, TrainingError, UsageError
 from transcriptformer.inference import embed
 from transcriptformer.metrics import read_metrics
 from transcriptformer.training import fit
@@ -142,6 +143,55 @@ def test_a_resumed_run_equals_an_unbroken_one(cells: Path, tmp_path: Path, ended
     assert all(torch.equal(ended[name], unbroken[name]) for name in unbroken)
 
 
+@pytest.mark.parametrize("ended_at", [11, 15, 21])
+def test_a_resumed_run_stops_as_early_as_an_unbroken_one(cells: Path, tmp_path: Path, ended_at: int) -> None:
+    settings: dict[str, Any] = {"max_epochs": 20, "patience": 2, "learning_rate": 0.03, "save_every": 2}
+    fit(config_of(tmp_path / "unbroken", cells, **settings))
+    assert 20 < losses(tmp_path / "unbroken")[-1][0] < 100
+    with pytest.raises(EndedError):
+        fit(config_of(tmp_path / "ended", cells, **settings), end_at(ended_at))
+    fit(config_of(tmp_path / "ended", cells, resume=True, **settings))
+    np.testing.assert_array_equal(losses(tmp_path / "ended"), losses(tmp_path / "unbroken"))
+
+
+def test_more_readers_than_streams_would_change_the_order_and_are_not_resumed_with(cells: Path, tmp_path: Path) -> None:
+    with pytest.raises(EndedError):
+        fit(config_of(tmp_path / "run", cells, save_every=1), end_at(3))
+    with pytest.raises(UsageError, match=r"changed: .*streams was 4, is 6"):
+        fit(config_of(tmp_path / "run", cells, resume=True, model__data_config__n_data_workers=6))
+
+
+def test_a_command_that_was_refused_its_input_can_be_corrected(cells: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        fit(config_of(tmp_path / "run", cells, model__data_config__min_expressed_genes=1000))
+    with pytest.raises(DataError):
+        fit(config_of(tmp_path / "run", cells, model__data_config__gene_col_name="index"))
+    assert fit(config_of(tmp_path / "run", cells)) is not None
+
+
+def test_a_damaged_state_is_named(cells: Path, tmp_path: Path) -> None:
+    with pytest.raises(EndedError):
+        fit(config_of(tmp_path / "run", cells, save_every=1), end_at(3))
+    (tmp_path / "run" / "state" / "last.ckpt").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: truncated or damaged"):
+        fit(config_of(tmp_path / "run", cells, resume=True, save_every=1))
+
+
+@pytest.mark.parametrize("n_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_saves_the_state_and_ends_all_processes(cells: Path, tmp_path: Path, n_processes: int) -> None:
+    settings = {"training__max_epochs": 400, "training__save_every": 10_000}
+    command = [*train_command(tmp_path / "run", cells, **settings), "--num-gpus", str(n_processes)]
+    process = start(command)
+    metrics = tmp_path / "run" / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert (tmp_path / "run" / "state" / "last.ckpt").exists()
+    assert "Traceback" not in err
+
+
 def test_a_finished_run_is_not_repeated(cells: Path, tmp_path: Path) -> None:
     first = fit(config_of(tmp_path / "run", cells))
     before = (tmp_path / "run" / "metrics.csv").read_bytes()
@@ -200,6 +250,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_batch(cells: Pa
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+def test_a_validation_loss_that_is_not_a_number_stops_the_run(cells: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", cells, learning_rate=1e30, clip_gradients=0, warmup_share=0, max_steps=1)
+    with pytest.raises(TrainingError, match="step 1: the validation loss is not a number"):
+        fit(config)
+
+
 def test_files_are_learned_from_as_often_as_their_weights_say(tmp_path: Path) -> None:
     first, second = (write_cells(tmp_path / f"{i}.h5ad", 40, seed=i) for i in range(2))
     config = config_of(tmp_path / "run", first, second, data_weights=[0.5, 2.0], validation_fraction=0.0, max_epochs=2)
@@ -238,7 +294,7 @@ def test_a_full_disk_leaves_the_last_good_state(cells: Path, tmp_path: Path, mon
 import resource, signal, sys
 from pathlib import Path
 from tests.training_runs import config_of
-from transcriptformer.errors import OutputError
+from transcriptformer.errors import CheckpointError, DataError, OutputError
 from transcriptformer.training import fit
 folder = Path({str(tmp_path / "run")!r})
 def on_step(n_done, n_steps, loss):

@@ -39,20 +39,26 @@ def batch_limits(checkpoint: Checkpoint, n_processes: int = 1) -> BatchLimits:
     return BatchLimits(MOST_CELLS, min(fitting, most_tokens))
 
 
-def training_limits(config: TrainConfig, device: torch.device, protein_dim: int, n_processes: int = 1) -> BatchLimits:
+def training_limits(
+    config: TrainConfig, device: torch.device, protein_dim: int, n_learned: int, n_weights: int, n_processes: int = 1
+) -> BatchLimits:
     """From `tokens_per_batch` of a training run, or the memory that is free now.
 
     Parameters
     ----------
     protein_dim
         Width of the protein embeddings.
+    n_learned, n_weights
+        Weights that are learned, each of which has a gradient and two averages of AdamW, and all weights.
     n_processes
         Processes that share this machine's memory.
     """
     training, model = config.training, config.model.model_config
     if training.tokens_per_batch is not None:
         return BatchLimits(training.batch_size, training.tokens_per_batch)
-    room = SHARE_OF_FREE_MEMORY * free_memory(device, n_processes)
+    # On a CPU the weights are in memory already.
+    expected = 4 * (3 * n_learned + (n_weights if device.type != "cpu" else 0))
+    room = SHARE_OF_FREE_MEMORY * (free_memory(device, n_processes) - expected)
     fitting = max(1, int(room / bytes_per_trained_token(model, protein_dim)))
     return BatchLimits(training.batch_size, min(fitting, suitable_tokens(device, model.embed_dim)))
 

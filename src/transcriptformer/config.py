@@ -391,14 +391,15 @@ def finish_config(config: DictConfig, options: Mapping[str, object], overrides: 
         if value is not None:
             _update(config, key, value)
     for override in overrides:
-        _update(config, *_parse_override(override))
+        _update(config, *parse_override(override))
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UsageError(f"{_full_key(error)}: {_first_line(error)}") from error
 
 
-def _parse_override(override: str) -> tuple[str, object]:
+def parse_override(override: str) -> tuple[str, object]:
+    """Key and value of an override in Hydra's grammar."""
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 _VALIDATION = 100
 """What a random generator is for; see `transcriptformer.data.epochs`."""
 
+MOST_LABELS = 10_000
+"""A column with more distinct values holds something else than labels."""
+
 LEAST_RUNS = 64
 """Validation cells are chosen in runs of consecutive ones, which are read at once, but in no fewer runs than this."""
 
@@ -83,14 +86,22 @@ class Corpus:
                 columns = ", ".join(map(str, source.obs.columns)) or "none"
                 raise DataError(f"--label-column {column}: {source.name} has no such column of obs; it has: {columns}")
         codes, values = encode([source.obs for source in self.sources], column)
-        labels = list(known) if known is not None else self.values(column)
-        if len(labels) < 2:
-            raise DataError(f"--label-column {column}: holds {len(labels)} distinct values; at least 2 are needed")
-        others = [value for value in values if value not in labels]
+        found = self.values(column)
+        labels = found if known is None else list(known)
+        if not 2 <= len(labels) <= MOST_LABELS:
+            raise DataError(
+                f"--label-column {column}: holds {len(labels)} distinct values; from 2 to {MOST_LABELS} can be learned"
+            )
+        number = {label: i for i, label in enumerate(labels)}
+        if not any(value in number for value in found):
+            raise DataError(
+                f"--label-column {column}: holds {', '.join(found[:3])}, …, but the checkpoint's head tells "
+                f"{', '.join(labels[:3])}, …; a column of another name gets a head of its own"
+            )
+        others = [value for value in values if value not in number]
         if others:
             logger.warning("--label-column %s: cells of %s are taken as without a label", column, ", ".join(others[:5]))
-        number = np.array([labels.index(value) if value in labels else NO_LABEL for value in values] + [NO_LABEL])
-        return number[codes], labels
+        return np.array([*(number.get(value, NO_LABEL) for value in values), NO_LABEL])[codes], labels
 
     def readers(self, gene_vocab: GeneVocab, aux_vocabs: Mapping[str, AuxVocab], seq_len: int) -> list[CellReader]:
         """The sources aligned with vocabularies."""

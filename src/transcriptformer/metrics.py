@@ -14,6 +14,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 from pytorch_lightning.loggers import Logger
 
+from transcriptformer.training_folder import whole, writing
+
 _MEASURED = ("loss", "gene_nll", "count_nll", "label_loss", "label_accuracy")
 
 COLUMNS = (
@@ -60,7 +62,7 @@ class MetricsFile(Logger):
         rows = (
             [row for row in read_metrics(self.path) if int(row["step"]) <= step] if step and self.path.exists() else []
         )
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        with whole(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
@@ -75,7 +77,7 @@ class MetricsFile(Logger):
             "seconds": seconds,
             **{k: f"{v:.7g}" for k, v in metrics.items() if k in COLUMNS},
         }
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
 
 
@@ -107,4 +109,5 @@ def plot_losses(metrics: Path, picture: Path, baseline: float | None) -> None:
             axes.axhline(baseline, linestyle="--", linewidth=1, color="gray", label="genes and counts by frequency")
         axes.set(xlabel="step", ylabel="loss (nats)")
         axes.legend(frameon=False)
-        figure.savefig(picture, dpi=150)
+        with whole(picture) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")

@@ -20,6 +20,7 @@ from transcriptformer.config import (
     conf_dir,
     faults_of,
     finish_config,
+    parse_override,
     read_checkpoint_config,
     require,
     require_one_of,
@@ -227,7 +228,12 @@ def load_train_config(
     options = options or {}
     own = _read_recipe(recipe) if recipe else OmegaConf.create()
     config = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(conf_dir() / "train_config.yaml"))
-    start = options.get("training.checkpoint_path") or OmegaConf.select(own, "training.checkpoint_path")
+    given = dict(map(parse_override, overrides))
+    start = (
+        given.get("training.checkpoint_path")
+        or options.get("training.checkpoint_path")
+        or OmegaConf.select(own, "training.checkpoint_path")
+    )
     if start is not None:
         folder = Path(str(start))
         if not folder.is_dir():
@@ -247,7 +253,12 @@ def load_train_config(
 
 def _read_recipe(path: Path) -> Any:
     try:
-        return OmegaConf.load(path)
+        recipe = OmegaConf.load(path)
+        if not isinstance(recipe, DictConfig) or not all(isinstance(recipe[key], DictConfig) for key in recipe):
+            raise UsageError(
+                f"--config {path}: not of the form of conf/train_config.yaml, with parts model and training"
+            )
+        return recipe
     except FileNotFoundError:
         raise UsageError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:

@@ -37,7 +37,7 @@ def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
             raise type(error)(str(error).rpartition(name)[2].strip()) from None
         raise
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        if not any(backend in str(error) for backend in ("gloo", "NCCL")):
             raise
         if not trainer.is_global_zero:  # whatever it was, it has been said there
             raise SystemExit(1) from None

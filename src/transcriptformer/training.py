@@ -1,8 +1,9 @@
 """Cells in, a checkpoint out."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +11,12 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from transcriptformer.baseline import Baseline, start_from_frequencies
 from transcriptformer.batching import training_limits
 from transcriptformer.corpus import Corpus
+from transcriptformer.data.dataset import BatchLimits
 from transcriptformer.device import choose_device, compute_dtype, keep_freed_memory
 from transcriptformer.distributed import Processes, plan_processes
 from transcriptformer.errors import TrainingError
@@ -27,7 +28,7 @@ from transcriptformer.saving import OnStep, Saving
 from transcriptformer.starting_point import StartingPoint, count_parameters, prepare
 from transcriptformer.train_config import TrainConfig
 from transcriptformer.trainer import plain_lightning, quiet_lightning
-from transcriptformer.training_data import TrainingData
+from transcriptformer.training_data import TrainingData, count_streams
 from transcriptformer.training_folder import TrainingFolder, WholeFiles
 from transcriptformer.training_module import TrainingModule, Weights
 from transcriptformer.workspace import flat, identify_location
@@ -118,22 +119,30 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
     processes = plan_processes(training, device)
     folder = TrainingFolder(Path(training.output_path))
     metrics = MetricsFile(folder.metrics)
-    saving = Saving(folder, training.save_every, metrics, on_step)
+    saving = Saving(folder, training, metrics, on_step)
     trainer = _trainer(config, processes, folder, metrics, saving)
     if not trainer.is_global_zero:  # one process tells what all of them find
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     corpus = Corpus(training, config.model.data_config)
-    start = prepare(config, corpus)
-    learned, there = count_parameters(start.model, start.label_head)
-    logger.info("%s of %s weights are learned", f"{learned:,}", f"{there:,}")
-    if learned == 0:
-        raise TrainingError("training.freeze: everything is frozen, there is nothing to learn")
-    if trainer.is_global_zero:
-        folder.begin(_identify(config, corpus), OmegaConf.to_yaml(OmegaConf.create(asdict(config))), training.resume)
     try:
+        start = prepare(config, corpus)
+        n_learned, n_weights = count_parameters(start.model, start.label_head)
+        logger.info("%s of %s weights are learned", f"{n_learned:,}", f"{n_weights:,}")
+        if n_learned == 0:
+            raise TrainingError("training.freeze: everything is frozen, there is nothing to learn")
         module = TrainingModule(start.model, start.label_head, config)
-        if not folder.is_complete:
-            data = _data(config, corpus, start, folder, processes, device, _Ready(start, config, module, saving))
+        identity = _identify(config, corpus, count_streams(config, processes.total))
+        yaml = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+        begin = partial(folder.begin, identity, yaml, training.resume)
+        if training.resume and folder.is_complete:
+            if trainer.is_global_zero:
+                begin()
+            logger.info("%s is complete already", folder.path)
+        else:
+            limits = _limits(config, start, n_learned, n_weights, device, processes)
+            readers = corpus.readers(start.gene_vocab, start.aux_vocabs, config.model.model_config.seq_len)
+            pad, n_tokens, ready = start.gene_vocab.pad, len(start.gene_vocab), _Ready(start, config, module, saving)
+            data = TrainingData(corpus, readers, config, limits, pad, n_tokens, folder, processes.total, begin, ready)
             _run(trainer, module, data, folder.last if training.resume and folder.last.is_file() else None)
         return _finish(config, folder, start, module) if trainer.is_global_zero else None
     finally:
@@ -147,9 +156,6 @@ def _trainer(
 ) -> pl.Trainer:
     training = config.training
     device = choose_device(training.device)
-    callbacks: list[Callback] = []
-    if training.patience is not None:
-        callbacks.append(EarlyStopping("validation_loss", patience=training.patience, check_finite=False))
     loggers: list[Logger] = [metrics]
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(folder.path, name="tensorboard", version=""))
@@ -161,7 +167,7 @@ def _trainer(
             precision=LIGHTNING_PRECISION[compute_dtype(training.precision, device)],
             max_epochs=-1,
             limit_val_batches=None if training.has_validation else 0,
-            callbacks=[*callbacks, saving],
+            callbacks=[saving],
             logger=loggers,
             log_every_n_steps=training.log_every,
             num_sanity_val_steps=0,
@@ -191,20 +197,16 @@ class _Ready:
         )
 
 
-def _data(
+def _limits(
     config: TrainConfig,
-    corpus: Corpus,
     start: StartingPoint,
-    folder: TrainingFolder,
-    processes: Processes,
+    n_learned: int,
+    n_weights: int,
     device: torch.device,
-    on_ready: Callable[[TrainingData], None],
-) -> TrainingData:
-    readers = corpus.readers(start.gene_vocab, start.aux_vocabs, config.model.model_config.seq_len)
+    processes: Processes,
+) -> BatchLimits:
     protein_dim = start.model.gene_embeddings.embedding.embedding_dim
-    limits = training_limits(config, device, protein_dim, processes.per_node)
-    pad, n_tokens = start.gene_vocab.pad, len(start.gene_vocab)
-    return TrainingData(corpus, readers, config, limits, pad, n_tokens, folder, processes.total, on_ready)
+    return training_limits(config, device, protein_dim, n_learned, n_weights, processes.per_node)
 
 
 def _run(trainer: pl.Trainer, module: TrainingModule, data: TrainingData, state: Path | None) -> None:
@@ -221,16 +223,15 @@ def _run(trainer: pl.Trainer, module: TrainingModule, data: TrainingData, state:
 
 def _finish(config: TrainConfig, folder: TrainingFolder, start: StartingPoint, module: TrainingModule) -> Trained:
     """Write the checkpoint with the weights of the best validation, and the picture; say what it has come to."""
-    state = torch.load(folder.best, map_location="cpu", weights_only=True)
+    state = WholeFiles().load_checkpoint(folder.best)
     baseline = Baseline.load(folder.baseline)
     weights = Weights(config.gene_loss_weight, *config.other_loss_weights)
     loss = weights.gene * baseline.gene_nll + weights.count * baseline.count_nll
     if not folder.is_complete:
+        plot_losses(folder.metrics, folder.plot, loss if weights.label == 0 else None)
         module.load_state_dict(state["state_dict"], strict=False)
         merged = merged_state_dict(start.model)
         write_checkpoint(folder.checkpoint, config.model, start.gene_files, start.aux_vocabs, merged, start.label_head)
-        with folder.writing():
-            plot_losses(folder.metrics, folder.plot, loss if weights.label == 0 else None)
     step = int(state["global_step"])
     rows = [row for row in read_metrics(folder.metrics) if int(row["step"]) == step and row["validation_loss"]]
     figures = (
@@ -241,14 +242,15 @@ def _finish(config: TrainConfig, folder: TrainingFolder, start: StartingPoint, m
     return Trained(folder.checkpoint, step, figures, loss, baseline)
 
 
-def _identify(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """What decides about the numbers of a run: settings, files, starting point."""
+def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, Any]:
+    """What decides about the numbers of a run: settings, files, starting point, and the order of the cells."""
     training = config.training
     start = [Path(file) for file in training.protein_embeddings]
     if training.checkpoint_path is not None:
         start.append(Path(training.checkpoint_path) / "model_weights.pt")
     return {
         "settings": {key: value for key, value in flat(asdict(config)) if key not in _FREE_TO_CHANGE},
+        "streams": n_streams,
         "cells": [identify_location(source.name) for source in corpus.sources],
         "start": [identify_location(file) for file in start],
     }

@@ -16,12 +16,15 @@ from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.data.training_stream import StepLoader, TrainingDataset
 from transcriptformer.errors import UsageError
 from transcriptformer.train_config import TrainConfig
-from transcriptformer.training_folder import TrainingFolder
+from transcriptformer.training_folder import TrainingFolder, whole
 
 logger = logging.getLogger(__name__)
 
 CELLS_FOR_STATISTICS = 2**15
 """How often genes occur, and how high, is learned from no more cells than this."""
+
+BATCHES_FOR_BASELINE = 2**12
+"""And told of the cells of no more batches than this."""
 
 
 class TrainingData(pl.LightningDataModule):
@@ -41,6 +44,8 @@ class TrainingData(pl.LightningDataModule):
         Where what is known of the cells is kept.
     n_processes
         Processes of the run.
+    begin
+        Called in the first process before anything is read.
     on_ready
         Called in every process when cells and steps are known.
     """
@@ -55,30 +60,19 @@ class TrainingData(pl.LightningDataModule):
         n_tokens: int,
         folder: TrainingFolder,
         n_processes: int,
+        begin: Callable[[], None],
         on_ready: Callable[["TrainingData"], None],
     ) -> None:
         super().__init__()
         self.prepare_data_per_node = False
-        self.on_ready, self.is_ready = on_ready, False
+        self.begin, self.on_ready, self.is_ready = begin, on_ready, False
         self.corpus, self.readers, self.config, self.limits = corpus, readers, config, limits
         self.pad, self.n_tokens, self.folder = pad, n_tokens, folder
-        self.n_streams = self._count_streams(n_processes)
-
-    def _count_streams(self, n_processes: int) -> int:
-        training, n_workers = self.config.training, max(1, self.config.model.data_config.n_data_workers)
-        n_shards = n_processes * n_workers
-        if n_shards > training.batch_size:
-            raise UsageError(
-                f"training.batch_size={training.batch_size} cells are fewer than {n_processes} processes with "
-                f"{n_workers} workers each, every one of which has a share in a step"
-            )
-        n_streams = max(min(training.streams, training.batch_size), n_shards)
-        if n_streams > training.streams:
-            logger.info("training.streams is raised to %d: one for each worker of each process", n_streams)
-        return n_streams
+        self.n_streams = count_streams(config, n_processes)
 
     def prepare_data(self) -> None:
         """Read every cell once and measure the baseline, unless an earlier run has; in one process only."""
+        self.begin()
         if self.folder.survey.is_file() and self.folder.baseline.is_file():
             return
         data = self.config.model.data_config
@@ -87,12 +81,14 @@ class TrainingData(pl.LightningDataModule):
         epochs = split.epochs(self.n_streams)
         statistics = GeneStatistics.of((block.tokens for block in self._some_cells(epochs)), self.n_tokens)
         model, loss = self.config.model.model_config, self.config.model.loss_config
-        batches = self._validation_batches(split, 0, 1)
+        batches = islice(self._validation_batches(split, 0, 1), BATCHES_FOR_BASELINE)
         baseline = measure_baseline(statistics, batches, self.pad, model, loss, data.clip_counts)
-        with self.folder.writing():
-            survey.save(self.folder.survey)
-            statistics.save(self.folder.statistics)
-            baseline.save(self.folder.baseline)
+        with whole(self.folder.survey) as temporary:
+            survey.save(temporary)
+        with whole(self.folder.statistics) as temporary:
+            statistics.save(temporary)
+        with whole(self.folder.baseline) as temporary:
+            baseline.save(temporary)
 
     def setup(self, stage: str) -> None:
         """Find out which cells there are and how many steps; in every process."""
@@ -130,7 +126,7 @@ class TrainingData(pl.LightningDataModule):
             self.pad,
             self.config.model.model_config.seq_len,
             self.config.model.data_config.n_data_workers,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=self._is_on_gpu,
         )
 
     def _some_cells(self, epochs: Epochs) -> Iterator[Any]:
@@ -140,7 +136,39 @@ class TrainingData(pl.LightningDataModule):
 
     def _validation_batches(self, split: Split, process: int, n_processes: int) -> BatchLoader:
         cells = split.validation_cells(self.readers, process, n_processes)
-        return BatchLoader(cells, self.limits, self.pad, self.config.model.model_config.seq_len)
+        return BatchLoader(
+            cells,
+            self.limits,
+            self.pad,
+            self.config.model.model_config.seq_len,
+            n_workers=self.config.model.data_config.n_data_workers,
+            pin_memory=self._is_on_gpu,
+        )
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+def count_streams(config: TrainConfig, n_processes: int) -> int:
+    """Streams of a run: as many as are asked for, but no more than cells in a step, and one for each worker at least.
+
+    Raises
+    ------
+    UsageError
+        If there are more workers than cells in a step.
+    """
+    training, n_workers = config.training, max(1, config.model.data_config.n_data_workers)
+    n_shards = n_processes * n_workers
+    if n_shards > training.batch_size:
+        raise UsageError(
+            f"training.batch_size={training.batch_size} cells are fewer than {n_processes} processes with "
+            f"{n_workers} workers each, every one of which has a share in a step"
+        )
+    n_streams = max(min(training.streams, training.batch_size), n_shards)
+    if n_streams > training.streams:
+        logger.info("training.streams is raised to %d: one for each worker of each process", n_streams)
+    return n_streams
 
 
 class Round:

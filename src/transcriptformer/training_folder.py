@@ -11,8 +11,8 @@ import filelock
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from transcriptformer.errors import OutputError, UsageError, one_line
-from transcriptformer.workspace import PATIENCE, differences
+from transcriptformer.errors import CheckpointError, OutputError, UsageError, one_line
+from transcriptformer.workspace import acquire, check_same
 
 
 class TrainingFolder:
@@ -42,6 +42,8 @@ class TrainingFolder:
     def begin(self, identity: Mapping[str, Any], config_yaml: str, resume: bool) -> None:
         """Make the folder, or see that it holds this very run; keep other runs out until `end`.
 
+        A run that has not saved anything yet, such as one that was refused its input, is begun anew.
+
         Raises
         ------
         UsageError
@@ -49,50 +51,54 @@ class TrainingFolder:
         OutputError
             If it cannot be written to.
         """
-        if self.run.is_file():
+        with writing(self.path):
+            self.state.mkdir(parents=True, exist_ok=True)
+        acquire(self._lock, self.path)
+        if self.run.is_file() and (self.last.is_file() or self.is_complete):
             if not resume:
                 raise UsageError(
                     f"--output-path {self.path}: holds an earlier run; add --resume to go on with it, or name another "
                     "folder"
                 )
-            changes = list(differences(json.loads(self.run.read_text(encoding="utf-8")), identity))
-            if changes:
-                raise UsageError(f"--resume: {self.path} holds another run; changed: {'; '.join(changes[:5])}")
-        with self.writing():
-            self.state.mkdir(parents=True, exist_ok=True)
-            self._acquire()
-            if not self.run.is_file():
-                self.config.write_text(config_yaml, encoding="utf-8")
-                write_whole(self.run, json.dumps(identity, indent=1).encode())
+            check_same(json.loads(self.run.read_text(encoding="utf-8")), identity, self.path)
+            return
+        for old in (self.survey, self.statistics, self.baseline, self.best):
+            old.unlink(missing_ok=True)
+        with whole(self.config) as temporary:
+            temporary.write_text(config_yaml, encoding="utf-8")
+        with whole(self.run) as temporary:
+            temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
 
     def end(self) -> None:
         """Let other runs in."""
         self._lock.release()
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Raise what keeps a file from being written as OutputError."""
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror or one_line(error)})") from error
 
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(timeout=PATIENCE)
-        except filelock.Timeout as error:
-            raise UsageError(f"{self.path}: another run is at work there; wait until it is done") from error
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise what keeps a file from being written as OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or one_line(error)})") from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and move it into place when it is safely on disk."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under, which is moved into place when it is safely on disk.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; what was there before stays.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with writing(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -109,21 +115,24 @@ class WholeFiles(TorchCheckpointIO):
             If there is no room.
         """
         final = Path(path)
-        temporary = final.with_name(f".{final.name}.tmp")
         try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(final)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer has an error of its own for a full disk
+            with whole(final) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OutputError, RuntimeError) as error:  # PyTorch's writer has an error of its own for a full disk
             kept = f"; {final} is still that of an earlier step" if final.exists() else ""
             raise OutputError(
                 f"{final}: cannot be written ({one_line(error)}){kept}; make room, then go on with --resume"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, *unused: Any, **options: Any) -> dict[str, Any]:
-        """Read what was saved; nothing in it is executed."""
-        return torch.load(path, map_location="cpu", weights_only=True)
+        """Read what was saved; nothing in it is executed.
+
+        Raises
+        ------
+        CheckpointError
+            If it is damaged.
+        """
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # the reader raises whatever a damaged file leads it to
+            raise CheckpointError(f"{path}: truncated or damaged; without it, the run begins anew") from error

@@ -186,6 +186,10 @@ class TrainingModule(pl.LightningModule):
         nothing = Sums(*torch.zeros(len(Sums._fields), device=self.device))
         total = self._reduced(Sums.of(nothing, *self.validated))
         self.validated = []
+        if not bool(self.weights.loss(total).isfinite()):
+            raise TrainingError(
+                f"step {self.global_step}: the validation loss is not a number; lower the learning rate"
+            )
         self.log_dict({**self._named(total, "validation_"), **self._place()})
 
     def configure_optimizers(self) -> Any:
@@ -248,7 +252,7 @@ class TrainingModule(pl.LightningModule):
 
     def _check(self, sums: list[Sums], step: list[Batch]) -> None:
         """Stop, on all processes alike, where a loss is not a number, before the weights take harm."""
-        is_bad = [not bool(self.weights.loss(of_batch).isfinite()) for of_batch in sums]
+        is_bad = (~torch.stack([self.weights.loss(of_batch) for of_batch in sums]).isfinite()).tolist()
         mine = self.global_rank if any(is_bad) else self.trainer.world_size
         culprit = int(self._over_processes(torch.tensor(mine, device=self.device), "min"))
         if culprit == self.trainer.world_size:

@@ -77,12 +77,7 @@ class Workspace:
         UsageError
             If another run is at work there.
         """
-        try:
-            self._lock.acquire(timeout=PATIENCE)
-        except filelock.Timeout as error:
-            raise UsageError(f"{self.folder}: another process is at work there; wait until it is done") from error
-        except (NotImplementedError, OSError):
-            logger.warning("%s: files cannot be locked here; do not start a second run of the same", self.folder)
+        acquire(self._lock, self.folder)
 
     def unlock(self) -> None:
         """Let other runs in."""
@@ -109,18 +104,39 @@ class Workspace:
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
         """Raise UsageError where the earlier run was of other inputs, another checkpoint or other settings."""
-        changes = list(differences(self.identity(), identity))
-        if changes:
-            more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-            raise UsageError(
-                f"--resume: {self.folder} holds another run; changed: {'; '.join(changes[:5])}{more}; undo the change, "
-                "or delete that folder to begin anew"
-            )
+        check_same(self.identity(), identity, self.folder)
 
     def remove(self) -> None:
         """Delete it all; the result is whole."""
         (self.folder / "run.json").unlink(missing_ok=True)  # first: what a kill leaves of the rest is no run
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def acquire(lock: filelock.BaseFileLock, folder: Path) -> None:
+    """Take the lock of a folder, if files can be locked there.
+
+    Raises
+    ------
+    UsageError
+        If another run holds it.
+    """
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except filelock.Timeout as error:
+        raise UsageError(f"{folder}: another process is at work there; wait until it is done") from error
+    except (NotImplementedError, OSError):
+        logger.warning("%s: files cannot be locked here; do not start a second run of the same", folder)
+
+
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
+    """Raise UsageError where the run that a folder holds is not the one that is to go on."""
+    changes = list(differences(old, new))
+    if changes:
+        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+        raise UsageError(
+            f"--resume: {folder} holds another run; changed: {'; '.join(changes[:5])}{more}; undo the change, "
+            "or delete that folder to begin anew"
+        )
 
 
 def identify(locations: Sequence[Location], config: Config, compute_dtype: str, weights_sha256: str) -> dict[str, Any]:

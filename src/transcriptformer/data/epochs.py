@@ -127,11 +127,12 @@ class Epochs:
         self.n_streams, self.window_size = n_streams, window_size
         self.batch_size = batch_size
         self._latest: Epoch | None = None
+        self._sizes: dict[int, int] = {}
 
     def n_steps(self, epoch: int) -> int:
         """Steps of an epoch: as few as the batch size allows, such that every stream has a cell in each."""
-        n_cells = self._epoch(epoch).n_cells
-        return max(1, min(-(-n_cells // self.batch_size), n_cells // self.n_streams))
+        n_cells = self._n_cells(epoch)
+        return min(-(-n_cells // self.batch_size), n_cells // self.n_streams)
 
     def locate(self, step: int) -> tuple[int, int]:
         """Epoch of a step, both counted from 0, and which of the epoch's steps it is."""
@@ -142,10 +143,13 @@ class Epochs:
         return epoch, step
 
     def cells_of_steps(self, epoch: int, stream: int) -> np.ndarray:
-        """Where each step of an epoch begins and ends in a stream (steps + 1,); all have as many cells, or one less."""
-        first, stop = self._stream(epoch, stream)
+        """Where each step of an epoch begins and ends in a stream (steps + 1,).
+
+        The cells of all streams, taken in turn, are cut into steps that have as many cells, or one less.
+        """
         n_steps = self.n_steps(epoch)
-        return np.arange(n_steps + 1) * (stop - first) // n_steps
+        bounds = np.arange(n_steps + 1) * self._n_cells(epoch) // n_steps
+        return (bounds - stream + self.n_streams - 1) // self.n_streams
 
     def window_of(self, stream: int, cell: int) -> int:
         """Number of the window that a cell of a stream is in.
@@ -167,9 +171,10 @@ class Epochs:
         return self.window_size * stream // self.n_streams
 
     def _stream(self, epoch: int, stream: int) -> tuple[int, int]:
-        """First and last cell of a stream, in the order of the visits."""
-        n_cells = self._epoch(epoch).n_cells
-        return stream * n_cells // self.n_streams, (stream + 1) * n_cells // self.n_streams
+        """First and last cell of a stream, in the order of the visits; streams are of one length, or one less."""
+        length, n_longer = divmod(self._n_cells(epoch), self.n_streams)
+        first, stop = (i * length + min(i, n_longer) for i in (stream, stream + 1))
+        return first, stop
 
     def _pieces(self, epoch: Epoch, start: int, stop: int) -> Iterator[Piece]:
         visit = int(np.searchsorted(epoch.ends, start, side="right"))
@@ -185,12 +190,19 @@ class Epochs:
             visits = [self._visits(source, weight, number) for source, weight in enumerate(self.weights)]
             blocks = self._random(_EPOCH, number).permutation(np.concatenate(visits))
             self._latest = Epoch(number, blocks, np.cumsum(self.blocks.size[blocks]))
-            if self._latest.n_cells < self.n_streams:
-                raise DataError(
-                    f"{self._latest.n_cells} cells to learn from in an epoch are fewer than "
-                    f"training.streams={self.n_streams}; give more cells, or a lower number there"
-                )
         return self._latest
+
+    def _n_cells(self, epoch: int) -> int:
+        """Cells of an epoch; with whole passes over every source the same in all."""
+        place = 0 if all(weight == int(weight) for weight in self.weights) else epoch
+        if place not in self._sizes:
+            n_cells = self._sizes[place] = self._epoch(place).n_cells
+            if n_cells < self.n_streams:
+                raise DataError(
+                    f"{n_cells} cells to learn from in an epoch are fewer than training.streams={self.n_streams}; "
+                    "give more cells, or a lower number there"
+                )
+        return self._sizes[place]
 
     def _visits(self, source: int, weight: float, epoch: int) -> np.ndarray:
         """Blocks of a source that are visited in an epoch: a stretch of endless passes, each in an order of its own."""

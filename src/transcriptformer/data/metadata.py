@@ -127,9 +127,9 @@ def encode(parts: Sequence[Metadata], column: str) -> tuple[np.ndarray, list[str
                 codes, distinct = np.full(stop - start, -1), pd.Index([])
             number = [numbers.setdefault(str(value), len(numbers)) for value in distinct]
             found.append(np.array([*number, -1], np.int64)[codes])
-    values = sorted(numbers)
-    rank = np.array([*(values.index(value) for value in numbers), -1], np.int64)
-    return rank[np.concatenate(found)], values
+    order = {value: rank for rank, value in enumerate(sorted(numbers))}
+    ranks = np.array([*map(order.get, numbers), -1], np.int64)
+    return ranks[np.concatenate(found)], list(order)
 
 
 class JoinedMetadata:

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import anndata
@@ -14,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from transcriptformer.config import load_config
 from transcriptformer.demo.cells import CELL_TYPE, HELD_OUT, SEED, load_cells, log_normalized
-from transcriptformer.errors import OutputError
+from transcriptformer.errors import OutputError, one_line
 from transcriptformer.inference import run
 from transcriptformer.output import EMBEDDINGS_KEY
 from transcriptformer.recording import OnProgress
@@ -62,19 +63,20 @@ def run_demo(folder: Path, on_progress: OnProgress | None = None) -> Demo:
         If the folder cannot be written to.
     """
     cells = load_cells()
-    source, picture = folder / "cells.h5ad", folder / "umap.png"
+    picture = folder / "umap.png"
     options = {"output_path": str(folder), "precision": "32", "device": "cpu"}
     config = load_config(CHECKPOINT, {f"model.inference_config.{key}": value for key, value in options.items()})
     config.model.data_config.gene_col_name = "index"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        cells.write_h5ad(source)
-        embeddings = run([source], CHECKPOINT, config, on_progress)
+        with TemporaryDirectory() as temporary:
+            source = Path(temporary) / "pbmc68k_reduced.h5ad"
+            cells.write_h5ad(source)
+            embeddings = run([source], CHECKPOINT, config, on_progress)
         assert embeddings is not None
         embedded = anndata.read_h5ad(embeddings)
         draw(embedded, picture)
     except OSError as error:
-        raise OutputError(f"--output-path {folder}: cannot be written to ({error.strerror})") from error
+        raise OutputError(f"--output-path {folder}: cannot be written to ({one_line(error)})") from error
     held_out = cells.obs[HELD_OUT].to_numpy()
     labels = cells.obs[CELL_TYPE].astype(str).to_numpy()
     counts = log_normalized(cells).X.toarray()

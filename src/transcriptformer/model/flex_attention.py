@@ -65,7 +65,9 @@ def choose_training_attention(name: str, device: torch.device, dtype: torch.dtyp
     """The path of that name, with gradients; `auto` is flex on a GPU where it can be compiled, elsewhere in blocks."""
     if name == "plain":
         return plain_attention
-    if name == "flex" or (name == "auto" and device.type == "cuda" and _compiles(device, dtype, config)):
+    if name == "flex" or (
+        name == "auto" and device.type == "cuda" and _compiles(device, dtype, config, trainable=True)
+    ):
         return flex_attention
     return trainable_attention
 
@@ -74,14 +76,15 @@ def _has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++"))
 
 
-@torch.inference_mode()
-def _compiles(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> bool:
-    """Whether the kernel can be compiled here, tried on few cells, after which it is ready for all."""
+def _compiles(device: torch.device, dtype: torch.dtype, config: ModelConfig, trainable: bool = False) -> bool:
+    """Whether the kernel, with gradients if `trainable`, compiles here; tried on few cells, it is ready for all."""
     shape = 2, SHORT, config.num_heads, config.embed_dim // config.num_heads
-    q = torch.ones(shape, device=device, dtype=dtype).transpose(1, 2)  # (B, H, T, d)
+    q = torch.ones(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_(trainable)  # (B, H, T, d)
     bias = torch.zeros(2, SHORT, device=device)
     try:
-        flex_attention(q, q, q, bias, bias == 0, config.softcap, True)
+        values = flex_attention(q, q, q, bias, bias == 0, config.softcap, not trainable)
+        if trainable:
+            values.sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever the compiler's troubles are, the run can do without
         logger.debug("the attention cannot be compiled here, it runs in blocks: %s", error)
         return False

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**24
-"""Logits that are in memory at a time, unless those of one position are more."""
+LOGITS_AT_ONCE = {"cpu": 2**24, "mps": 2**25, "cuda": 2**27}
+"""Logits that are in memory at a time, by device, unless those of one position are more."""
 
 
 def zero_truncated_poisson_nll(
@@ -54,7 +54,7 @@ def gene_cross_entropy(
     def of_some(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(to_logits(hidden).float(), targets, reduction="none")
 
-    at_once = max(1, LOGITS_AT_ONCE // n_genes)
+    at_once = max(1, LOGITS_AT_ONCE[hidden.device.type] // n_genes)
     some = zip(torch.split(hidden[is_gene], at_once), torch.split(targets[is_gene], at_once), strict=True)
     if torch.is_grad_enabled():
         losses = [checkpoint(of_some, *parts, use_reentrant=False) for parts in some]
