@@ -29,6 +29,8 @@ class Web:
         What goes wrong. A number is an answer of that status ("429 7" with Retry-After: 7). "reset" and "truncated" end
         the body half-way, "short" and "long" announce a wrong length, "slow" sends it in small pieces, within a second
         ("slow 6": six).
+    headers
+        Sent along with every answer.
     serves_ranges
         Otherwise every answer is the whole file.
     sent
@@ -39,6 +41,7 @@ class Web:
 
     files: dict[str, bytes] = field(default_factory=dict)
     fault: Fault = lambda path, n: ""
+    headers: dict[str, str] = field(default_factory=dict)
     serves_ranges: bool = True
     sent: Counter[str] = field(default_factory=Counter)
     asked: list[tuple[str, str, int]] = field(default_factory=list)
@@ -83,6 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[start:stop]
         self._answer(mine, status, body, headers, fault, float(seconds or 1))
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def _answer(
         self, mine: int, status: int, body: bytes, headers: dict[str, str], fault: str = "", seconds: float = 0
     ) -> None:
@@ -90,9 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
         web.asked[mine] = (*web.asked[mine][:2], status)
         announced = {"short": len(body) // 2, "long": len(body) + 10}.get(fault, len(body))
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(announced)}.items():
+        for name, value in {**web.headers, **headers, "Content-Length": str(announced)}.items():
             self.send_header(name, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         body = body[:announced]
         if fault in ("reset", "truncated"):
             body = body[: len(body) // 2]

@@ -282,12 +282,17 @@ _UNUSED_CHECKPOINT_KEYS = frozenset(
 
 
 def conf_dir() -> Path:
-    """Folder of the YAML files: inside an installed package, or beside `src` in a checkout."""
+    """Folder of the YAML files with defaults."""
+    return shipped_file("conf/inference_config.yaml").parent
+
+
+def shipped_file(name: str) -> Path:
+    """A file that comes with the package: inside it where it is installed, or beside `src` in a checkout."""
     here = Path(__file__).resolve()
-    for folder in (here.parent / "conf", here.parents[2] / "conf"):
-        if (folder / "inference_config.yaml").is_file():
-            return folder
-    raise RuntimeError("inference_config.yaml is missing: the installation of transcriptformer is damaged")
+    for folder in (here.parent, here.parents[2]):
+        if (folder / name).is_file():
+            return folder / name
+    raise RuntimeError(f"{name} is missing: the installation of transcriptformer is damaged")
 
 
 def read_checkpoint_config(checkpoint_path: Path) -> dict[str, Any]:

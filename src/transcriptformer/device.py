@@ -69,6 +69,14 @@ def free_memory(device: torch.device, n_processes: int = 1) -> int:
     return psutil.virtual_memory().available // n_processes
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the machine, had no more memory to give."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    message = str(error)
+    return "can't allocate memory" in message or "not enough memory" in message  # what the CPU's allocator says
+
+
 def keep_freed_memory() -> None:
     """Let this process keep what it frees for what it needs next, where the C library can (glibc).
 

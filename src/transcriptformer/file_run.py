@@ -14,7 +14,7 @@ from transcriptformer.data.dataset import BatchLoader
 from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.device import compute_dtype
-from transcriptformer.errors import OutputError, UsageError
+from transcriptformer.errors import OutputError
 from transcriptformer.inputs import Inputs
 from transcriptformer.output import check_room, pooled_to_anndata, provenance_of, write_anndata, write_cells
 from transcriptformer.parts import Parts, PartWriter, layout_of
@@ -67,12 +67,9 @@ class FileRun(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read through the inputs and make the workspace, or see that it is of this very run; in one process only."""
+        if not self.inference.resume:
+            self.workspace.refuse_leftover()
         if self.workspace.exists:
-            if not self.inference.resume:
-                raise UsageError(
-                    f"{self.workspace.folder}: holds what an earlier run has computed; add --resume to go on with it, "
-                    "or delete that folder to begin anew"
-                )
             self.workspace.check_same(self.identity())
             self.workspace.lock()
             self.survey = self.workspace.survey()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transcriptformer.config import InferenceConfig
 from transcriptformer.data.dataset import Batch, BatchLoader
-from transcriptformer.device import compute_dtype
+from transcriptformer.device import compute_dtype, is_out_of_memory
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.model.flex_attention import choose_attention
@@ -102,14 +102,6 @@ class EmbeddingModule(pl.LightningModule):
             if a is not None and b is not None
         }
         return Prediction(**joined)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the machine, had no more memory to give."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    message = str(error)
-    return "can't allocate memory" in message or "not enough memory" in message  # what the CPU's allocator says
 
 
 class TranscriptFormerModule(EmbeddingModule):

@@ -291,7 +291,17 @@ def check_room(path: Path, n_bytes: int) -> None:
 
 @contextmanager
 def new_anndata(path: Path) -> Iterator[h5py.File | zarr.Group]:
-    """An empty AnnData under a temporary name, to be filled; moved into place when whole, removed on failure.
+    """An empty AnnData, to be filled; otherwise as `new_file`."""
+    with _strings_as_they_are(), new_file(path) as root:
+        anndata.io.write_elem(root, "/", anndata.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str))))
+        yield root
+        if isinstance(root, zarr.Group):
+            zarr.consolidate_metadata(root.store)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[h5py.File | zarr.Group]:
+    """An HDF5 file, or zarr store, under a temporary name; moved into place when whole, removed on failure.
 
     Raises
     ------
@@ -302,11 +312,8 @@ def new_anndata(path: Path) -> Iterator[h5py.File | zarr.Group]:
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a run that was killed while it wrote
         _remove(left)
     try:
-        with _strings_as_they_are(), _open_new(temporary, path.suffix == ".zarr") as root:
-            anndata.io.write_elem(root, "/", anndata.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str))))
+        with _open_new(temporary, path.suffix == ".zarr") as root:
             yield root
-            if isinstance(root, zarr.Group):
-                zarr.consolidate_metadata(root.store)
         _move_into_place(temporary, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error

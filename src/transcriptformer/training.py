@@ -17,11 +17,10 @@ from transcriptformer.baseline import Baseline, start_from_frequencies
 from transcriptformer.batching import training_limits
 from transcriptformer.corpus import Corpus
 from transcriptformer.data.dataset import BatchLimits
-from transcriptformer.device import choose_device, compute_dtype, keep_freed_memory
+from transcriptformer.device import choose_device, compute_dtype, is_out_of_memory, keep_freed_memory
 from transcriptformer.distributed import Processes, plan_processes
 from transcriptformer.errors import TrainingError
 from transcriptformer.export import write_checkpoint
-from transcriptformer.lightning import is_out_of_memory
 from transcriptformer.metrics import MetricsFile, plot_losses, read_metrics
 from transcriptformer.model.lora import merged_state_dict
 from transcriptformer.saving import OnStep, Saving

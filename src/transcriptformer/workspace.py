@@ -55,14 +55,23 @@ class Workspace:
         """Whether an earlier run left something to go on with."""
         return (self.folder / "run.json").is_file()
 
-    def create(self, identity: Mapping[str, Any], survey: Survey) -> None:
-        """Begin anew."""
+    def refuse_leftover(self) -> None:
+        """Raise UsageError where an earlier run left something, which a new one would overwrite."""
+        if self.exists:
+            raise UsageError(
+                f"{self.folder}: holds what an earlier run has computed; add --resume to go on with it, or delete that "
+                "folder to begin anew"
+            )
+
+    def create(self, identity: Mapping[str, Any], survey: Survey | None = None) -> None:
+        """Begin anew; a run over cells has a survey of them."""
         try:
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir()
             self.lock()
-            survey.save(self.folder / "survey.npz")
+            if survey is not None:
+                survey.save(self.folder / "survey.npz")
             temporary = self.folder / "run.json.tmp"
             temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
             temporary.replace(self.folder / "run.json")
@@ -152,7 +161,7 @@ def identify(locations: Sequence[Location], config: Config, compute_dtype: str, 
 
 
 def identify_location(location: Location) -> dict[str, Any]:
-    """What tells whether a file or store is still the same."""
+    """What tells versions of a file or store apart without reading it."""
     if is_url(location):
         root = Store(location).root
         shapes = {key: value.shape for key, value in root.members(max_depth=None) if hasattr(value, "shape")}

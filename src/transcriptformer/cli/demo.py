@@ -11,12 +11,12 @@ def demo(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Embed 700 blood cells with a small model, draw them, and classify those it has not seen."""
-    from transcriptformer.cli.reporting import CellProgress, plain_errors
+    from transcriptformer.cli.reporting import CountProgress, plain_errors
 
     with plain_errors(debug):
         from transcriptformer.demo.run import run_demo
 
-        with CellProgress() as progress:
+        with CountProgress("cells") as progress:
             made = run_demo(output_path, progress.update)
         typer.echo(f"{made.n_held_out} held-out cells, classified by their nearest neighbours among the others:")
         typer.echo("                                  accuracy  macro-F1")

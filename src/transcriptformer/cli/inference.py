@@ -175,7 +175,7 @@ def inference(
         "model.inference_config.resume": resume,
         "model.inference_config.oom_dataloader": oom_dataloader,
     }
-    from transcriptformer.cli.reporting import CellProgress, plain_errors
+    from transcriptformer.cli.reporting import CountProgress, plain_errors
 
     with plain_errors(debug):
         from transcriptformer.config import load_config
@@ -183,7 +183,7 @@ def inference(
         from transcriptformer.output import describe
 
         config = load_config(checkpoint_path, options, config_override or [])
-        with CellProgress() as progress:
+        with CountProgress("cells") as progress:
             output = run(data_file, checkpoint_path, config, progress.update)
         if output is not None:
             typer.echo(f"{describe(output)} in {output}")

@@ -87,24 +87,31 @@ class _Bar:
         self.bar.stop()
 
 
-class CellProgress(_Bar):
-    """Cells embedded, cells per second and the time left."""
+class CountProgress(_Bar):
+    """How many are embedded, how many per second and the time left.
 
-    def __init__(self) -> None:
-        super().__init__("embedding", MofNCompleteColumn(), _CellsPerSecond())
+    Parameters
+    ----------
+    unit
+        What is counted, such as cells.
+    """
 
-    def update(self, n_done: int, n_cells: int) -> None:
-        """Show that `n_done` of `n_cells` are done; the clock starts at the first call."""
+    def __init__(self, unit: str) -> None:
+        super().__init__("embedding", MofNCompleteColumn(), _PerSecond(unit))
+        self.unit = unit
+
+    def update(self, n_done: int, n_total: int) -> None:
+        """Show that `n_done` of `n_total` are done; the clock starts at the first call."""
         now = time.monotonic()
         if n_done == 0:
             self.started = self.last_line = now
             self.bar.start()
-        self.bar.update(self.task, completed=n_done, total=n_cells)
+        self.bar.update(self.task, completed=n_done, total=n_total)
         if self.bar.disable and n_done and now - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = now
             rate = n_done / (now - self.started)
-            left = (n_cells - n_done) / rate
-            logger.info("%d of %d cells, %.1f cells/s, %.0f s left", n_done, n_cells, rate, left)
+            left = (n_total - n_done) / rate
+            logger.info("%d of %d %s, %.1f per second, %.0f s left", n_done, n_total, self.unit, rate, left)
 
 
 class StepProgress(_Bar):
@@ -161,7 +168,11 @@ class ByteProgress(_Bar):
                 )
 
 
-class _CellsPerSecond(ProgressColumn):
+class _PerSecond(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} cells/s")
+        return Text("" if speed is None else f"{speed:.1f} {self.unit}/s")
