@@ -19,7 +19,7 @@ LAYERS = [
     {"parts", "output", "pooling", "recording", "batching", "distributed", "workspace"},
     {"inputs", "corpus", "baseline", "export", "metrics", "training_folder", "training_module"},
     {"file_run", "starting_point", "training_data", "saving"},
-    {"inference", "check", "training"},
+    {"inference", "check", "training", "proteins"},
     {"api", "demo"},
     {"cli"},
 ]
@@ -60,6 +60,7 @@ sys.exit(f"imported: {heavy}" if heavy else 0)
 def test_downloading_needs_no_torch() -> None:
     code = """
 import sys, transcriptformer.download, transcriptformer.data.bulk_download, transcriptformer.data.census
+import transcriptformer.proteins.ensembl
 sys.exit("imported: torch" if "torch" in sys.modules else 0)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -156,6 +156,14 @@ def make_aux_vocab(column: str, values: Iterable[str], unknown: str) -> AuxVocab
     return AuxVocab(column, {value: i for i, value in enumerate(dict.fromkeys([unknown, *values]))}, 0)
 
 
+def write_protein_embeddings(file: h5py.File, gene_ids: Sequence[str], embeddings: np.ndarray) -> None:
+    """Fill an empty file with gene ids and their protein embeddings (genes, P), as float32."""
+    file["keys"] = np.array([gene.encode() for gene in gene_ids])
+    arrays = file.create_group("arrays")
+    for gene, row in zip(gene_ids, embeddings, strict=True):
+        arrays[gene] = np.asarray(row, dtype=np.float32)
+
+
 def read_aux_vocab(path: Path, column: str, unknown: str) -> AuxVocab:
     """Read `<column>_vocab.json`.
 

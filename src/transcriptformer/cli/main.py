@@ -8,6 +8,7 @@ from transcriptformer.cli.check import check
 from transcriptformer.cli.demo import demo
 from transcriptformer.cli.download import download
 from transcriptformer.cli.download_data import download_data
+from transcriptformer.cli.embed_proteins import embed_proteins
 from transcriptformer.cli.inference import inference
 from transcriptformer.cli.train import train
 
@@ -44,3 +45,4 @@ app.command()(check)
 app.command()(download)
 app.command()(download_data)
 app.command()(demo)
+app.command()(embed_proteins)

@@ -11,6 +11,8 @@ import scanpy as sc
 from scipy import sparse
 from sklearn.model_selection import train_test_split
 
+from transcriptformer.vocab import write_protein_embeddings
+
 CELL_TYPE, HELD_OUT = "cell_type", "held_out"
 """Columns of `obs`: the label that the cells come with, and whether a cell was kept from training."""
 
@@ -68,7 +70,4 @@ def write_gene_features(path: Path, genes: pd.Index, features: np.ndarray) -> No
     """Write features (genes, width) like protein embeddings; names lose what follows a dot, as those of inputs do."""
     names = [str(gene).partition(".")[0] for gene in genes]
     with h5py.File(path, "w") as file:
-        file["keys"] = np.array(names, dtype="S")
-        arrays = file.create_group("arrays")
-        for name, row in zip(names, features, strict=True):
-            arrays[name] = row
+        write_protein_embeddings(file, names, features)

@@ -1,0 +1,8 @@
+"""`transcriptformer embed-proteins` for people who work from this folder: `python embed.py --fasta FILE`."""
+
+import sys
+from importlib.metadata import entry_points
+
+if __name__ == "__main__":
+    (command,) = entry_points(group="console_scripts", name="transcriptformer")
+    command.load()(["embed-proteins", *sys.argv[1:]])

@@ -1,0 +1,310 @@
+"""A run from the FASTA file of a species to its protein-embedding file."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+
+from transcriptformer.data.dataset import BatchLimits, group_by_length
+from transcriptformer.device import choose_device, compute_dtype, count_devices
+from transcriptformer.errors import OutputError, UsageError
+from transcriptformer.output import check_room, check_writable, new_file
+from transcriptformer.parts import Parts
+from transcriptformer.proteins.esm2 import PUBLISHED, choose_layer, find_model, read_config, weight_files
+from transcriptformer.proteins.fasta import GENE, read_proteins
+from transcriptformer.proteins.isoforms import FIRST, ISOFORMS, Proteome, choose_isoforms
+from transcriptformer.proteins.workers import EMBEDDINGS, Batch, Job, embed_batches, share_batches
+from transcriptformer.vocab import read_protein_embeddings, write_protein_embeddings
+from transcriptformer.workspace import Workspace, differences, identify_location
+
+logger = logging.getLogger(__name__)
+
+MAX_LENGTH = 1022
+"""Residues of the longest proteins that ESM-2 was trained on, which had 1,024 tokens."""
+
+TOKENS_PER_BATCH = {"cpu": 2**12, "mps": 2**13, "cuda": 2**14}
+"""Tokens of a batch, by device, where none are asked for."""
+
+PROVENANCE = "transcriptformer"
+"""Attribute of the result that says, as JSON, how it was made."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How proteins become embeddings.
+
+    Attributes
+    ----------
+    model
+        Folder, or name on the Hugging Face hub.
+    layer
+        Whose states are taken, counted from 1; None: see `choose_layer`.
+    id_from
+        Where headers tell the gene; see `read_proteins`.
+    isoforms
+        Which proteins stand for a gene; see `choose_isoforms`.
+    max_length
+        Residues after which a protein is cut.
+    tokens_per_batch
+        Most tokens of a batch, padding included; None: what suits the device.
+    device, precision, num_gpus
+        As for `inference`.
+    resume
+        Go on with a run of the same that was ended before it was done.
+    """
+
+    model: str = PUBLISHED
+    layer: int | None = None
+    id_from: str = GENE
+    isoforms: str = FIRST
+    max_length: int = MAX_LENGTH
+    tokens_per_batch: int | None = None
+    device: str = "auto"
+    precision: str = "32"
+    num_gpus: int = 1
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("32", "16-mixed", "bf16-mixed"):
+            raise UsageError(f"--precision {self.precision}: not one of 32, 16-mixed, bf16-mixed")
+        if self.isoforms not in ISOFORMS:
+            raise UsageError(f"--isoforms {self.isoforms}: not one of {', '.join(ISOFORMS)}")
+        if self.num_gpus != -1 and self.num_gpus < 1:
+            raise UsageError(f"--num-gpus {self.num_gpus}: at least 1, or -1 for all")
+
+
+class Summary(NamedTuple):
+    """What a run did.
+
+    Attributes
+    ----------
+    n_genes, width
+        Of the result.
+    n_proteins, n_cut, n_replaced
+        Proteins that stand for genes, those of them that were cut, and letters in them that became `<unk>`.
+    n_sequences, n_computed
+        Different sequences among them, and how many this run computed.
+    seconds
+        Of the whole run.
+    """
+
+    n_genes: int
+    width: int
+    n_proteins: int
+    n_cut: int
+    n_replaced: int
+    n_sequences: int
+    n_computed: int
+    seconds: float
+
+
+class Similarities(NamedTuple):
+    """Cosine similarities of the embeddings of genes that two files share."""
+
+    n_shared: int
+    minimum: float
+    median: float
+    mean: float
+
+
+def result_path(fasta: Path, output_dir: Path) -> Path:
+    """`<species>_gene.h5`, where the species is the file's name up to the first dot, in lower case."""
+    return output_dir / f"{fasta.name.partition('.')[0].lower()}_gene.h5"
+
+
+def embed_proteins(
+    fasta: Path, output: Path, settings: Settings, on_progress: Callable[[int, int], object] = lambda done, total: None
+) -> Summary:
+    """Embed the proteins of a FASTA file and write one embedding per gene.
+
+    Results are kept in a folder beside the output while the run goes on, in one or several processes.
+
+    Parameters
+    ----------
+    on_progress
+        Called with the number of sequences that are done, and of all of them.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If the FASTA file, the model or an option cannot be used, or the output not be written; nothing is left under
+        the output's name then.
+    """
+    started = time.monotonic()
+    proteome = choose_isoforms(read_proteins(fasta, settings.id_from), settings.isoforms, settings.max_length)
+    check_writable(output)
+    device = choose_device(settings.device)
+    devices = _devices(device, count_devices(device, settings.num_gpus))
+    folder = find_model(settings.model)
+    config = read_config(folder)
+    layer = choose_layer(config, settings.layer)
+    workspace = Workspace(output)
+    job = Job(folder, layer, settings.precision, workspace.folder, config.hidden_size)
+    identity = _identify(fasta, proteome, settings, folder, layer, device)
+    n_computed = 0
+    if settings.resume and not workspace.exists and _is_complete(output, identity):
+        logger.info("%s is complete already", output)
+    else:
+        _open(workspace, identity, settings.resume)
+        try:
+            n_computed = _compute(proteome, job, settings, devices, on_progress)
+            _write(output, proteome, job, identity)
+            workspace.remove()
+        except BaseException:
+            _tell_what_is_kept(workspace, job, len(proteome.sequences))
+            raise
+        finally:
+            workspace.unlock()
+    return Summary(
+        len(proteome.genes),
+        job.width,
+        proteome.n_proteins,
+        proteome.n_cut,
+        proteome.n_replaced,
+        len(proteome.sequences),
+        n_computed,
+        time.monotonic() - started,
+    )
+
+
+def plan_batches(proteome: Proteome, tokens_per_batch: int, max_length: int) -> list[Batch]:
+    """Sequences of like length together, the longest first, so that little is padding and memory fails early."""
+    lengths = np.array([len(residues) for residues in proteome.sequences])
+    limits = BatchLimits(len(lengths), tokens_per_batch)
+    # Each has a token of its own at its start, for which there is room, and at its end.
+    groups = group_by_length(lengths + 1, limits, max_length + 2)
+    return [Batch(rows, [proteome.sequences[row] for row in rows]) for rows in groups]
+
+
+def compare(path: Path, other: Path) -> Similarities:
+    """Compare the embeddings of the genes that two files share.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read.
+    UsageError
+        If they share no gene, or their embeddings are of another width.
+    """
+    (genes, ours), (other_genes, theirs) = read_protein_embeddings([path]), read_protein_embeddings([other])
+    index = {gene: i for i, gene in enumerate(other_genes)}
+    shared = [gene for gene in genes if gene in index]
+    if not shared:
+        raise UsageError(f"--compare {other}: no gene in common; its ids are like {other_genes[0]}, not {genes[0]}")
+    if ours.shape[1] != theirs.shape[1]:
+        raise UsageError(f"--compare {other}: its embeddings have width {theirs.shape[1]}, ours {ours.shape[1]}")
+    is_shared = np.array([gene in index for gene in genes])
+    a, b = ours[is_shared].astype(np.float64), theirs[[index[gene] for gene in shared]].astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines = (a * b).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    return Similarities(len(shared), float(cosines.min()), float(np.median(cosines)), float(cosines.mean()))
+
+
+def _devices(device: torch.device, n: int) -> list[torch.device]:
+    return [torch.device(device.type, i) if device.type == "cuda" else device for i in range(n)]
+
+
+def _identify(
+    fasta: Path, proteome: Proteome, settings: Settings, folder: Path, layer: int, device: torch.device
+) -> dict[str, Any]:
+    """What decides about the numbers of a run."""
+    proteins = hashlib.sha256("\n".join(proteome.sequences).encode())
+    proteins.update("\n".join(proteome.genes).encode())
+    for indices in (proteome.gene_of_protein, proteome.sequence_of_protein):
+        proteins.update(indices.astype("<i8").tobytes())
+    return {
+        "fasta": fasta.name,
+        "proteins": proteins.hexdigest(),
+        "model": {
+            "name": settings.model,
+            "weights": [identify_location(path) for path in weight_files(folder)],
+            "layer": layer,
+        },
+        "settings": {
+            "id_from": settings.id_from,
+            "isoforms": settings.isoforms,
+            "max_length": settings.max_length,
+            "type of matrix products": str(compute_dtype(settings.precision, device)),
+        },
+    }
+
+
+def _is_complete(output: Path, identity: dict[str, Any]) -> bool:
+    """Whether an earlier run of the same has written its result."""
+    try:
+        with h5py.File(output) as file:
+            made = json.loads(file.attrs[PROVENANCE])
+        return not list(differences(made["run"], identity))
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _open(workspace: Workspace, identity: dict[str, Any], resume: bool) -> None:
+    """Make the folder of the parts, or see that what is there is of this very run."""
+    if not resume:
+        workspace.refuse_leftover()
+    if workspace.exists:
+        workspace.check_same(identity)
+        workspace.lock()
+    else:
+        workspace.create(identity)
+
+
+def _compute(
+    proteome: Proteome,
+    job: Job,
+    settings: Settings,
+    devices: list[torch.device],
+    on_progress: Callable[[int, int], object],
+) -> int:
+    """Embed every sequence that is not in the parts yet, and tell how many there were."""
+    total = len(proteome.sequences)
+    is_done = Parts(job.parts, job.layout).is_done(total)
+    tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[devices[0].type]
+    batches = plan_batches(proteome, tokens_per_batch, settings.max_length)
+    batches = [batch for batch in batches if not is_done[batch.rows].all()]
+    before = total - sum(len(batch.rows) for batch in batches)
+    if before:
+        logger.info("%d of %d sequences are done already", before, total)
+    on_progress(0, total - before)
+    n_computed = 0
+    if batches:
+        work = embed_batches(batches, job, devices[0]) if len(devices) == 1 else share_batches(batches, job, devices)
+        with closing(work):
+            for n in work:
+                n_computed += n
+                on_progress(n_computed, total - before)
+    return n_computed
+
+
+def _write(output: Path, proteome: Proteome, job: Job, identity: dict[str, Any]) -> None:
+    parts, total = Parts(job.parts, job.layout), len(proteome.sequences)
+    n_missing = total - len(parts.rows)
+    if n_missing:
+        raise OutputError(f"{job.parts}: {n_missing} of {total} sequences are missing; run the same with --resume")
+    check_room(output, len(proteome.genes) * job.width * 4)
+    embeddings = proteome.gene_means(parts.read(EMBEDDINGS, 0, total))
+    with new_file(output) as file:
+        write_protein_embeddings(file, proteome.genes, embeddings)
+        file.attrs[PROVENANCE] = json.dumps({"version": version("transcriptformer"), "run": identity})
+
+
+def _tell_what_is_kept(workspace: Workspace, job: Job, total: int) -> None:
+    """Log what a run that ends early leaves behind; a workspace without results goes."""
+    n_done = len(Parts(job.parts, job.layout).rows)
+    if n_done == 0:
+        workspace.remove()
+    else:
+        logger.info(
+            "%d of %d sequences are kept in %s; the same command with --resume goes on", n_done, total, workspace.folder
+        )
