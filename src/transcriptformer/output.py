@@ -258,8 +258,8 @@ def _open_result(path: Path) -> Iterator[Any]:
             yield file
 
 
-def check_writable(path: Path) -> None:
-    """Make the folder of `path` and try to write there, so that a long run does not fail at its end.
+def check_writable(path: Path, option: str = "--output-path") -> None:
+    """Make the folder of `path`, which an option names, and try to write there, so that a long run does not fail late.
 
     Raises
     ------
@@ -267,16 +267,14 @@ def check_writable(path: Path) -> None:
         If that is not possible.
     """
     if path.is_dir() and path.suffix != ".zarr":
-        raise UsageError(f"--output-filename {path}: is a folder")
+        raise UsageError(f"{path}: is a folder; the result needs another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
         temporary.touch()
         temporary.unlink()
     except OSError as error:
-        raise UsageError(
-            f"--output-path {path.parent}: {path.name} cannot be written there ({error.strerror})"
-        ) from error
+        raise UsageError(f"{option} {path.parent}: {path.name} cannot be written there ({error.strerror})") from error
 
 
 def check_room(path: Path, n_bytes: int) -> None:

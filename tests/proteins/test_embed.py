@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,6 +308,17 @@ def test_a_process_that_is_killed_ends_the_run_in_one_line_which_can_be_resumed(
 
 
 @pytest.mark.slow
+def test_what_fails_in_a_process_is_one_clear_line_and_leaves_nothing(fasta: Path, model: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(model, tmp_path / "damaged"))
+    os.truncate(damaged / "model.safetensors", 3000)
+    result = embed(fasta, damaged, tmp_path / "out", "--num-gpus", 2)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"ERROR: {damaged}: its weights cannot be read")
+    assert result.stderr.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.slow
 def test_processes_end_with_the_main_one_and_keep_what_they_have(long_run: list[str], tmp_path: Path) -> None:
     process = start([str(COMMAND), *long_run, "--num-gpus", "2"])
     workers = wait_for_both(process, tmp_path / "out")
@@ -358,6 +370,7 @@ def test_a_bad_file_is_one_clear_line_and_nothing_is_written(kind: str, model: P
         (["--device", "tpu"], "--device tpu: not available here"),
         (["--id-from", "gene:("], "--id-from 'gene:(': not a regular expression"),
         (["--organism-key", "homo_sapiens"], "one of --fasta and --organism-key"),
+        (["--output-dir", "/dev/null/x"], "--output-dir /dev/null/x: mus_musculus_gene.h5 cannot be written there"),
         (["--model", "no/such/folder"], "--model no/such/folder: no such folder"),
     ],
 )
@@ -446,7 +459,9 @@ def test_without_a_network_it_is_said_what_to_download_and_where_to_put_it(fasta
     published = "facebook/esm2_t36_3B_UR50D"
     result = finish(start([str(COMMAND), *command(fasta, published, tmp_path / "out")], environment))
     assert result.returncode == 1
-    assert result.stderr.startswith(f"ERROR: --model {published}: not in the cache, and cannot be fetched from http://")
+    assert result.stderr.startswith(
+        f"ERROR: --model {published}: no such folder, not in the cache, and cannot be fetched from http://"
+    )
     assert f"`hf download {published} --local-dir esm2_t36_3B_UR50D`" in result.stderr
     assert "bring it here and name it by --model" in result.stderr
     assert result.stderr.count("\n") == 1

@@ -122,15 +122,15 @@ def _fetch(organism_key: str, folder: Path, max_retries: int) -> Path:
     source = fasta_source(organism_key)
     with resumable(), ByteProgress() as progress:
         fetcher = Fetcher(max_retries, advance=progress.advance, found=progress.found)
-        return fetch_fasta(source, folder, fetcher)
+        return fetch_fasta(source, folder, fetcher, progress.expect)
 
 
 def _describe(summary: "Summary", max_length: int) -> str:
     return (
         f"{summary.n_genes:,} genes, width {summary.width:,}, from {summary.n_proteins:,} proteins "
         f"({summary.n_sequences:,} different sequences); {summary.n_cut:,} cut to {max_length:,} residues, "
-        f"{summary.n_replaced:,} letters replaced by <unk>; {summary.seconds:.1f} s, "
-        f"{summary.n_computed / summary.seconds:.1f} proteins/s"
+        f"{summary.n_replaced:,} letters replaced by <unk>; {summary.n_computed:,} sequences computed in "
+        f"{summary.seconds:.1f} s ({summary.n_computed / summary.seconds:.1f} per second)"
     )
 
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_LENGTH = 1022
 """Residues of the longest proteins that ESM-2 was trained on, which had 1,024 tokens."""
 
-TOKENS_PER_BATCH = {"cpu": 2**12, "mps": 2**13, "cuda": 2**14}
+TOKENS_PER_BATCH = {"cpu": 2**12, "mps": 2**14, "cuda": 2**14}
 """Tokens of a batch, by device, where none are asked for."""
 
 PROVENANCE = "transcriptformer"
@@ -142,7 +142,7 @@ def embed_proteins(
     """
     started = time.monotonic()
     proteome = choose_isoforms(read_proteins(fasta, settings.id_from), settings.isoforms, settings.max_length)
-    check_writable(output)
+    check_writable(output, "--output-dir")
     device = choose_device(settings.device)
     devices = _devices(device, count_devices(device, settings.num_gpus))
     folder = find_model(settings.model)
@@ -226,7 +226,7 @@ def _identify(
         "fasta": fasta.name,
         "proteins": proteins.hexdigest(),
         "model": {
-            "name": settings.model,
+            "name": folder.resolve().name if Path(settings.model).is_dir() else settings.model,
             "weights": [identify_location(path) for path in weight_files(folder)],
             "layer": layer,
         },

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,15 @@ def fasta_source(organism_key: str) -> FastaSource:
     return FastaSource(organism_key, f"{address}/{division['path']}/{folder.lower()}/pep/{entry['file']}.pep.all.fa.gz")
 
 
-def fetch_fasta(source: FastaSource, folder: Path, fetcher: Fetcher) -> Path:
+def fetch_fasta(
+    source: FastaSource, folder: Path, fetcher: Fetcher, started: Callable[[int], object] = lambda n_bytes: None
+) -> Path:
     """Bring the file to the folder, unless it is there; only a whole one, which can be read, gets its name.
+
+    Parameters
+    ----------
+    started
+        Called with the file's size when it begins to come.
 
     Raises
     ------
@@ -82,6 +90,7 @@ def fetch_fasta(source: FastaSource, folder: Path, fetcher: Fetcher) -> Path:
             logger.info("%s: there already", target)
         else:
             with closing(HttpFile(source.url)) as remote:
+                started(fetcher.patiently(remote.stat, 0).size)
                 fetcher.fetch(remote, target, _look_into)
     return target
 

@@ -27,8 +27,8 @@ PUBLISHED_LAYER = {36: 33}
 WEIGHTS = (["*.safetensors", "*.safetensors.index.json"], ["*.bin", "*.bin.index.json"])
 """Files of weights, in the two formats there are."""
 
-_MAY_BE_MISSING = ("contact_head.", "rotary_embeddings.", "position_ids")
-"""Beginnings or ends of weights that residue states do not depend on, or that follow from the configuration."""
+_MAY_BE_MISSING = ("contact_head.", "rotary_embeddings.", "embeddings.position_")
+"""In the names of weights that residue states do not depend on, or that follow from the configuration."""
 
 
 def find_model(name: str) -> Path:
@@ -58,9 +58,9 @@ def find_model(name: str) -> Path:
                 return folder
     except Exception as error:  # of the hub's package and of those that it fetches with
         raise DownloadError(
-            f"--model {name}: not in the cache, and cannot be fetched from {constants.ENDPOINT} ({_cause(error)}); "
-            f"where there is a network, `hf download {name} --local-dir {name.partition('/')[2]}` makes a folder with "
-            "config.json and the weights (*.safetensors or *.bin); bring it here and name it by --model"
+            f"--model {name}: no such folder, not in the cache, and cannot be fetched from {constants.ENDPOINT} "
+            f"({_cause(error)}); where there is a network, `hf download {name} --local-dir {name.partition('/')[2]}` "
+            "makes a folder with config.json and weights (*.safetensors or *.bin); bring it here and name it by --model"
         ) from error
     raise DownloadError(f"--model {name}: {constants.ENDPOINT} has no weights of it (*.safetensors or *.bin)")
 

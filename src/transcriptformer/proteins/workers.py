@@ -90,7 +90,7 @@ def share_batches(batches: Iterable[Batch], job: Job, devices: Sequence[torch.de
     with _processes(job, devices) as processes:
         busy = list(processes)
         for pipe in busy:
-            pipe.send(next(waiting, None))
+            _give(pipe, next(waiting, None))
         while busy:
             ready = multiprocessing.connection.wait(busy)
             for pipe in [pipe for pipe in busy if pipe in ready]:
@@ -108,7 +108,12 @@ def share_batches(batches: Iterable[Batch], job: Job, devices: Sequence[torch.de
                     busy.remove(pipe)
                     continue
                 yield answer
-                pipe.send(next(waiting, None))
+                _give(pipe, next(waiting, None))
+
+
+def _give(pipe: Connection, batch: Batch | None) -> None:
+    with suppress(OSError):  # the process is gone, which is noticed when its answer is waited for
+        pipe.send(batch)
 
 
 @contextmanager
