@@ -52,6 +52,26 @@ def test_ids_with_dots_are_kept_but_told(tmp_path: Path, caplog: pytest.LogCaptu
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "id_from", "shared"),
+    [
+        (["gene:Aqu2.1.01", "gene:Aqu2.1.02"], "gene", "Aqu2 for Aqu2.1.01 and Aqu2.1.02"),
+        (["gene:G1.1 gene_symbol:X", "gene:G2.1 gene_symbol:X"], "gene_symbol", "X for G1.1 and G2.1"),
+    ],
+)
+def test_genes_that_get_the_same_id_are_told(
+    fields: list[str], id_from: str, shared: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_fasta(tmp_path / "proteins.fa", [(f"P{i} {field}", "MKV") for i, field in enumerate(fields)])
+    assert len(set(genes(path, id_from))) == 1
+    assert f"1 ids stand for several genes each, which are taken for one: {shared}" in caplog.text
+
+
+def test_isoforms_of_a_gene_are_nothing_to_tell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert genes(write_fasta(tmp_path / "proteins.fa", [(f"P{i} gene:G1.7", "MKV") for i in range(3)])) == ["G1"] * 3
+    assert caplog.text == ""
+
+
 def test_masked_letters_count_as_others_and_windows_line_ends_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "proteins.fa"
     path.write_bytes(b"\r\n>P1 gene:G1\r\nmkvLA*\r\nX\r\n\r\n>P2 gene:G2\r\nMK\r\n")

@@ -52,6 +52,7 @@ def read_proteins(path: Path, id_from: str = GENE) -> list[Protein]:
     gene_of = _gene_reader(id_from)
     proteins: list[Protein] = []
     seen: dict[str, int] = {}
+    full_ids: dict[str, dict[str, None]] = {}
     with _open_fasta(path) as file:
         for number, (header, sequence) in enumerate(_records(file, path), start=1):
             name = header.partition(" ")[0]
@@ -66,11 +67,13 @@ def read_proteins(path: Path, id_from: str = GENE) -> list[Protein]:
             if name in seen:
                 raise DataError(f"{where}: the protein {name} is there twice, first as record {seen[name]}")
             seen[name] = number
+            full_ids.setdefault(gene, {})[_field(header, "gene") or gene] = None
             proteins.append(Protein(gene, sequence.upper()))
     if not proteins:
         raise DataError(f"{path}: empty, there is no protein in it")
     _refuse_nucleotides(path, proteins)
     _warn_about_dots(path, proteins)
+    _warn_about_shared_ids(path, full_ids)
     return proteins
 
 
@@ -179,4 +182,15 @@ def _warn_about_dots(path: Path, proteins: list[Protein]) -> None:
             "%s: %d gene ids hold a dot, such as %s; `inference` reads ids of cells up to the first dot, and will not "
             "find these",
             *(path, len(with_dots), next(iter(with_dots))),
+        )
+
+
+def _warn_about_shared_ids(path: Path, full_ids: dict[str, dict[str, None]]) -> None:
+    """Tell of genes that differ only behind the dot, or have the same symbol."""
+    shared = {gene: list(full) for gene, full in full_ids.items() if len(full) > 1}
+    if shared:
+        gene, full = next(iter(shared.items()))
+        logger.warning(
+            "%s: %d ids stand for several genes each, which are taken for one: %s for %s and %s",
+            *(path, len(shared), gene, full[0], full[1]),
         )
