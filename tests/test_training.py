@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.commands import COMMAND, finish, start
-from tests.training_runs import GENE_FILE, SMALL, config_of, losses, weights, write_cells
+from tests.training_runs import GENE_FILE, SMALL, assert_same_run, config_of, losses, weights, write_cells
 from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.config import load_config
 from transcriptformer.errors import CheckpointError, DataError, TrainingError, UsageError
@@ -138,9 +138,7 @@ def test_a_resumed_run_equals_an_unbroken_one(cells: Path, tmp_path: Path, ended
     with pytest.raises(EndedError):
         fit(config_of(tmp_path / "ended", cells, **settings), end_at(ended_at))
     fit(config_of(tmp_path / "ended", cells, resume=True, **settings))
-    np.testing.assert_array_equal(losses(tmp_path / "ended"), losses(tmp_path / "unbroken"))
-    ended, unbroken = weights(tmp_path / "ended"), weights(tmp_path / "unbroken")
-    assert all(torch.equal(ended[name], unbroken[name]) for name in unbroken)
+    assert_same_run(tmp_path / "ended", tmp_path / "unbroken")
 
 
 @pytest.mark.parametrize("ended_at", [11, 15, 21])
@@ -151,7 +149,7 @@ def test_a_resumed_run_stops_as_early_as_an_unbroken_one(cells: Path, tmp_path: 
     with pytest.raises(EndedError):
         fit(config_of(tmp_path / "ended", cells, **settings), end_at(ended_at))
     fit(config_of(tmp_path / "ended", cells, resume=True, **settings))
-    np.testing.assert_array_equal(losses(tmp_path / "ended"), losses(tmp_path / "unbroken"))
+    assert_same_run(tmp_path / "ended", tmp_path / "unbroken")
 
 
 def test_more_readers_than_streams_would_change_the_order_and_are_not_resumed_with(cells: Path, tmp_path: Path) -> None:
@@ -240,7 +238,7 @@ def test_killed_at_random_moments_and_resumed_equals_unbroken(cells: Path, tmp_p
         finish(process, kill_after=rng.random() * 2)
     done = finish(start([*command, "--resume"]))
     assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(losses(tmp_path / "killed"), losses(tmp_path / "unbroken"))
+    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_batch(cells: Path, tmp_path: Path) -> None:
@@ -314,4 +312,4 @@ except OutputError as error:
     assert {path.name for path in (tmp_path / "run" / "state").glob("*ckpt*")} == {"last.ckpt", "best.ckpt"}
     fit(config_of(tmp_path / "run", cells, save_every=2, resume=True))
     fit(config_of(tmp_path / "unbroken", cells, save_every=2))
-    np.testing.assert_array_equal(losses(tmp_path / "run"), losses(tmp_path / "unbroken"))
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")

@@ -63,6 +63,24 @@ def losses(folder: Path) -> np.ndarray:
     return np.array([[float(v or "nan") for k, v in row.items() if k != "seconds"] for row in rows])
 
 
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """The same steps over the same genes, with the same losses and weights.
+
+    Rounding in a matrix product depends on where in memory it lies, so that numbers agree to float32's precision.
+    """
+    steps, wanted = (
+        [(row["step"], row["genes"], row["learning_rate"]) for row in read_metrics(run / "metrics.csv")]
+        for run in (folder, expected)
+    )
+    assert steps == wanted
+    np.testing.assert_allclose(losses(folder), losses(expected), rtol=1e-5)
+    ours, theirs = weights(folder), weights(expected)
+    assert ours.keys() == theirs.keys()
+    joined = (torch.cat([run[name].ravel() for name in theirs]) for run in (ours, theirs))
+    a, b = joined
+    assert float((a - b).norm() / b.norm()) < 1e-5
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Of the checkpoint that came out."""
     return torch.load(folder / "checkpoint" / "model_weights.pt", weights_only=True)
