@@ -1,5 +1,8 @@
 """The numbers, the paths and the pipeline on a CUDA device; skipped where there is none (`make test-gpu`)."""
 
+from pathlib import Path
+from typing import Any
+
 import anndata
 import numpy as np
 import pytest
@@ -7,13 +10,16 @@ import torch
 
 from tests.golden_cases import CELLS, CHECKPOINT, TOLERANCE, GoldenCase, relative_error, synthetic_cases
 from tests.h5ad_files import random_adata
+from tests.training_runs import config_of, losses, write_cells
 from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.config import load_config
 from transcriptformer.data.dataset import Batch
 from transcriptformer.inference import embed, make_module
 from transcriptformer.lightning import TranscriptFormerModule
-from transcriptformer.model.attention import blockwise_attention, count_bias, plain_attention
+from transcriptformer.model.attention import Attention, blockwise_attention, count_bias, plain_attention
 from transcriptformer.model.flex_attention import flex_attention
+from transcriptformer.model.trainable_attention import trainable_attention
+from transcriptformer.training import fit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,3 +117,34 @@ def test_a_second_run_of_the_same_checkpoint_is_the_same() -> None:
     checkpoint = load_checkpoint(CHECKPOINT, load_config(CHECKPOINT, options))
     first, second = (embed([CELLS], checkpoint).obsm["embeddings"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("length", [100, 384, 700])
+@pytest.mark.parametrize("attention", [flex_attention, trainable_attention], ids=["flex", "blockwise"])
+def test_gradients_equal_the_definition(attention: Attention, length: int) -> None:
+    """Also of a query that sees no key, such as that of an unknown assay."""
+    found = []
+    for path in (attention, plain_attention):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, 4, length, 32, device="cuda", requires_grad=True) for _ in range(3))
+        bias, allowed = torch.rand(2, length, device="cuda"), torch.rand(2, length, device="cuda") > 0.2
+        allowed[0, 0] = False
+        output = path(q, k, v, bias, allowed, 10.0, False)
+        weights = torch.randn(output.shape, device="cuda")
+        found.append([output, *torch.autograd.grad(output, (q, k, v), weights)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["32", "16-mixed", "bf16-mixed"])
+def test_training_on_a_gpu_follows_that_on_a_cpu(tmp_path: Path, precision: str) -> None:
+    cells = write_cells(tmp_path / "cells.h5ad")
+    settings: dict[str, Any] = {"model__model_config__dropout": 0.0, "model__model_config__seq_len": 127}
+    fit(config_of(tmp_path / "cpu", cells, **settings))
+    fit(config_of(tmp_path / "gpu", cells, device="cuda", precision=precision, **settings))
+    np.testing.assert_allclose(
+        losses(tmp_path / "gpu"),
+        losses(tmp_path / "cpu"),
+        rtol=1e-3 if precision == "32" else HALF_TOLERANCE,
+        atol=1e-3,
+    )
