@@ -86,7 +86,8 @@ class Corpus:
                 columns = ", ".join(map(str, source.obs.columns)) or "none"
                 raise DataError(f"--label-column {column}: {source.name} has no such column of obs; it has: {columns}")
         codes, values = encode([source.obs for source in self.sources], column)
-        found = self.values(column)
+        n_learned = sum(len(source) for source in self.sources[: self.n_learned])
+        found = [values[code] for code in np.unique(codes[:n_learned]) if code >= 0]
         labels = found if known is None else list(known)
         if not 2 <= len(labels) <= MOST_LABELS:
             raise DataError(

@@ -70,12 +70,11 @@ def prepare(config: TrainConfig, corpus: Corpus) -> StartingPoint:
     if known_head is not None and training.label_column is None:
         logger.warning("the checkpoint's head for %r is left behind: no --label-column is given", known_head.column)
     if training.label_column is not None:
-        same = known_head is not None and known_head.column == training.label_column
-        labels, names = corpus.labels(training.label_column, known_head.labels if known_head and same else None)
-        label_head = (
-            known_head if same else LabelHead(training.label_column, names, config.model.model_config.embed_dim)
-        )
-        assert label_head is not None
+        if known_head is not None and known_head.column == training.label_column:
+            label_head = known_head
+        labels, names = corpus.labels(training.label_column, None if label_head is None else label_head.labels)
+        if label_head is None:
+            label_head = LabelHead(training.label_column, names, config.model.model_config.embed_dim)
         label_head.train().requires_grad_(True)
     if training.lora_rank:
         add_lora(model, training.lora_rank, training.lora_alpha)

@@ -16,7 +16,6 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from transcriptformer.baseline import Baseline, start_from_frequencies
 from transcriptformer.batching import training_limits
 from transcriptformer.corpus import Corpus
-from transcriptformer.data.dataset import BatchLimits
 from transcriptformer.device import choose_device, compute_dtype, is_out_of_memory, keep_freed_memory
 from transcriptformer.distributed import Processes, plan_processes
 from transcriptformer.errors import TrainingError
@@ -119,7 +118,7 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
     folder = TrainingFolder(Path(training.output_path))
     metrics = MetricsFile(folder.metrics)
     saving = Saving(folder, training, metrics, on_step)
-    trainer = _trainer(config, processes, folder, metrics, saving)
+    trainer = _trainer(config, device, processes, folder, metrics, saving)
     if not trainer.is_global_zero:  # one process tells what all of them find
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     corpus = Corpus(training, config.model.data_config)
@@ -138,7 +137,8 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
                 begin()
             logger.info("%s is complete already", folder.path)
         else:
-            limits = _limits(config, start, n_learned, n_weights, device, processes)
+            protein_dim = start.model.gene_embeddings.embedding.embedding_dim
+            limits = training_limits(config, device, protein_dim, n_learned, n_weights, processes.per_node)
             readers = corpus.readers(start.gene_vocab, start.aux_vocabs, config.model.model_config.seq_len)
             pad, n_tokens, ready = start.gene_vocab.pad, len(start.gene_vocab), _Ready(start, config, module, saving)
             data = TrainingData(corpus, readers, config, limits, pad, n_tokens, folder, processes.total, begin, ready)
@@ -151,10 +151,14 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
 
 
 def _trainer(
-    config: TrainConfig, processes: Processes, folder: TrainingFolder, metrics: MetricsFile, saving: Saving
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+    folder: TrainingFolder,
+    metrics: MetricsFile,
+    saving: Saving,
 ) -> pl.Trainer:
     training = config.training
-    device = choose_device(training.device)
     loggers: list[Logger] = [metrics]
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(folder.path, name="tensorboard", version=""))
@@ -194,18 +198,6 @@ class _Ready:
             "%d cells are learned from, %d validated on; %d steps, %d in an epoch",
             *(split.is_learned.sum(), split.is_validated.sum(), data.n_steps, data.epochs.n_steps(0)),
         )
-
-
-def _limits(
-    config: TrainConfig,
-    start: StartingPoint,
-    n_learned: int,
-    n_weights: int,
-    device: torch.device,
-    processes: Processes,
-) -> BatchLimits:
-    protein_dim = start.model.gene_embeddings.embedding.embedding_dim
-    return training_limits(config, device, protein_dim, n_learned, n_weights, processes.per_node)
 
 
 def _run(trainer: pl.Trainer, module: TrainingModule, data: TrainingData, state: Path | None) -> None:

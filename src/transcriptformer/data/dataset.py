@@ -41,6 +41,10 @@ class Batch(NamedTuple):
     gene_counts: Tensor
     aux_tokens: Tensor
 
+    def pinned(self) -> "Batch":
+        """The same in memory from which a GPU can fetch it by itself."""
+        return Batch(*(values.pin_memory() for values in self))
+
 
 @dataclass(frozen=True)
 class BatchLimits:
@@ -185,7 +189,7 @@ class BatchLoader:
     def _batches(self, blocks: Iterator[CellBlock]) -> Iterator[Batch]:
         for block in blocks:
             for batch in batches_of(block, self.limits, self.pad, self.seq_len, self.min_positions):
-                yield Batch(*(values.pin_memory() for values in batch)) if self.pin_memory else batch
+                yield batch.pinned() if self.pin_memory else batch
 
 
 def as_is(block: Any) -> Any:

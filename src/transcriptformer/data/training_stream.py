@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from transcriptformer.data.dataset import Batch, BatchLimits, CellBlock, as_is, batches_of
@@ -134,5 +133,5 @@ class StepLoader:
     def _steps(self, parts: Iterator[CellBlock]) -> Iterator[list[Batch]]:
         for first in parts:
             step = join([first, *(next(parts) for _ in range(self.n_parts - 1))])
-            batches = list(batches_of(step, self.limits, self.pad, self.seq_len))
-            yield [Batch(*map(torch.Tensor.pin_memory, batch)) for batch in batches] if self.pin_memory else batches
+            batches = batches_of(step, self.limits, self.pad, self.seq_len)
+            yield [batch.pinned() if self.pin_memory else batch for batch in batches]
