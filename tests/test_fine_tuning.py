@@ -122,7 +122,7 @@ def test_impossible_new_values_are_refused(
 
 def test_labels_are_learned_and_told_at_inference(cells: Path, tmp_path: Path) -> None:
     """In memory and through a file, with probabilities, and only where they are wanted."""
-    settings = {"gene_loss_weight": 0.0, "count_loss_weight": 0.0, "max_epochs": 25, "learning_rate": 0.01}
+    settings = {"gene_loss_weight": 0.0, "count_loss_weight": 0.0, "max_epochs": 50, "learning_rate": 0.01}
     trained = fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, label_column="cell_type", **settings))
     assert trained is not None
     assert trained.validation["validation_label_accuracy"] == 1

@@ -28,7 +28,9 @@ def test_results_and_gradients_equal_the_definition(length: int, softcap: float,
     plain = gradients(plain_attention, length, softcap, on_diagonal, torch.float32)
     assert len(ours) == 4
     for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        largest = b.abs().max().clamp(min=1)  # which float32 rounds against, in sums whose order the processor decides
+        torch.testing.assert_close(a / largest, b / largest, rtol=1e-5, atol=1e-5)
+        assert (a - b).norm() <= 1e-6 * b.norm().clamp(min=1)
 
 
 def test_half_precision_comes_near() -> None:
