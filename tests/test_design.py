@@ -9,6 +9,7 @@ SRC = Path(__file__).parents[1] / "src" / "transcriptformer"
 
 LAYERS = [
     {"errors"},
+    {"storage"},
     {"config", "vocab", "device", "fetch"},
     {"train_config"},
     {"http_file", "s3_object", "unpack"},

@@ -25,6 +25,10 @@ class OutputError(TranscriptFormerError):
     """A result that cannot be written where it should go."""
 
 
+class DamagedError(OutputError):
+    """A kept file that is missing, truncated or altered."""
+
+
 class TrainingError(TranscriptFormerError):
     """Training that cannot go on."""
 

@@ -1,0 +1,136 @@
+"""Files and folders that are whole or not there."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transcriptformer.errors import OutputError, one_line
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR)
+"""Errors of file systems, and of Windows, that do not sync folders."""
+
+
+@contextmanager
+def writing(path: Path, advice: str = "") -> Iterator[None]:
+    """Raise an OSError as OutputError: `path` cannot be written, and why; `advice` follows.
+
+    Raises
+    ------
+    OutputError
+        In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or one_line(error)}){advice}") from error
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file, then sync it and move it to `path`.
+
+    An older file stays until then. Whoever writes must be alone in the folder (`transcriptformer.storage.lock`).
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; `path` stays as it was.
+    """
+    temporary = temporary_path(path)
+    try:
+        with writing(path):
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        remove(temporary)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new temporary folder, then sync all that is in it and move it to `path`.
+
+    An older folder is set aside for the moment of the move, and put back if that fails or was cut off by a kill.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; `path` stays as it was.
+    """
+    temporary, older = temporary_path(path), path.with_name(f".{path.name}.old")
+    with writing(path):
+        if older.exists() and not path.exists():  # a kill came between the two moves
+            older.rename(path)
+        remove(older)
+        remove(temporary)
+        temporary.mkdir()
+    try:
+        with writing(path):
+            yield temporary
+            for folder, _, files in os.walk(temporary):
+                for name in files:
+                    sync(Path(folder, name))
+                sync_folder(Path(folder))
+            if path.exists():
+                path.rename(older)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if older.exists():
+                    older.rename(path)
+                raise
+            sync_folder(path.parent)
+    finally:
+        remove(temporary)
+        if path.exists():
+            remove(older)
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `path` is written before it is whole."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is safely on disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are safely on disk, on file systems that can tell."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder as far as possible; what stays is overwritten by the next attempt."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def check_room(path: Path, n_bytes: int, advice: str = "") -> None:
+    """Raise OutputError where the disk of `path` has no room for so many bytes; `advice` follows."""
+    free = shutil.disk_usage(path.parent).free
+    if free < n_bytes:
+        raise OutputError(
+            f"{path}: cannot be written: {n_bytes / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free{advice}"
+        )

@@ -1,0 +1,211 @@
+"""Sealed files: arrays, or JSON, with a checksum over everything; read back as they were written, or not at all.
+
+Arrays are stored in the safetensors format, which any of its readers opens. They are written and read here because
+large ones must neither be copied in memory to be written nor mapped to be read in parts.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from transcriptformer.errors import DamagedError, one_line
+from transcriptformer.storage.atomic import atomic_write
+
+Arrays = Mapping[str, np.ndarray | Sequence[np.ndarray]]
+"""Arrays by name; a sequence is written as one array, its items one below the other."""
+
+_DTYPES = {
+    "BOOL": np.dtype("?"),
+    "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NO_SEAL = "0" * 64
+_SEAL, _METADATA = "sha256", "__metadata__"
+_MOST_HEADER = 2**20
+_CHUNK = 2**20
+
+
+class Stored(NamedTuple):
+    """Where an array lies in a sealed file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def write_sealed(path: Path, arrays: Arrays, metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays of booleans, uint8, int32, int64, float32 or float64; the file is whole or not there.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    parts = {name: [a] if isinstance(a, np.ndarray) else list(a) for name, a in arrays.items()}
+    header: dict[str, Any] = {_METADATA: {**(metadata or {}), _SEAL: _NO_SEAL}}
+    end = 0
+    for name, several in parts.items():
+        start, end = end, end + sum(array.nbytes for array in several)
+        shape = [sum(len(array) for array in several), *several[0].shape[1:]] if several[0].ndim else []
+        dtype = _NAMES[several[0].dtype.newbyteorder("<")]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        for block in _blocks(text, parts):
+            digest.update(block)
+            file.write(block)
+        file.seek(8 + text.index(_NO_SEAL.encode()))
+        file.write(digest.hexdigest().encode())
+
+
+def _blocks(text: bytes, parts: Mapping[str, Sequence[np.ndarray]]) -> Iterator[Any]:
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for several in parts.values():
+        for array in several:
+            yield np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+
+
+class SealedFile:
+    """A sealed file, opened for reading; `verify` compares its checksum.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Attributes
+    ----------
+    metadata
+        What was said when it was written.
+    arrays
+        Where each array lies.
+
+    Raises
+    ------
+    DamagedError
+        If it cannot be read, or is not a sealed file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._header = file.read(length) if length <= _MOST_HEADER else b""
+            header = json.loads(self._header)
+            self.metadata: dict[str, str] = header.pop(_METADATA)
+            self._seal = self.metadata.pop(_SEAL)
+            self.arrays = {
+                name: Stored(_DTYPES[a["dtype"]], tuple(a["shape"]), 8 + length + int(a["data_offsets"][0]))
+                for name, a in header.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise damaged(path, error) from error
+
+    def verify(self) -> None:
+        """Read all of it and raise DamagedError where a single bit differs from what was written."""
+        digest = hashlib.sha256(len(self._header).to_bytes(8, "little"))
+        digest.update(self._header.replace(self._seal.encode(), _NO_SEAL.encode(), 1))
+        try:
+            with self.path.open("rb") as file:
+                file.seek(8 + len(self._header))
+                while block := file.read(_CHUNK):
+                    digest.update(block)
+        except OSError as error:
+            raise damaged(self.path, error) from error
+        if digest.hexdigest() != self._seal:
+            raise damaged(self.path)
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole array.
+
+        Raises
+        ------
+        DamagedError
+            If it cannot be read.
+        """
+        array = self.arrays[name]
+        n_items = int(np.prod(array.shape, dtype=np.int64))
+        try:
+            values = np.fromfile(self.path, array.dtype, n_items, offset=array.offset)
+            return values.reshape(array.shape)
+        except (OSError, ValueError) as error:
+            raise damaged(self.path, error) from error
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of an array from `start` to before `stop`; errors as for `read`."""
+        array = self.arrays[name]
+        width = int(np.prod(array.shape[1:], dtype=np.int64))
+        offset = array.offset + start * width * array.dtype.itemsize
+        try:
+            values = np.fromfile(self.path, array.dtype, (stop - start) * width, offset=offset)
+            return values.reshape(stop - start, *array.shape[1:])
+        except (OSError, ValueError) as error:
+            raise damaged(self.path, error) from error
+
+
+def read_sealed(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a sealed file, verified.
+
+    Raises
+    ------
+    DamagedError
+        If it is missing, truncated or altered.
+    """
+    file = SealedFile(path)
+    file.verify()
+    return {name: file.read(name) for name in file.arrays}
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON with a checksum; the file is whole or not there.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    text = json.dumps({_SEAL: _json_seal(values), "values": values}, indent=1)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises
+    ------
+    DamagedError
+        If it is missing, truncated or altered.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        values = content["values"]
+        if content[_SEAL] == _json_seal(values):
+            return values
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(path, error) from error
+    raise damaged(path)
+
+
+def _json_seal(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def damaged(path: Path, error: Exception | None = None) -> DamagedError:
+    """What to say of a file that is not as it was written."""
+    if isinstance(error, OSError):
+        return DamagedError(f"{path}: cannot be read ({error.strerror or os.strerror(error.errno or 0)})")
+    return DamagedError(f"{path}: truncated or damaged ({one_line(error) if error else 'its checksum differs'})")
