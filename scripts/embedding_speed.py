@@ -25,8 +25,7 @@ from transcriptformer.lightning import TranscriptFormerModule
 from transcriptformer.model.flex_attention import ATTENTION
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.output import to_anndata, write_anndata
-from transcriptformer.parts import layout_of
-from transcriptformer.recording import MemoryRecorder
+from transcriptformer.recording import MemoryRecorder, layout_of
 
 MATRIX_REPEATS = 5
 

@@ -36,7 +36,7 @@ def test_statistics_count_cells_and_average_their_counts() -> None:
 
 
 def test_statistics_are_read_as_they_were_written(tmp_path: Path) -> None:
-    path = tmp_path / "statistics.npz"
+    path = tmp_path / "statistics.safetensors"
     statistics = GeneStatistics.of([tokens([[7, 8]], [[2, 4]])], n_tokens=10)
     statistics.save(path)
     again = GeneStatistics.load(path)

@@ -170,6 +170,20 @@ def test_gene_embeddings_are_the_same_written_in_blocks(
         np.testing.assert_array_equal(result[key], expected[key])
 
 
+@pytest.mark.parametrize("n_empty", [1, 2, 5])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_cells_without_genes_may_follow_one_with_more_genes_than_a_block(
+    n_empty: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transcriptformer.output.BLOCK_BYTES", 128)  # one gene of width 32
+    full, empty = [[1, 2, 3, 4, 5]] * 2, [[0] * 5] * n_empty
+    counts = {"first": [*empty, *full], "middle": [full[0], *empty, full[1]], "last": [*full, *empty]}[place]
+    make_adata(counts).write_h5ad(tmp_path / "cells.h5ad")
+    uns = run_on(tmp_path / "cells.h5ad", tmp_path / "out", emb_type="cge").uns
+    assert uns["cge_cell_indices"].tolist() == [row for row, of_cell in enumerate(counts) for n in of_cell if n]
+    assert uns["cge_embeddings"].shape == (10, 32)
+
+
 def test_cells_without_any_gene_have_no_gene_embeddings(tmp_path: Path) -> None:
     make_adata([[0, 0], [0, 0], [0, 0]]).write_h5ad(tmp_path / "empty.h5ad")
     make_adata([[0, 0], [1, 2], [0, 0]]).write_h5ad(tmp_path / "one.h5ad")
@@ -187,7 +201,7 @@ def test_a_zarr_store_replaces_the_old_one_when_it_is_whole(tmp_path: Path) -> N
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".embeddings.h5ad.4711.tmp").write_bytes(b"half")
+    (tmp_path / ".embeddings.h5ad.tmp").write_bytes(b"half")
     write_anndata(make_adata([[1]]), tmp_path / "embeddings.h5ad")
     assert [path.name for path in tmp_path.iterdir()] == ["embeddings.h5ad"]
 

@@ -13,7 +13,8 @@ from tests.golden_cases import CELLS, CHECKPOINT, relative_error
 from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.config import Config, load_config
 from transcriptformer.inference import embed, run
-from transcriptformer.pooling import NO_GROUP, Pool, PoolWriter, read_pools, rows_pooled
+from transcriptformer.pooling import NO_GROUP, Pool, PoolWriter, drop_overlapping, read_pools, rows_pooled
+from transcriptformer.storage.atomic import temporary_path
 from transcriptformer.vocab import read_gene_ids
 
 TOLERANCE = 1e-6
@@ -129,23 +130,40 @@ def test_saved_pools_of_all_attempts_and_processes_add_up_to_the_whole(tmp_path:
     def new_pool() -> Pool:
         return Pool(groups, N_TOKENS, WIDTH)
 
-    first = PoolWriter(tmp_path, 0, new_pool())
+    first = PoolWriter(tmp_path, 0, new_pool(), "run")
     first.add(batch([0, 2]))
     first.flush()
     first.add(batch([1]))  # lost: the process is killed before it saves
     assert rows_pooled(tmp_path, 8).nonzero()[0].tolist() == [0, 2]
-    (tmp_path / "0001-00000.tmp").write_bytes(b"PK half a file")  # by a kill while it saved
-    before = (tmp_path / "0001-00000.pool").read_bytes()
+    temporary_path(first.path).write_bytes(b"half a file")  # by a kill while it saved
+    before = first.path.read_bytes()
     for process, rows in ((0, [1, 7]), (1, [3, 4]), (0, [5, 6])):
-        again = PoolWriter(tmp_path, process, new_pool())
+        again = PoolWriter(tmp_path, process, new_pool(), "run")
         for row in rows:
             again.add(batch([row]))
             again.flush()
     assert rows_pooled(tmp_path, 8).all()
-    assert (tmp_path / "0001-00000.pool").read_bytes() == before
+    assert first.path.read_bytes() == before
+    drop_overlapping(tmp_path, 8)
     whole, saved = new_pool(), new_pool()
     whole.add(batch(list(range(8))))
     read_pools(tmp_path, saved)
     (table, means), (saved_table, saved_means) = table_of(whole), table_of(saved)
     pd.testing.assert_frame_equal(table, saved_table)
     np.testing.assert_allclose(means, saved_means, rtol=0, atol=1e-6)
+
+
+def test_cells_that_two_saved_pools_hold_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    groups = np.zeros(6, np.int32)
+    for rows in ([0, 1], [1, 2], [3]):
+        writer = PoolWriter(tmp_path, len(rows), Pool(groups, N_TOKENS, WIDTH), "run")
+        writer.add(batch(rows))
+        writer.flush()
+    drop_overlapping(tmp_path, 6)
+    assert "holds cells that another file holds too" in caplog.text
+    done = rows_pooled(tmp_path, 6)
+    assert done.nonzero()[0].tolist() in ([0, 1, 3], [1, 2, 3])
+    saved, expected = Pool(groups, N_TOKENS, WIDTH), Pool(groups, N_TOKENS, WIDTH)
+    read_pools(tmp_path, saved)
+    expected.add(batch(done.nonzero()[0].tolist()))
+    np.testing.assert_allclose(table_of(saved)[1], table_of(expected)[1], rtol=0, atol=1e-6)

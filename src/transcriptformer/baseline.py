@@ -1,6 +1,5 @@
 """What a model that knows no context would reach: how often each gene occurs, and how high its count is."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transcriptformer.data.dataset import Batch
 from transcriptformer.data.tokenize import Tokens
 from transcriptformer.model.losses import zero_truncated_poisson_nll
 from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.storage.sealed import read_json, read_sealed, write_json, write_sealed
 
 SMOOTHING = 0.5
 """Added to how often each token occurs, for what was not seen is not impossible."""
@@ -54,15 +54,13 @@ class GeneStatistics:
         return np.log(smoothed / smoothed.sum())
 
     def save(self, path: Path) -> None:
-        """Write to an npz file."""
-        with path.open("wb") as file:
-            np.savez(file, occurrences=self.occurrences, rates=self.rates)
+        """Write to a sealed file."""
+        write_sealed(path, {"occurrences": self.occurrences, "rates": self.rates})
 
     @classmethod
     def load(cls, path: Path) -> "GeneStatistics":
-        """Read what `save` wrote."""
-        with np.load(path) as arrays:
-            return cls(arrays["occurrences"], arrays["rates"])
+        """Read what `save` wrote; DamagedError where it is not as it was."""
+        return cls(**read_sealed(path))
 
 
 class Baseline(NamedTuple):
@@ -81,12 +79,12 @@ class Baseline(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Write to a JSON file."""
-        path.write_text(json.dumps(self._asdict()), encoding="utf-8")
+        write_json(path, self._asdict())
 
     @classmethod
     def load(cls, path: Path) -> "Baseline":
-        """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Read what `save` wrote; DamagedError where it is not as it was."""
+        return cls(**read_json(path))
 
 
 def measure_baseline(

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from transcriptformer.vocab import (
     read_protein_embeddings,
 )
 
+LABEL_HEAD = "label_head.pt"
 _EMBEDDING = "gene_embeddings.embedding.weight"
 
 
@@ -83,6 +85,14 @@ class Checkpoint:
         """SHA-256 of `model_weights.pt`, as `sha256sum` prints it."""
         with (self.path / "model_weights.pt").open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def identify_vocabularies(self) -> dict[str, str]:
+        """Hashes of what tells tokens and labels: genes and metadata by their ids, and the label head's file."""
+        values = {"genes": self.gene_vocab.names().tolist(), "metadata": {c: v.ids for c, v in self.aux_vocabs.items()}}
+        hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in values.items()}
+        if self.label_head is not None:
+            hashes["label head"] = hashlib.sha256((self.path / LABEL_HEAD).read_bytes()).hexdigest()
+        return hashes
 
 
 def load_checkpoint(path: Path, config: Config) -> Checkpoint:
@@ -143,7 +153,7 @@ def read_label_head(path: Path) -> LabelHead | None:
     CheckpointError
         If it is damaged.
     """
-    file = path / "label_head.pt"
+    file = path / LABEL_HEAD
     if not file.exists():
         return None
     try:

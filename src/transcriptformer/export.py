@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transcriptformer.errors import OutputError, one_line
 from transcriptformer.model.label_head import LabelHead
+from transcriptformer.storage.atomic import atomic_folder
 from transcriptformer.train_config import TrainedModel
 from transcriptformer.vocab import AuxVocab
 
@@ -53,28 +54,24 @@ def write_checkpoint(
     OutputError
         If it cannot be written; nothing is left under the folder's name then.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        (temporary / "vocabs").mkdir(parents=True)
-        for file in gene_files:
-            shutil.copyfile(file, temporary / "vocabs" / file.name)
-        for column, vocab in aux_vocabs.items():
-            text = json.dumps(vocab.ids, indent=1, ensure_ascii=False)
-            (temporary / "vocabs" / f"{column}_vocab.json").write_text(text, encoding="utf-8")
-        torch.save(
-            {name: weight.detach().cpu().float().contiguous() for name, weight in weights.items()},
-            temporary / "model_weights.pt",
-        )
-        if label_head is not None:
-            torch.save(label_head.to_file(), temporary / "label_head.pt")
-        text = json.dumps({"model": published_config(model)}, indent=2)
-        (temporary / "config.json").write_text(text, encoding="utf-8")
-        temporary.rename(folder)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer has an error of its own for a full disk
+        with atomic_folder(folder) as temporary:
+            (temporary / "vocabs").mkdir()
+            for file in gene_files:
+                shutil.copyfile(file, temporary / "vocabs" / file.name)
+            for column, vocab in aux_vocabs.items():
+                text = json.dumps(vocab.ids, indent=1, ensure_ascii=False)
+                (temporary / "vocabs" / f"{column}_vocab.json").write_text(text, encoding="utf-8")
+            torch.save(
+                {name: weight.detach().cpu().float().contiguous() for name, weight in weights.items()},
+                temporary / "model_weights.pt",
+            )
+            if label_head is not None:
+                torch.save(label_head.to_file(), temporary / "label_head.pt")
+            text = json.dumps({"model": published_config(model)}, indent=2)
+            (temporary / "config.json").write_text(text, encoding="utf-8")
+    except RuntimeError as error:  # PyTorch's writer has an error of its own for a full disk
         raise OutputError(f"{folder}: cannot be written ({one_line(error)})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def published_config(model: TrainedModel) -> dict[str, Any]:

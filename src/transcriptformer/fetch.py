@@ -25,7 +25,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import filelock
 import tenacity
 
-from transcriptformer.errors import DownloadError
+from transcriptformer.errors import DownloadError, OutputError
+from transcriptformer.storage.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -459,10 +460,11 @@ def writing_to(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, values: object) -> None:
     """Write a small file that is whole whenever it is there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with writing_to(path):
-        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        temporary.replace(path)
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    except OutputError as error:
+        raise DownloadError(f"{error}; what is there already is kept for the next try") from error
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,18 +13,32 @@ import pytorch_lightning as pl
 from transcriptformer.batching import batch_limits
 from transcriptformer.checkpoint import Checkpoint
 from transcriptformer.data.dataset import BatchLoader
-from transcriptformer.data.store import Location
+from transcriptformer.data.store import Location, identify_location
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.device import compute_dtype
-from transcriptformer.errors import OutputError
+from transcriptformer.errors import DamagedError, OutputError
 from transcriptformer.inputs import Inputs
-from transcriptformer.output import check_room, pooled_to_anndata, provenance_of, write_anndata, write_cells
-from transcriptformer.parts import Parts, PartWriter, layout_of
-from transcriptformer.pooling import Pool, PoolWriter, read_pools, rows_pooled
-from transcriptformer.recording import Recorder, Recording
-from transcriptformer.workspace import Workspace, identify
+from transcriptformer.output import pooled_to_anndata, provenance_of, write_anndata, write_cells
+from transcriptformer.pooling import POOLS, Pool, PoolWriter, drop_overlapping, read_pools, rows_pooled
+from transcriptformer.recording import Recorder, Recording, layout_of
+from transcriptformer.storage.atomic import check_room
+from transcriptformer.storage.results import Pieces, PieceWriter, drop_damaged
+from transcriptformer.storage.workspace import Workspace, flat
 
 logger = logging.getLogger(__name__)
+
+_FREE_TO_CHANGE = {
+    "model.data_config.n_data_workers",
+    "model.data_config.block_size",
+    *(
+        f"model.inference_config.{name}"
+        for name in (
+            *("batch_size", "tokens_per_batch", "device", "attention", "num_gpus", "num_nodes", "oom_dataloader"),
+            *("resume", "output_path", "output_filename", "pretrained_embedding"),
+        )
+    ),
+}
+"""Settings that say how to compute, not what; a run may go on with others. (Files are compared by what is in them.)"""
 
 
 class FileRun(pl.LightningDataModule):
@@ -60,27 +76,46 @@ class FileRun(pl.LightningDataModule):
         self.layout = layout_of(self.inference, checkpoint.width, checkpoint.label_head is not None)
         self.survey: Survey | None = None
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides about the numbers."""
-        dtype = str(compute_dtype(self.inference.precision, self.checkpoint.device))
-        return identify(self.locations, self.checkpoint.config, dtype, self.weights_sha256())
+        """What decides about the numbers: settings, inputs, checkpoint; as it was when the run began."""
+        return {
+            "settings": {
+                **{key: value for key, value in flat(asdict(self.checkpoint.config)) if key not in _FREE_TO_CHANGE},
+                "type of matrix products": str(compute_dtype(self.inference.precision, self.checkpoint.device)),
+            },
+            "inputs": [identify_location(location) for location in self.locations],
+            "pretrained embeddings": [identify_location(Path(file)) for file in self.inference.pretrained_embedding],
+            "checkpoint": {"weights": self.weights_sha256(), **self.checkpoint.identify_vocabularies()},
+        }
 
     def prepare_data(self) -> None:
         """Read through the inputs and make the workspace, or see that it is of this very run; in one process only."""
-        if not self.inference.resume:
-            self.workspace.refuse_leftover()
         if self.workspace.exists:
-            self.workspace.check_same(self.identity())
-            self.workspace.lock()
-            self.survey = self.workspace.survey()
+            self.workspace.check_same(self.identity)
+            self.survey = self._kept_survey()
+            self._drop_unusable()
         else:
-            self.survey = survey_cells(self.inputs.readers, self.checkpoint.config.model.data_config)
-            self.workspace.create(self.identity(), self.survey)
+            self.survey = self._new_survey()
+            with self.workspace.create(self.identity):
+                self.survey.save(self._survey_file)
         self.workspace.note_done(self._is_done())
+
+    def _kept_survey(self) -> Survey:
+        try:
+            return Survey.load(self._survey_file)
+        except DamagedError as error:
+            logger.warning("%s; all cells are read again", error)
+        survey = self._new_survey()
+        survey.save(self._survey_file)
+        return survey
+
+    def _new_survey(self) -> Survey:
+        return survey_cells(self.inputs.readers, self.checkpoint.config.model.data_config)
 
     def setup(self, stage: str) -> None:
         """Find out what there is to do; in every process."""
-        self.survey = self.workspace.survey()
+        self.survey = Survey.load(self._survey_file)
         self.is_done = self.workspace.done()
         n_done = int(self.is_done.sum())
         self.recording.expect(self.survey.n_kept, self.open_recorder, n_done)
@@ -98,14 +133,18 @@ class FileRun(pl.LightningDataModule):
     def open_recorder(self, process: int) -> Recorder:
         """Where the results of a process go."""
         if self.inference.cge_pool is None:
-            return PartWriter(self.workspace.folder, process, self.layout)
-        return PoolWriter(self.workspace.folder, process, self._new_pool())
+            return PieceWriter(self.workspace.folder, process, self.layout, self.workspace.run_id)
+        return PoolWriter(self.workspace.folder, process, self._new_pool(), self.workspace.run_id)
 
     def tell_what_is_kept(self) -> None:
         """Log what a run that ends early leaves behind; a workspace without results goes."""
         if self.survey is None:
             return
-        n_done = int(self._is_done().sum())
+        try:
+            n_done = int(self._is_done().sum())
+        except DamagedError as error:
+            logger.warning("%s", error)
+            return
         if n_done == 0:
             self.workspace.remove()
         else:
@@ -115,23 +154,24 @@ class FileRun(pl.LightningDataModule):
             )
 
     def write(self) -> None:
-        """Make the result of all parts, and remove these.
+        """Make the result of all pieces, and remove these.
 
         Raises
         ------
         OutputError
-            If it cannot be written; the parts stay.
+            If it cannot be written, or pieces are missing or damaged; the others stay.
         """
         assert self.survey is not None
         survey = self.survey
+        self._drop_unusable()
         missing = survey.n_kept - int(self._is_done().sum())
         if missing:
             raise OutputError(
-                f"{self.workspace.folder}: {missing} of {survey.n_kept} cells are missing, as if another process "
-                "had been killed; run the same command with --resume"
+                f"{self.workspace.folder}: {missing} of {survey.n_kept} cells are missing: another process was "
+                "killed, or what was kept is damaged; run the same command with --resume"
             )
         sha256 = self.weights_sha256()
-        provenance = provenance_of(self.locations, self.checkpoint, sha256, self.identity())
+        provenance = provenance_of(self.locations, self.checkpoint, sha256, self.identity)
         names, output = self.checkpoint.gene_vocab.names(), self.workspace.output
         if self.inference.cge_pool is not None:
             pool = self._new_pool()
@@ -139,11 +179,26 @@ class FileRun(pl.LightningDataModule):
             table = pool.table(names, self.inputs.groups(survey)[1], self.inputs.group_column)
             write_anndata(pooled_to_anndata(*table, provenance), output)
         else:
-            parts = Parts(self.workspace.folder, self.layout)
-            check_room(output, parts.n_bytes)
+            pieces = Pieces(self.workspace.folder, self.layout)
+            advice = "; everything is computed and kept: make room, then run the same command with --resume"
+            check_room(output, pieces.n_bytes, advice)
             obs_blocks, label_head = partial(self.inputs.obs_blocks, survey), self.checkpoint.label_head
-            write_cells(output, survey.n_kept, obs_blocks, parts, names, provenance, label_head)
+            write_cells(output, survey.n_kept, obs_blocks, pieces, names, provenance, label_head)
         self.workspace.remove()
+
+    @property
+    def _survey_file(self) -> Path:
+        return self.workspace.folder / "survey.safetensors"
+
+    def _drop_unusable(self) -> None:
+        """Delete what is kept and cannot be relied on."""
+        assert self.survey is not None
+        folder, run = self.workspace.folder, self.workspace.run_id
+        if self.inference.cge_pool is None:
+            drop_damaged(folder, Pieces.PATTERN, run)
+        else:
+            drop_damaged(folder, POOLS, run)
+            drop_overlapping(folder, self.survey.n_kept)
 
     def _is_done(self) -> np.ndarray:
         """Mask of the kept cells whose results are safely on disk."""
@@ -151,7 +206,7 @@ class FileRun(pl.LightningDataModule):
         n_cells = self.survey.n_kept
         if self.inference.cge_pool is not None:
             return rows_pooled(self.workspace.folder, n_cells)
-        return Parts(self.workspace.folder, self.layout).is_done(n_cells)
+        return Pieces(self.workspace.folder, self.layout).is_done(n_cells)
 
     def _new_pool(self) -> Pool:
         assert self.survey is not None

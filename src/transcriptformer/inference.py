@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,11 +27,10 @@ from transcriptformer.inputs import Inputs
 from transcriptformer.lightning import EmbeddingModule, Esm2CEModule, TranscriptFormerModule
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.output import check_writable, pooled_to_anndata, provenance_of, read_provenance, to_anndata
-from transcriptformer.parts import layout_of
 from transcriptformer.pooling import Pool
-from transcriptformer.recording import MemoryRecorder, OnProgress, Recording
+from transcriptformer.recording import MemoryRecorder, OnProgress, Recording, layout_of
+from transcriptformer.storage.workspace import Workspace, differences
 from transcriptformer.trainer import plain_lightning, quiet_lightning
-from transcriptformer.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
 
@@ -156,14 +156,17 @@ def run(
     if checkpoint.device.type == "cpu":
         keep_freed_memory()
     processes = plan_processes(inference, checkpoint.device)
-    with ThreadPoolExecutor(1) as background:
+    workspace, recording = Workspace(output), Recording(on_progress)
+    trainer = _trainer(checkpoint, processes, recording)
+    if not trainer.is_global_zero:  # one process tells what all of them find
+        logging.getLogger("transcriptformer").setLevel(logging.ERROR)
+    with (
+        workspace.locked(inference.resume) if trainer.is_global_zero else nullcontext(),
+        ThreadPoolExecutor(1) as background,
+    ):
         sha256 = background.submit(checkpoint.weights_sha256)
-        workspace, recording = Workspace(output), Recording(on_progress)
-        trainer = _trainer(checkpoint, processes, recording)
-        if not trainer.is_global_zero:  # one process tells what all of them find
-            logging.getLogger("transcriptformer").setLevel(logging.ERROR)
         file_run = FileRun(locations, checkpoint, workspace, sha256.result, recording, processes.per_node)
-        if inference.resume and not workspace.exists and _is_complete(output, file_run.identity()):
+        if inference.resume and not workspace.exists and _is_complete(output, file_run.identity):
             logger.info("%s is complete already", output)
             workspace.remove()  # of which a kill may have left something
             return output
@@ -177,7 +180,6 @@ def run(
                 file_run.tell_what_is_kept()
             raise
         finally:
-            workspace.unlock()
             file_run.inputs.close()
     return output
 

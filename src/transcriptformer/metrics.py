@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 from pytorch_lightning.loggers import Logger
 
-from transcriptformer.training_folder import whole, writing
+from transcriptformer.storage.atomic import atomic_write, writing
 
 _MEASURED = ("loss", "gene_nll", "count_nll", "label_loss", "label_accuracy")
 
@@ -62,7 +62,7 @@ class MetricsFile(Logger):
         rows = (
             [row for row in read_metrics(self.path) if int(row["step"]) <= step] if step and self.path.exists() else []
         )
-        with whole(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
@@ -109,5 +109,5 @@ def plot_losses(metrics: Path, picture: Path, baseline: float | None) -> None:
             axes.axhline(baseline, linestyle="--", linewidth=1, color="gray", label="genes and counts by frequency")
         axes.set(xlabel="step", ylabel="loss (nats)")
         axes.legend(frameon=False)
-        with whole(picture) as temporary:
+        with atomic_write(picture) as temporary:
             figure.savefig(temporary, dpi=150, format="png")

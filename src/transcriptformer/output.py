@@ -1,14 +1,11 @@
 """Results become an AnnData, in memory, in an h5ad file or in a zarr store. The only place that names their keys."""
 
-import glob
-import io
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol
 
 import anndata
@@ -19,9 +16,11 @@ import zarr
 
 from transcriptformer.checkpoint import Checkpoint
 from transcriptformer.data.store import Location
-from transcriptformer.errors import DataError, OutputError, UsageError
+from transcriptformer.errors import DataError, UsageError
 from transcriptformer.model.label_head import LabelHead
-from transcriptformer.parts import LABEL, LABEL_PROBABILITY, Layout
+from transcriptformer.storage.atomic import atomic_folder, atomic_write
+from transcriptformer.storage.hdf5 import NewHdf5, new_hdf5
+from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, Layout
 
 EMBEDDINGS_KEY, LLH_KEY, PROVENANCE_KEY = "embeddings", "llh", "transcriptformer"
 CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY = "cge_embeddings", "cge_cell_indices", "cge_gene_names"
@@ -145,7 +144,7 @@ def write_cells(
             start = stop
         if "embeddings" in layout:
             stream = _RowStream(root, f"obsm/{EMBEDDINGS_KEY}", n_cells)
-            step = max(1, BLOCK_BYTES // layout["embeddings"].record.itemsize)
+            step = max(1, BLOCK_BYTES // layout["embeddings"].record_bytes)
             for start in range(0, n_cells, step):
                 stream.write(results.read("embeddings", start, min(start + step, n_cells)))
         if "llh" in layout:
@@ -174,7 +173,7 @@ def _write_gene_embeddings(root: h5py.File | zarr.Group, results: Results, gene_
     embeddings, cells, genes = (
         _RowStream(root, f"uns/{key}", int(n_genes.sum())) for key in (CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY)
     )
-    most = max(1, BLOCK_BYTES // results.layout["cge_embeddings"].record.itemsize)
+    most = max(1, BLOCK_BYTES // results.layout["cge_embeddings"].record_bytes)
     for start, stop in _blocks_of_genes(n_genes, most):
         embeddings.write(results.read_genes("cge_embeddings", start, stop))
         cells.write(np.repeat(np.arange(start, stop), n_genes[start:stop]))
@@ -270,21 +269,10 @@ def check_writable(path: Path, option: str = "--output-path") -> None:
         raise UsageError(f"{path}: is a folder; the result needs another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(path)
-        temporary.touch()
-        temporary.unlink()
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
     except OSError as error:
         raise UsageError(f"{option} {path.parent}: {path.name} cannot be written there ({error.strerror})") from error
-
-
-def check_room(path: Path, n_bytes: int) -> None:
-    """Raise OutputError where the disk of `path` has no room for a result of that size."""
-    free = shutil.disk_usage(path.parent).free
-    if free < n_bytes:
-        raise OutputError(
-            f"{path}: cannot be written: {n_bytes / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free; "
-            "everything is computed and kept: make room, then run the same command with --resume"
-        )
 
 
 @contextmanager
@@ -306,82 +294,12 @@ def new_file(path: Path) -> Iterator[h5py.File | zarr.Group]:
     OutputError
         If the disk is full or the folder cannot be written to.
     """
-    temporary = _temporary(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a run that was killed while it wrote
-        _remove(left)
-    try:
-        with _open_new(temporary, path.suffix == ".zarr") as root:
-            yield root
-        _move_into_place(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        _remove(temporary)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-@contextmanager
-def _open_new(path: Path, as_zarr: bool) -> Iterator[h5py.File | zarr.Group]:
-    if as_zarr:
-        yield zarr.open_group(str(path), mode="w", zarr_format=anndata.settings.zarr_write_format)
-        return
-    with _ForgivingFile(path, "w+") as raw:
-        with h5py.File(raw, "w") as file:
+    if path.suffix == ".zarr":
+        with atomic_folder(path) as folder:
+            yield zarr.open_group(str(folder), mode="w", zarr_format=anndata.settings.zarr_write_format)
+    else:
+        with atomic_write(path) as temporary, new_hdf5(temporary) as file:
             yield file
-        if raw.error is not None:
-            raise raw.error
-        os.fsync(raw.fileno())
-
-
-class _ForgivingFile(io.FileIO):
-    """A file whose writing may fail without HDF5 noticing, for it takes the process down when it cannot close a file.
-
-    Attributes
-    ----------
-    error
-        The first failure.
-    """
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write all of `data`, or remember why not."""
-        left = memoryview(data).cast("B")
-        n_bytes = len(left)
-        try:
-            while left and self.error is None:
-                left = left[super().write(left) :]
-        except OSError as error:
-            self.error = error
-        return n_bytes
-
-    def truncate(self, size: int | None = None) -> int:
-        """Change the length, or remember why not."""
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size or 0
-
-
-def _move_into_place(temporary: Path, path: Path) -> None:
-    if path.is_dir():  # a zarr store cannot be replaced in one step
-        replaced = temporary.with_suffix(".old")
-        path.rename(replaced)
-        temporary.rename(path)
-        shutil.rmtree(replaced)
-    else:
-        temporary.replace(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -402,6 +320,7 @@ def _blocks_of_genes(n_genes: np.ndarray, most: int) -> Iterator[tuple[int, int]
         before = ends[start - 1] if start else 0
         first_gene = int(np.searchsorted(ends, before, side="right"))
         stop = max(first_gene + 1, int(np.searchsorted(ends, before + most, side="right")))
+        stop = min(stop, len(n_genes))  # beyond which it is where no cell that follows has a gene
         yield start, stop
         start = stop
 
@@ -421,6 +340,8 @@ class _RowStream:
 
     def write(self, block: pd.DataFrame | np.ndarray) -> None:
         """Append rows."""
+        if isinstance(self.root, NewHdf5):
+            self.root.check()
         here = slice(self.n_written, self.n_written + len(block))
         if self.n_written == 0:
             self._write_first(block)

@@ -1,6 +1,7 @@
 """Contextual gene embeddings pooled as they come: a mean vector and a count per gene, or per gene and group."""
 
-import os
+import logging
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from transcriptformer.errors import OutputError
 from transcriptformer.output import GENE_COLUMN, N_CELLS_COLUMN
-from transcriptformer.parts import SECONDS_AT_RISK, cannot_write, new_part
+from transcriptformer.storage.atomic import remove
+from transcriptformer.storage.results import RUN, SECONDS_AT_RISK, cannot_keep
+from transcriptformer.storage.sealed import SealedFile, write_sealed
+
+logger = logging.getLogger(__name__)
 
 NO_GROUP = -1
 """Cells of this group are left out."""
@@ -91,16 +97,41 @@ class Pool:
         return table, means
 
 
-class PoolWriter:
-    """A pool that is saved, with the rows it has taken, every now and then: one file, replaced as a whole."""
+POOLS = "pool-*.safetensors"
+"""Names of the files that pools are kept in."""
 
-    def __init__(self, folder: Path, number: int, pool: Pool) -> None:
-        self.path = new_part(folder, number, "pool")
+
+class PoolWriter:
+    """A pool that is saved, with the rows it has taken, every now and then: one sealed file, replaced as a whole.
+
+    Parameters
+    ----------
+    folder
+        Where it is saved; it exists.
+    process
+        Number of the process.
+    pool
+        Where the results go.
+    run
+        The run that they belong to.
+    """
+
+    def __init__(self, folder: Path, process: int, pool: Pool, run: str) -> None:
+        self.path, self.run = folder / f"pool-{process:05}-{secrets.token_hex(4)}.safetensors", run
         self.pool, self.rows = pool, np.zeros(len(pool.group_of_row), bool)
         self.last_saved, self.seconds_to_save, self.n_unsaved = time.monotonic(), 0.0, 0
+        self.failure: OutputError | None = None
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
-        """Take the results of a batch; saving takes at most about a twentieth of the time."""
+        """Take the results of a batch; saving takes at most about a twentieth of the time.
+
+        Raises
+        ------
+        OutputError
+            If the pool cannot be saved, now or earlier.
+        """
+        if self.failure is not None:
+            raise self.failure
         self.pool.add(values)
         self.rows[values["rows"]] = True
         self.n_unsaved += len(values["rows"])
@@ -113,41 +144,49 @@ class PoolWriter:
         Raises
         ------
         OutputError
-            If there is no room; what was saved before stays.
+            If the pool cannot be saved, now or earlier; what was saved before stays.
         """
+        if self.failure is not None:
+            raise self.failure
         if self.n_unsaved:
             started, n = time.monotonic(), len(self.pool.slots)
-            temporary = self.path.with_suffix(".tmp")
+            arrays = {
+                "rows": np.packbits(self.rows),
+                "keys": self.pool.keys,
+                "sums": self.pool.sums[:n],
+                "counts": self.pool.counts[:n],
+            }
             try:
-                with temporary.open("wb") as file:
-                    np.savez(
-                        file,
-                        rows=np.packbits(self.rows),
-                        keys=self.pool.keys,
-                        sums=self.pool.sums[:n],
-                        counts=self.pool.counts[:n],
-                    )
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self.path)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise cannot_write(self.path.parent, error) from error
+                write_sealed(self.path, arrays, {RUN: self.run})
+            except OutputError as error:
+                self.failure = cannot_keep(self.path.parent, error)
+                raise self.failure from error
             self.n_unsaved, self.seconds_to_save = 0, time.monotonic() - started
         self.last_saved = time.monotonic()
+
+
+def drop_overlapping(folder: Path, n_rows: int) -> None:
+    """Delete saved pools with a row that another one has too, as a process that outlived its run may leave them."""
+    taken = np.zeros(n_rows, bool)
+    for path in sorted(folder.glob(POOLS)):
+        rows = np.unpackbits(SealedFile(path).read("rows"), count=n_rows).astype(bool)
+        if (taken & rows).any():
+            logger.warning("%s: holds cells that another file holds too; its results are computed again", path)
+            remove(path)
+        else:
+            taken |= rows
 
 
 def rows_pooled(folder: Path, n_rows: int) -> np.ndarray:
     """Mask (n_rows,) of the rows that the saved pools in a folder have taken."""
     done = np.zeros(n_rows, bool)
-    for path in folder.glob("*.pool"):
-        with np.load(path) as saved:
-            done |= np.unpackbits(saved["rows"], count=n_rows).astype(bool)
+    for path in folder.glob(POOLS):
+        done |= np.unpackbits(SealedFile(path).read("rows"), count=n_rows).astype(bool)
     return done
 
 
 def read_pools(folder: Path, pool: Pool) -> None:
     """Add all saved pools in a folder to `pool`."""
-    for path in sorted(folder.glob("*.pool")):
-        with np.load(path) as saved:
-            pool.add_sums(saved["keys"], saved["sums"], saved["counts"])
+    for path in sorted(folder.glob(POOLS)):
+        saved = SealedFile(path)
+        pool.add_sums(saved.read("keys"), saved.read("sums"), saved.read("counts"))

@@ -1,5 +1,6 @@
 """Predictions leave the Trainer: into memory, or into parts on disk."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -10,16 +11,35 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from transcriptformer.config import InferenceConfig
 from transcriptformer.errors import OutputError
 from transcriptformer.lightning import Prediction
-from transcriptformer.parts import N_GENES, ROWS, Layout
+from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, N_GENES, ROWS, Field, Layout
 from transcriptformer.trainer import SIGTERM_EXIT_CODE
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
 """Called with how many cells are done and how many there are."""
 
 BATCHES_WAITING = 2
 """Batches whose results may be on their way while the next one is computed."""
+
+
+def layout_of(inference: InferenceConfig, width: int, with_labels: bool = False) -> Layout:
+    """The results that are wanted, for embeddings of that width, and whether labels are told."""
+    layout: dict[str, Field] = {}
+    if "embeddings" in inference.output_keys and inference.emb_type == "cell":
+        layout["embeddings"] = Field("float32", width)
+    elif "embeddings" in inference.output_keys:
+        layout[N_GENES] = Field("int32")
+        layout["genes"] = Field("int32", per_gene=True)
+        layout["cge_embeddings"] = Field("float32", width, per_gene=True)
+    if "llh" in inference.output_keys:
+        layout["llh"] = Field("float32")
+    if with_labels:
+        layout |= {LABEL: Field("int32"), LABEL_PROBABILITY: Field("float32")}
+    return layout
 
 
 class Recorder(Protocol):
@@ -35,7 +55,7 @@ class Recorder(Protocol):
 
 
 class MemoryRecorder:
-    """Keeps results of `n_cells` cells in memory; reads like `transcriptformer.parts.Parts`."""
+    """Keeps results of `n_cells` cells in memory; reads like `transcriptformer.storage.results.Pieces`."""
 
     def __init__(self, layout: Layout, n_cells: int) -> None:
         self.layout = layout
@@ -129,11 +149,15 @@ class Recording(pl.Callback):
         trainer.strategy.barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Keep what is there."""
+        """Keep what is there; a recorder that has failed keeps no more."""
         if self.thread is not None:
             self.thread.shutdown()
-        if self.recorder is not None and not self._is_orphan(trainer) and not isinstance(exception, OutputError):
-            self.recorder.flush()
+        if self.recorder is not None and not self._is_orphan(trainer):
+            try:
+                self.recorder.flush()
+            except OutputError as error:
+                if error is not exception:
+                    logger.warning("%s", error)
 
     def _await_recording(self, trainer: pl.Trainer, most_waiting: int) -> None:
         """Let no more than so many batches wait; an error in recording one of them is raised here."""

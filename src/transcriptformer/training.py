@@ -15,7 +15,9 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from transcriptformer.baseline import Baseline, start_from_frequencies
 from transcriptformer.batching import training_limits
+from transcriptformer.checkpoint import LABEL_HEAD
 from transcriptformer.corpus import Corpus
+from transcriptformer.data.store import identify_location
 from transcriptformer.device import choose_device, compute_dtype, is_out_of_memory, keep_freed_memory
 from transcriptformer.distributed import Processes, plan_processes
 from transcriptformer.errors import TrainingError
@@ -24,12 +26,12 @@ from transcriptformer.metrics import MetricsFile, plot_losses, read_metrics
 from transcriptformer.model.lora import merged_state_dict
 from transcriptformer.saving import OnStep, Saving
 from transcriptformer.starting_point import StartingPoint, count_parameters, prepare
+from transcriptformer.storage.workspace import flat
 from transcriptformer.train_config import TrainConfig
 from transcriptformer.trainer import plain_lightning, quiet_lightning
 from transcriptformer.training_data import TrainingData, count_streams
 from transcriptformer.training_folder import TrainingFolder, WholeFiles
 from transcriptformer.training_module import TrainingModule, Weights
-from transcriptformer.workspace import flat, identify_location
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +240,8 @@ def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, 
     training = config.training
     start = [Path(file) for file in training.protein_embeddings]
     if training.checkpoint_path is not None:
-        start.append(Path(training.checkpoint_path) / "model_weights.pt")
+        folder = Path(training.checkpoint_path)
+        start += [folder / "model_weights.pt", *sorted((folder / "vocabs").iterdir()), *folder.glob(LABEL_HEAD)]
     return {
         "settings": {key: value for key, value in flat(asdict(config)) if key not in _FREE_TO_CHANGE},
         "streams": n_streams,

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from transcriptformer.baseline import GeneStatistics, measure_baseline
+from transcriptformer.baseline import Baseline, GeneStatistics, measure_baseline
 from transcriptformer.corpus import Corpus, Split
 from transcriptformer.data.dataset import Batch, BatchLimits, BatchLoader
 from transcriptformer.data.epochs import Epochs
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.data.training_stream import StepLoader, TrainingDataset
-from transcriptformer.errors import UsageError
+from transcriptformer.errors import DamagedError, UsageError
 from transcriptformer.train_config import TrainConfig
-from transcriptformer.training_folder import TrainingFolder, whole
+from transcriptformer.training_folder import TrainingFolder
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class TrainingData(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Read every cell once and measure the baseline, unless an earlier run has; in one process only."""
         self.begin()
-        if self.folder.survey.is_file() and self.folder.baseline.is_file():
+        if self._is_prepared():
             return
         data = self.config.model.data_config
         survey = survey_cells(self.readers, data)
@@ -83,12 +83,23 @@ class TrainingData(pl.LightningDataModule):
         model, loss = self.config.model.model_config, self.config.model.loss_config
         batches = islice(self._validation_batches(split, 0, 1), BATCHES_FOR_BASELINE)
         baseline = measure_baseline(statistics, batches, self.pad, model, loss, data.clip_counts)
-        with whole(self.folder.survey) as temporary:
-            survey.save(temporary)
-        with whole(self.folder.statistics) as temporary:
-            statistics.save(temporary)
-        with whole(self.folder.baseline) as temporary:
-            baseline.save(temporary)
+        survey.save(self.folder.survey)
+        statistics.save(self.folder.statistics)
+        baseline.save(self.folder.baseline)
+
+    def _is_prepared(self) -> bool:
+        """Whether an earlier run has left what is to be known of the cells, undamaged."""
+        kept = (self.folder.survey, self.folder.statistics, self.folder.baseline)
+        if not any(path.exists() for path in kept):
+            return False
+        try:
+            Survey.load(self.folder.survey)
+            GeneStatistics.load(self.folder.statistics)
+            Baseline.load(self.folder.baseline)
+        except DamagedError as error:
+            logger.warning("%s; all cells are read again", error)
+            return False
+        return True
 
     def setup(self, stage: str) -> None:
         """Find out which cells there are and how many steps; in every process."""

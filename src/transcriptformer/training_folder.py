@@ -1,18 +1,21 @@
 """The folder of a training run: what comes out, and what a killed run goes on from."""
 
-import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from transcriptformer.errors import CheckpointError, OutputError, UsageError, one_line
-from transcriptformer.workspace import acquire, check_same
+from transcriptformer.errors import CheckpointError, DamagedError, OutputError, UsageError, one_line
+from transcriptformer.storage.atomic import atomic_write, writing
+from transcriptformer.storage.lock import RunLock
+from transcriptformer.storage.sealed import read_json, write_json
+from transcriptformer.storage.workspace import check_same
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingFolder:
@@ -30,9 +33,9 @@ class TrainingFolder:
         self.config, self.metrics, self.plot = path / "config.yaml", path / "metrics.csv", path / "loss.png"
         self.run = self.state / "run.json"
         self.last, self.best = self.state / "last.ckpt", self.state / "best.ckpt"
-        self.survey, self.statistics = self.state / "survey.npz", self.state / "statistics.npz"
+        self.survey, self.statistics = self.state / "survey.safetensors", self.state / "statistics.safetensors"
         self.baseline = self.state / "baseline.json"
-        self._lock = filelock.FileLock(self.state / "lock")
+        self._lock = RunLock(self.state / "lock")
 
     @property
     def is_complete(self) -> bool:
@@ -53,54 +56,30 @@ class TrainingFolder:
         """
         with writing(self.path):
             self.state.mkdir(parents=True, exist_ok=True)
-        acquire(self._lock, self.path)
-        if self.run.is_file() and (self.last.is_file() or self.is_complete):
+        self._lock.acquire(self.path)
+        if self.last.is_file() or self.is_complete:
             if not resume:
                 raise UsageError(
                     f"--output-path {self.path}: holds an earlier run; add --resume to go on with it, or name another "
                     "folder"
                 )
-            check_same(json.loads(self.run.read_text(encoding="utf-8")), identity, self.path)
+            try:
+                check_same(read_json(self.run), identity, self.path)
+            except DamagedError as error:
+                raise DamagedError(f"{error}; delete {self.path} to begin anew") from error
             return
-        for old in (self.survey, self.statistics, self.baseline, self.best):
-            old.unlink(missing_ok=True)
-        with whole(self.config) as temporary:
+        if resume and self.run.is_file():
+            logger.warning("%s: missing; training begins anew", self.last)
+        with writing(self.path):
+            for old in (self.survey, self.statistics, self.baseline, self.best):
+                old.unlink(missing_ok=True)
+        with atomic_write(self.config) as temporary:
             temporary.write_text(config_yaml, encoding="utf-8")
-        with whole(self.run) as temporary:
-            temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        write_json(self.run, identity)
 
     def end(self) -> None:
         """Let other runs in."""
         self._lock.release()
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise what keeps a file from being written as OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or one_line(error)})") from error
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write a file under, which is moved into place when it is safely on disk.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written; what was there before stays.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with writing(path):
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -116,7 +95,7 @@ class WholeFiles(TorchCheckpointIO):
         """
         final = Path(path)
         try:
-            with whole(final) as temporary:
+            with atomic_write(final) as temporary:
                 torch.save(checkpoint, temporary)
         except (OutputError, RuntimeError) as error:  # PyTorch's writer has an error of its own for a full disk
             kept = f"; {final} is still that of an earlier step" if final.exists() else ""
@@ -133,6 +112,10 @@ class WholeFiles(TorchCheckpointIO):
             If it is damaged.
         """
         try:
+            with zipfile.ZipFile(path) as file:  # PyTorch does not compare the checksums
+                damaged = file.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(damaged)
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the reader raises whatever a damaged file leads it to
             raise CheckpointError(f"{path}: truncated or damaged; without it, the run begins anew") from error

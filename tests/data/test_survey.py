@@ -49,8 +49,8 @@ def test_blocks_change_nothing(block_size: int) -> None:
 
 def test_a_survey_is_found_again_in_its_file(tmp_path: Path) -> None:
     found = survey(CELLS)
-    found.save(tmp_path / "survey.npz")
-    again = Survey.load(tmp_path / "survey.npz")
+    found.save(tmp_path / "survey.safetensors")
+    again = Survey.load(tmp_path / "survey.safetensors")
     for name in ("kept", "lengths", "unknown_aux", "totals", "unseen", "n_fractional", "n_repeated_names"):
         np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
 

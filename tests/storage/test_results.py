@@ -1,4 +1,4 @@
-"""What is listed in a part is complete, whatever happened to the process that wrote it."""
+"""Pieces are whole or not there, and read as one table, whatever happened to the processes that wrote them."""
 
 import tempfile
 from itertools import pairwise
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tests.golden_cases import CHECKPOINT
 from transcriptformer.config import load_config
 from transcriptformer.errors import OutputError
-from transcriptformer.parts import Field, Parts, PartWriter, layout_of
+from transcriptformer.recording import layout_of
+from transcriptformer.storage.results import Field, Pieces, PieceWriter, drop_damaged
+from transcriptformer.storage.sealed import SealedFile
 
 PER_CELL = {"embeddings": Field("float32", 3), "llh": Field("float32")}
 PER_GENE = {
@@ -38,18 +40,23 @@ def results(rows: list[int]) -> dict[str, np.ndarray]:
     }
 
 
-def write_part(folder: Path, *batches: list[int], layout: dict[str, Field] = PER_GENE, process: int = 0) -> PartWriter:
-    writer = PartWriter(folder, process, layout)
+RUN = "a run"
+
+
+def write_pieces(
+    folder: Path, *batches: list[int], layout: dict[str, Field] = PER_GENE, process: int = 0, run: str = RUN
+) -> PieceWriter:
+    writer = PieceWriter(folder, process, layout, run)
     for rows in batches:
         writer.add(results(rows))
         writer.flush()
     return writer
 
 
-def assert_reads(parts: Parts, start: int, stop: int) -> None:
-    expected = results(parts.rows[start:stop].tolist())
-    for name, field in parts.layout.items():
-        read = parts.read_genes if field.per_gene else parts.read
+def assert_reads(pieces: Pieces, start: int, stop: int) -> None:
+    expected = results(pieces.rows[start:stop].tolist())
+    for name, field in pieces.layout.items():
+        read = pieces.read_genes if field.per_gene else pieces.read
         np.testing.assert_array_equal(read(name, start, stop), expected[name])
         assert read(name, start, stop).dtype == field.dtype
 
@@ -80,119 +87,96 @@ def test_cells_come_in_their_order_from_any_parts(
 ) -> None:
     n_rows = sum(len(rows) for _, batches in parts for rows in batches)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transcriptformer.parts._GAP", gap)
+        patch.setattr("transcriptformer.storage.results._GAP", gap)
         for process, batches in parts:
-            write_part(Path(folder), *batches, layout=layout, process=process)
-        table = Parts(Path(folder), layout)
+            write_pieces(Path(folder), *batches, layout=layout, process=process)
+        table = Pieces(Path(folder), layout)
         assert table.rows.tolist() == list(range(n_rows))
         assert table.is_done(n_rows + 2).tolist() == [True] * n_rows + [False] * 2
-        size = sum(path.stat().st_size for path in Path(folder).iterdir() if path.suffix != ".rows")
-        assert table.n_bytes == size
+        stored = [SealedFile(path).read(name) for path in Path(folder).iterdir() for name in layout]
+        assert table.n_bytes == sum(array.nbytes for array in stored)
         for ends in [(0, n_rows), *slices]:
             start, stop = sorted(min(end, n_rows) for end in ends)
             assert_reads(table, start, stop)
 
 
-@settings(max_examples=60)
-@given(data=st.data(), layout=st.sampled_from([PER_CELL, PER_GENE]))
-def test_a_write_that_was_cut_off_is_ignored_and_made_good_by_the_next_attempt(
-    data: st.DataObject, layout: dict[str, Field]
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other run", "not ours"])
+def test_a_damaged_or_foreign_piece_is_dropped_and_told_and_the_others_stay(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows: list[int] = data.draw(st.permutations(range(20)))
-    first, second = data.draw(st.integers(0, 10)), data.draw(st.integers(11, 20))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        writer = write_part(folder, *([rows[:first]] if first else []), layout=layout)
-        before = {field: len(contents(folder).get(f"{writer.stem.name}.{field}", b"")) for field in writer.layout}
-        writer.add(results(rows[first:second]))
+    write_pieces(tmp_path, [3, 14])
+    write_pieces(tmp_path, [7, 8], run="another" if damage == "other run" else RUN)
+    path = next(p for p in tmp_path.iterdir() if 8 in SealedFile(p).read("rows"))
+    content = path.read_bytes()
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    damaged = {"flip": flipped, "cut": content[:-9], "empty": b"", "not ours": b"\xff" * 100}
+    path.write_bytes(damaged.get(damage, content))
+    drop_damaged(tmp_path, Pieces.PATTERN, RUN)
+    assert f"{path}: " in caplog.text
+    assert "computed again" in caplog.text
+    pieces = Pieces(tmp_path, PER_GENE)
+    assert pieces.rows.tolist() == [3, 14]
+    assert_reads(pieces, 0, 2)
+
+
+def test_a_writer_that_has_failed_takes_nothing_more(tmp_path: Path) -> None:
+    folder = tmp_path / "pieces"
+    folder.mkdir()
+    writer = write_pieces(folder, [1, 2])
+    writer.add(results([3]))
+    folder.rename(tmp_path / "away")
+    with pytest.raises(OutputError, match=r"results cannot be written \(No such file or directory\)"):
         writer.flush()
-        # Fields are written one after the other: those before the cut are whole, those after it as they were.
-        cut = data.draw(st.sampled_from(list(writer.layout)))
-        n_listed = first
-        for i, field in enumerate(writer.layout):
-            path = writer.stem.with_name(f"{writer.stem.name}.{field}")
-            if field == cut:
-                size = data.draw(st.integers(before[field], path.stat().st_size - (field == "rows")))
-                n_listed = size // 8 if field == "rows" else first
-                os_truncate(path, size)
-            elif i > list(writer.layout).index(cut):
-                os_truncate(path, before[field])
-
-        kept = Parts(folder, layout)
-        assert kept.rows.tolist() == sorted(rows[:n_listed])
-        assert_reads(kept, 0, n_listed)
-        write_part(folder, rows[n_listed:], layout=layout)
-        whole = Parts(folder, layout)
-        assert whole.rows.tolist() == list(range(20))
-        assert_reads(whole, 0, 20)
+    (tmp_path / "away").rename(folder)
+    with pytest.raises(OutputError, match="results cannot be written"):
+        writer.add(results([4]))
+    with pytest.raises(OutputError, match="results cannot be written"):
+        writer.flush()
+    assert Pieces(folder, PER_GENE).rows.tolist() == [1, 2]
 
 
-def os_truncate(path: Path, size: int) -> None:
-    """Cut a file off; one that had not been begun is not there."""
-    if size:
-        with path.open("r+b") as file:
-            file.truncate(size)
-    elif path.suffix == ".rows":
-        path.write_bytes(b"")
-    else:
-        path.unlink()
-
-
-@pytest.mark.parametrize("layout", [PER_CELL, PER_GENE], ids=["per cell", "per gene"])
-def test_what_lies_beyond_the_listed_rows_is_ignored(layout: dict[str, Field], tmp_path: Path) -> None:
-    writer = write_part(tmp_path, [7, 3], [15], layout=layout)
-    for field, extra in zip(
-        writer.layout, (b"\xff" * 5, b"\x01" * 64, b"\xff" * 7, b"\x02" * 9, b"\3" * 7), strict=False
-    ):
-        path = writer.stem.with_name(f"{writer.stem.name}.{field}")
-        path.write_bytes(path.read_bytes() + extra[: 7 if field == "rows" else None])
-    parts = Parts(tmp_path, layout)
-    assert parts.rows.tolist() == [3, 7, 15]
-    assert_reads(parts, 0, 3)
-
-
-def test_a_new_attempt_leaves_older_parts_as_they_are(tmp_path: Path) -> None:
-    write_part(tmp_path, [1, 2])
-    write_part(tmp_path, process=1)  # killed before it wrote anything
+def test_a_new_attempt_leaves_older_pieces_as_they_are(tmp_path: Path) -> None:
+    write_pieces(tmp_path, [1, 2])
+    write_pieces(tmp_path, process=1)  # killed before it wrote anything
     before = contents(tmp_path)
-    write_part(tmp_path, [3])
-    write_part(tmp_path, [4], process=1)
-    write_part(tmp_path, [5])
+    write_pieces(tmp_path, [3])
+    write_pieces(tmp_path, [4], process=1)
+    write_pieces(tmp_path, [5])
     after = contents(tmp_path)
     assert {name: after[name] for name in before} == before
-    assert len({name.partition(".")[0] for name in after}) == 5
-    assert Parts(tmp_path, PER_GENE).rows.tolist() == [1, 2, 3, 4, 5]
+    assert len(after) == 4
+    assert Pieces(tmp_path, PER_GENE).rows.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_row_that_two_attempts_have_comes_once(tmp_path: Path) -> None:
-    write_part(tmp_path, [1, 2, 3])
-    write_part(tmp_path, [3, 2, 14])
-    parts = Parts(tmp_path, PER_GENE)
-    assert parts.rows.tolist() == [1, 2, 3, 14]
-    assert_reads(parts, 0, 4)
+    write_pieces(tmp_path, [1, 2, 3])
+    write_pieces(tmp_path, [3, 2, 14])
+    pieces = Pieces(tmp_path, PER_GENE)
+    assert pieces.rows.tolist() == [1, 2, 3, 14]
+    assert_reads(pieces, 0, 4)
 
 
-def test_a_folder_without_parts_has_no_rows(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, PER_GENE)
-    assert (len(parts.rows), parts.n_bytes) == (0, 0)
-    assert not parts.is_done(3).any()
+def test_a_folder_without_pieces_has_no_rows(tmp_path: Path) -> None:
+    pieces = Pieces(tmp_path, PER_GENE)
+    assert (len(pieces.rows), pieces.n_bytes) == (0, 0)
+    assert not pieces.is_done(3).any()
 
 
 @pytest.mark.parametrize(("limit", "value"), [("SECONDS_AT_RISK", 0), ("BYTES_AT_RISK", 50)])
 def test_results_wait_in_memory_neither_long_nor_in_great_number(
     limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = PartWriter(tmp_path, 0, PER_CELL)
+    writer = PieceWriter(tmp_path, 0, PER_CELL, RUN)
     writer.add(results([1, 2, 3]))
-    assert len(Parts(tmp_path, PER_CELL).rows) == 0
-    monkeypatch.setattr(f"transcriptformer.parts.{limit}", value)
+    assert len(Pieces(tmp_path, PER_CELL).rows) == 0
+    monkeypatch.setattr(f"transcriptformer.storage.results.{limit}", value)
     writer.add(results([4, 5]))
-    assert Parts(tmp_path, PER_CELL).rows.tolist() == [1, 2, 3, 4, 5]
+    assert Pieces(tmp_path, PER_CELL).rows.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_folder_that_went_away_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="results cannot be written"):
-        PartWriter(tmp_path / "gone", 0, PER_CELL)
+        write_pieces(tmp_path / "gone", [1])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transcriptformer.config import DataConfig
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.tokenize import cells_to_keep
 from transcriptformer.errors import DataError
+from transcriptformer.storage.sealed import read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +74,20 @@ class Survey:
         return float(self.unseen[self.kept].sum() / total) if total > 0 else 0.0
 
     def save(self, path: Path) -> None:
-        """Write to an npz file."""
-        with path.open("wb") as file:
-            arrays: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
-            np.savez(file, **arrays)
+        """Write to a sealed file."""
+        values = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        write_sealed(path, values)
 
     @classmethod
     def load(cls, path: Path) -> "Survey":
-        """Read what `save` wrote."""
-        with np.load(path) as arrays:
-            values = {name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays}
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        DamagedError
+            If the file is missing, truncated or altered.
+        """
+        values: dict[str, Any] = {name: a if a.ndim else a.item() for name, a in read_sealed(path).items()}
         return cls(**values)
 
 

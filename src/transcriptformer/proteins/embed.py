@@ -16,16 +16,18 @@ import numpy as np
 import torch
 
 from transcriptformer.data.dataset import BatchLimits, group_by_length
+from transcriptformer.data.store import identify_location
 from transcriptformer.device import choose_device, compute_dtype, count_devices
 from transcriptformer.errors import OutputError, UsageError
-from transcriptformer.output import check_room, check_writable, new_file
-from transcriptformer.parts import Parts
+from transcriptformer.output import check_writable, new_file
 from transcriptformer.proteins.esm2 import PUBLISHED, choose_layer, find_model, read_config, weight_files
 from transcriptformer.proteins.fasta import GENE, read_proteins
 from transcriptformer.proteins.isoforms import FIRST, ISOFORMS, Proteome, choose_isoforms
 from transcriptformer.proteins.workers import EMBEDDINGS, Batch, Job, embed_batches, share_batches
+from transcriptformer.storage.atomic import check_room
+from transcriptformer.storage.results import Pieces, drop_damaged
+from transcriptformer.storage.workspace import Workspace, differences
 from transcriptformer.vocab import read_protein_embeddings, write_protein_embeddings
-from transcriptformer.workspace import Workspace, differences, identify_location
 
 logger = logging.getLogger(__name__)
 
@@ -149,25 +151,24 @@ def embed_proteins(
     config = read_config(folder)
     layer = choose_layer(config, settings.layer)
     workspace = Workspace(output)
-    job = Job(folder, layer, settings.precision, workspace.folder, config.hidden_size)
     identity = _identify(fasta, proteome, settings, folder, layer, device)
     n_computed = 0
-    if settings.resume and not workspace.exists and _is_complete(output, identity):
-        logger.info("%s is complete already", output)
-    else:
-        _open(workspace, identity, settings.resume)
-        try:
-            n_computed = _compute(proteome, job, settings, devices, on_progress)
-            _write(output, proteome, job, identity)
-            workspace.remove()
-        except BaseException:
-            _tell_what_is_kept(workspace, job, len(proteome.sequences))
-            raise
-        finally:
-            workspace.unlock()
+    with workspace.locked(settings.resume):
+        if settings.resume and not workspace.exists and _is_complete(output, identity):
+            logger.info("%s is complete already", output)
+        else:
+            _open(workspace, identity)
+            job = Job(folder, layer, settings.precision, workspace.folder, workspace.run_id, config.hidden_size)
+            try:
+                n_computed = _compute(proteome, job, settings, devices, on_progress)
+                _write(output, proteome, job, identity)
+                workspace.remove()
+            except BaseException:
+                _tell_what_is_kept(workspace, job, len(proteome.sequences))
+                raise
     return Summary(
         len(proteome.genes),
-        job.width,
+        config.hidden_size,
         proteome.n_proteins,
         proteome.n_cut,
         proteome.n_replaced,
@@ -249,15 +250,14 @@ def _is_complete(output: Path, identity: dict[str, Any]) -> bool:
         return False
 
 
-def _open(workspace: Workspace, identity: dict[str, Any], resume: bool) -> None:
-    """Make the folder of the parts, or see that what is there is of this very run."""
-    if not resume:
-        workspace.refuse_leftover()
+def _open(workspace: Workspace, identity: dict[str, Any]) -> None:
+    """Make the folder of the results, or see that what is there is of this very run."""
     if workspace.exists:
         workspace.check_same(identity)
-        workspace.lock()
+        drop_damaged(workspace.folder, Pieces.PATTERN, workspace.run_id)
     else:
-        workspace.create(identity)
+        with workspace.create(identity):
+            pass
 
 
 def _compute(
@@ -267,9 +267,9 @@ def _compute(
     devices: list[torch.device],
     on_progress: Callable[[int, int], object],
 ) -> int:
-    """Embed every sequence that is not in the parts yet, and tell how many there were."""
+    """Embed every sequence that is not kept yet, and tell how many there were."""
     total = len(proteome.sequences)
-    is_done = Parts(job.parts, job.layout).is_done(total)
+    is_done = Pieces(job.pieces, job.layout).is_done(total)
     tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[devices[0].type]
     batches = plan_batches(proteome, tokens_per_batch, settings.max_length)
     batches = [batch for batch in batches if not is_done[batch.rows].all()]
@@ -288,12 +288,13 @@ def _compute(
 
 
 def _write(output: Path, proteome: Proteome, job: Job, identity: dict[str, Any]) -> None:
-    parts, total = Parts(job.parts, job.layout), len(proteome.sequences)
-    n_missing = total - len(parts.rows)
+    drop_damaged(job.pieces, Pieces.PATTERN, job.run)
+    pieces, total = Pieces(job.pieces, job.layout), len(proteome.sequences)
+    n_missing = total - len(pieces.rows)
     if n_missing:
-        raise OutputError(f"{job.parts}: {n_missing} of {total} sequences are missing; run the same with --resume")
+        raise OutputError(f"{job.pieces}: {n_missing} of {total} sequences are missing; run the same with --resume")
     check_room(output, len(proteome.genes) * job.width * 4)
-    embeddings = proteome.gene_means(parts.read(EMBEDDINGS, 0, total))
+    embeddings = proteome.gene_means(pieces.read(EMBEDDINGS, 0, total))
     with new_file(output) as file:
         write_protein_embeddings(file, proteome.genes, embeddings)
         file.attrs[PROVENANCE] = json.dumps({"version": version("transcriptformer"), "run": identity})
@@ -301,7 +302,7 @@ def _write(output: Path, proteome: Proteome, job: Job, identity: dict[str, Any])
 
 def _tell_what_is_kept(workspace: Workspace, job: Job, total: int) -> None:
     """Log what a run that ends early leaves behind; a workspace without results goes."""
-    n_done = len(Parts(job.parts, job.layout).rows)
+    n_done = len(Pieces(job.pieces, job.layout).rows)
     if n_done == 0:
         workspace.remove()
     else:

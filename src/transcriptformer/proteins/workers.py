@@ -1,4 +1,4 @@
-"""Batches of proteins go to one process or several, each of which appends what it computes to a part on disk."""
+"""Batches of proteins go to one process or several, each of which keeps what it computes as pieces on disk."""
 
 import logging
 import multiprocessing
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from transcriptformer.errors import TranscriptFormerError
-from transcriptformer.parts import ROWS, Field, PartWriter
 from transcriptformer.proteins.esm2 import Esm2
+from transcriptformer.storage.results import ROWS, Field, PieceWriter
 
 EMBEDDINGS = "embeddings"
 
@@ -42,8 +42,10 @@ class Job:
         Folder of the model.
     layer, precision
         As for `Esm2`.
-    parts
+    pieces
         Folder of the results; it exists.
+    run
+        The run that they belong to.
     width
         Of an embedding.
     """
@@ -51,17 +53,18 @@ class Job:
     model: Path
     layer: int
     precision: str
-    parts: Path
+    pieces: Path
+    run: str
     width: int
 
     @property
     def layout(self) -> dict[str, Field]:
-        """Of the parts."""
+        """Of the results."""
         return {EMBEDDINGS: Field("float32", self.width)}
 
 
 def embed_batches(batches: Iterable[Batch], job: Job, device: torch.device, number: int = 0) -> Generator[int]:
-    """Compute batches and append them to a part; yields the number of sequences after each.
+    """Compute batches and keep them as pieces; yields the number of sequences after each.
 
     Parameters
     ----------
@@ -69,13 +72,14 @@ def embed_batches(batches: Iterable[Batch], job: Job, device: torch.device, numb
         Of this process.
     """
     model = Esm2(job.model, job.layer, job.precision, device)
-    writer = PartWriter(job.parts, number, job.layout)
+    writer = PieceWriter(job.pieces, number, job.layout, job.run)
     try:
         for batch in batches:
             writer.add({ROWS: batch.rows, EMBEDDINGS: model.residue_means(batch.sequences)})
             yield len(batch.rows)
     finally:  # also what was computed before something went wrong
-        writer.flush()
+        if writer.failure is None:
+            writer.flush()
 
 
 def share_batches(batches: Iterable[Batch], job: Job, devices: Sequence[torch.device]) -> Generator[int]:
@@ -84,7 +88,7 @@ def share_batches(batches: Iterable[Batch], job: Job, devices: Sequence[torch.de
     Raises
     ------
     TranscriptFormerError
-        If one of them fails or is killed. What all of them have computed is in the parts.
+        If one of them fails or is killed. What all of them have computed is kept.
     """
     waiting = iter(batches)
     with _processes(job, devices) as processes:
