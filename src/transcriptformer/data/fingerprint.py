@@ -1,0 +1,303 @@
+"""Fingerprints of inputs: hashes of their contents that are cheap on files and stores of any size.
+
+Up to `WHOLE_BYTES`, every byte is hashed. Of more, the fingerprint covers the size, the hierarchy with all attributes,
+the indexes and row pointers, the stored size of every compressed chunk, and evenly spaced blocks of every array: a
+change of a few values, in place and between these blocks, escapes it.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import h5py
+import numpy as np
+import zarr
+
+from transcriptformer.data.store import Location, Store, damaged, is_url
+
+Hierarchy: TypeAlias = h5py.File | zarr.Group
+
+WHOLE_BYTES = 2**26
+"""Files and stores up to this size are hashed whole, and so are indexes and row pointers in larger ones."""
+
+SMALL_ARRAY_BYTES = 2**20
+"""Arrays up to this size are hashed whole."""
+
+BLOCK_BYTES = 2**16
+"""Size of a sampled block."""
+
+N_BLOCKS, N_REMOTE_BLOCKS = 128, 8
+"""Sampled blocks of an array or a file, and of an array behind a URL, where each costs a request."""
+
+MAX_CHUNKS = 2**20
+"""The chunks of an HDF5 array are not listed where there are more."""
+
+_CONTENT_HASHES = ("ETag", "md5Hash")
+"""What S3 and Google Cloud Storage call the hash of an object's content."""
+
+_UNLISTED = (
+    *("obs", "var", "X", "raw", "layers", "obsm", "varm", "uns"),
+    *("data", "indices", "indptr", "codes", "categories", "values", "mask"),
+)
+"""Names that an AnnData may hold; a web server cannot list what it serves."""
+
+
+def fingerprint(location: Location) -> str:
+    """Hash of what a file or store holds, independent of its path and modification time.
+
+    Parameters
+    ----------
+    location
+        A file, a folder or the URL of a zarr store.
+
+    Returns
+    -------
+    Hexadecimal digits. The same bytes have the same fingerprint; a store behind a URL has another one than its copy on
+    disk.
+
+    Raises
+    ------
+    DataError
+        If the location cannot be read.
+    UsageError
+        If nothing is there.
+    """
+    if is_url(location):
+        return _of_url(str(location))
+    path = Path(location)
+    try:
+        return _of_folder(path) if path.is_dir() else _of_file(path)
+    except OSError as error:
+        raise damaged(str(path), error) from error
+
+
+def fingerprint_file(path: Path) -> str:
+    """Hash of a file of any format: of all bytes up to `WHOLE_BYTES`, else of its size and evenly spaced blocks."""
+    digest = _Digest()
+    size = path.stat().st_size
+    digest.add(size)
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            digest.add(hashlib.file_digest(file, "sha256").digest())
+        else:
+            for start in _starts(size, BLOCK_BYTES, N_BLOCKS):
+                file.seek(start)
+                digest.add(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+class _Digest:
+    """SHA-256 of a sequence of values, each with its length, so that their borders count."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def add(self, *values: object) -> None:
+        for value in values:
+            data = value if isinstance(value, bytes) else str(value).encode(errors="surrogatepass")
+            self.sha256.update(len(data).to_bytes(8, "little"))
+            self.sha256.update(data)
+
+    def hexdigest(self) -> str:
+        return self.sha256.hexdigest()
+
+
+def _of_file(path: Path) -> str:
+    size = path.stat().st_size
+    if not h5py.is_hdf5(path):
+        return fingerprint_file(path)
+    digest = _Digest()
+    digest.add(size)
+    try:
+        with h5py.File(path, locking="best-effort") as file:
+            for linked in _linked_files(file):  # whose contents the file shows as its own
+                digest.add(fingerprint_file(linked))
+            if size > WHOLE_BYTES:
+                _add_hierarchy(digest, file, N_BLOCKS)
+                return digest.hexdigest()
+    except (OSError, RuntimeError):  # damaged: where the run reads it, it says so
+        digest.add("damaged")
+    digest.add(fingerprint_file(path))
+    return digest.hexdigest()
+
+
+def _of_folder(folder: Path) -> str:
+    """Names and sizes of all files, and the contents of a zarr store, or of files of another kind."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    digest = _Digest()
+    for path, size in zip(files, sizes, strict=True):
+        digest.add(path.relative_to(folder).as_posix(), size)
+    root = None if sum(sizes) <= WHOLE_BYTES else _open_zarr(folder)
+    if root is not None:
+        _add_hierarchy(digest, root, N_BLOCKS)
+    else:
+        digest.add(*map(fingerprint_file, files))
+    return digest.hexdigest()
+
+
+def _open_zarr(folder: Path) -> zarr.Group | None:
+    try:
+        return zarr.open_group(str(folder), mode="r")
+    except Exception:  # zarr raises whatever a folder of another kind leads it to
+        return None
+
+
+def _of_url(url: str) -> str:
+    digest = _Digest()
+    listing = _list_hashes(url)
+    if listing:
+        digest.add(*listing)
+        return digest.hexdigest()
+    root = Store(url).root
+    try:
+        _add_hierarchy(digest, root, N_REMOTE_BLOCKS)
+    except Exception as error:  # zarr and its stores raise whatever the other side answers
+        raise damaged(url, error) from error
+    return digest.hexdigest()
+
+
+def _list_hashes(url: str) -> list[str]:
+    """Name, size and content hash of every object below `url`; empty where the store does not list them."""
+    if url.startswith(("http://", "https://")):
+        return []
+    try:
+        import fsspec  # not there without the extra that reads URLs
+
+        files, folder = fsspec.core.url_to_fs(url)
+        files.invalidate_cache()
+        found = files.find(folder, detail=True)
+    except Exception:  # fsspec's file systems raise whatever the other side answers
+        return []
+    lines = []
+    for name, info in sorted(found.items()):
+        hashes = [str(info[key]) for key in _CONTENT_HASHES if info.get(key)]
+        if not hashes:
+            return []
+        lines.append(f"{name.removeprefix(folder)} {info.get('size')} {hashes[0]}")
+    return lines
+
+
+def _add_hierarchy(digest: _Digest, root: Hierarchy, n_blocks: int) -> None:
+    """Add names, attributes, shapes and types of all objects, and blocks of all arrays."""
+    objects = list(_objects(root))
+    _add_attributes(digest, root)
+    frames = {path: _text(element.attrs.get("_index")) for path, element in objects if not hasattr(element, "shape")}
+    is_small = sum(_n_bytes(element) for _, element in objects if hasattr(element, "shape")) <= WHOLE_BYTES
+    for path, element in objects:
+        digest.add(path)
+        _add_attributes(digest, element)
+        if hasattr(element, "shape"):
+            digest.add(element.shape, element.dtype)
+            parent, _, name = path.rpartition("/")
+            is_index = name == "indptr" or name == frames.get(parent)
+            whole = is_small or _n_bytes(element) <= (WHOLE_BYTES if is_index else SMALL_ARRAY_BYTES)
+            _add_array(digest, element, whole, n_blocks)
+
+
+def _objects(root: Hierarchy) -> Iterator[tuple[str, Any]]:
+    """Groups and arrays below `root` by path, in the order of their paths; links out of a file are not followed."""
+    if isinstance(root, h5py.File):
+        found: list[tuple[str, Any]] = []
+        root.visititems(lambda name, element: found.append((name, element)))
+        yield from found
+        return
+    members = sorted(root.members(max_depth=None)) if root.metadata.consolidated_metadata else []
+    yield from members or _unlisted_members(root, "")
+
+
+def _unlisted_members(group: zarr.Group, path: str) -> Iterator[tuple[str, Any]]:
+    """Groups and arrays of a store without consolidated metadata: those it lists, and those an AnnData may hold."""
+    index, columns = group.attrs.get("_index"), group.attrs.get("column-order")
+    names = {*_UNLISTED, *(columns if isinstance(columns, list) else ()), *((index,) if index else ())}
+    with suppress(Exception):  # the file systems of URLs raise whatever the other side answers
+        names |= set(group.keys())
+    for name in sorted(map(str, names)):
+        if name in group:
+            element = group[name]
+            yield f"{path}{name}", element
+            if isinstance(element, zarr.Group):
+                yield from _unlisted_members(element, f"{path}{name}/")
+
+
+def _add_attributes(digest: _Digest, element: Any) -> None:
+    for name in sorted(element.attrs):
+        try:
+            digest.add(name, _text(element.attrs[name]))
+        except (OSError, TypeError, ValueError):  # of a type that h5py does not know
+            digest.add("unreadable")
+
+
+def _add_array(digest: _Digest, array: Any, whole: bool, n_blocks: int) -> None:
+    """Add an array: all of it, or the stored sizes of its chunks and evenly spaced blocks of rows."""
+    if array.shape is None or 0 in array.shape:
+        return
+    try:
+        if whole or array.ndim == 0:
+            digest.add(_values(array[()] if array.ndim == 0 else array[:]))
+            return
+        digest.add(*_chunk_sizes(array))
+        n_rows = array.shape[0]
+        rows_per_block = max(1, BLOCK_BYTES * n_rows // _n_bytes(array))
+        for start in _starts(n_rows, rows_per_block, n_blocks):
+            digest.add(_values(array[start : start + rows_per_block]))
+    except (OSError, TypeError, ValueError, RuntimeError):  # such as a filter that is not installed
+        digest.add("unreadable")
+
+
+def _chunk_sizes(array: Any) -> Iterable[bytes]:
+    """Stored sizes of the chunks of a compressed HDF5 array, which change with almost any of its values."""
+    if not isinstance(array, h5py.Dataset) or array.chunks is None or not array.id.get_create_plist().get_nfilters():
+        return ()
+    n_chunks = math.prod(-(-n // chunk) for n, chunk in zip(array.shape, array.chunks, strict=True))
+    if n_chunks > MAX_CHUNKS:
+        return ()
+    sizes: list[int] = []
+    array.id.chunk_iter(lambda chunk: sizes.append(chunk.size))
+    return (np.array(sizes, "<i8").tobytes(),)
+
+
+def _starts(n: int, block: int, n_blocks: int) -> list[int]:
+    """Where evenly spaced blocks begin, the first at 0 and the last at the end, each once."""
+    last = max(0, n - block)
+    return sorted({last * i // max(1, n_blocks - 1) for i in range(n_blocks)})
+
+
+def _values(values: Any) -> bytes:
+    array = np.asarray(values)
+    if array.dtype.hasobject or array.dtype.kind == "T":
+        return repr(array.tolist()).encode(errors="surrogatepass")
+    return array.tobytes()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    return repr(value.tolist()) if isinstance(value, np.ndarray | np.generic) else str(value)
+
+
+def _n_bytes(array: Any) -> int:
+    return 0 if array.shape is None else math.prod(array.shape) * max(1, array.dtype.itemsize)
+
+
+def _linked_files(file: h5py.File) -> list[Path]:
+    """Other files whose contents an HDF5 file shows as its own, as far as they exist."""
+    names: list[str] = []
+
+    def visit_link(path: str, link: Any) -> None:
+        if isinstance(link, h5py.ExternalLink):
+            names.append(link.filename)
+
+    def visit(path: str, element: Any) -> None:
+        if isinstance(element, h5py.Dataset):
+            names.extend(_text(name) for name, _, _ in element.external or ())
+            names.extend(source.file_name for source in (element.virtual_sources() if element.is_virtual else ()))
+
+    file.visititems_links(visit_link)
+    file.visititems(visit)
+    folder = Path(_text(file.filename)).parent  # HDF5 looks there, or in the working directory
+    places = [place for name in dict.fromkeys(names) if name != "." for place in (folder / name, Path(name))]
+    return [place for place in places if place.is_file()]

@@ -1,0 +1,271 @@
+"""Inputs of other content have other fingerprints, wherever they lie; the same bytes have the same."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata
+import boto3
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+
+from tests.data import test_store
+from tests.h5ad_files import random_adata
+from transcriptformer.data import fingerprint as module
+from transcriptformer.data.fingerprint import fingerprint, fingerprint_file
+from transcriptformer.errors import DataError, UsageError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default"),
+    pytest.mark.filterwarnings("ignore:zarr v3 autosharding will be the default"),
+    pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part in the Zarr format 3"),
+]
+
+stores, places = test_store.stores, test_store.places  # fixtures
+
+SIZES = ["whole", "sampled"]
+
+
+@pytest.fixture(params=SIZES)
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether inputs count as small, and are hashed whole, or as large, and are sampled."""
+    if request.param == "sampled":
+        monkeypatch.setattr(module, "WHOLE_BYTES", 2**11)
+        monkeypatch.setattr(module, "SMALL_ARRAY_BYTES", 2**9)
+        monkeypatch.setattr(module, "BLOCK_BYTES", 2**8)
+        monkeypatch.setattr(module, "N_BLOCKS", 8)
+    return str(request.param)
+
+
+def cells() -> anndata.AnnData:
+    adata = random_adata(40)
+    adata.obs["score"] = np.arange(40.0)
+    adata.obs["donor"] = pd.Categorical(["a", "b"] * 20)
+    adata.uns["note"] = "first"
+    return adata
+
+
+def write(adata: anndata.AnnData, path: Path, **options: Any) -> Path:
+    getattr(adata, f"write_{path.suffix[1:]}")(path, **options)
+    return path
+
+
+def rename_cell(adata: anndata.AnnData) -> None:
+    adata.obs_names = [*adata.obs_names[:-1], "c4x"]
+
+
+def rename_gene(adata: anndata.AnnData) -> None:
+    adata.var_names = [*adata.var_names[:-1], "g19x"]
+
+
+def rename_category(adata: anndata.AnnData) -> None:
+    adata.obs["donor"] = adata.obs["donor"].cat.rename_categories({"b": "c"})
+
+
+def reorder_categories(adata: anndata.AnnData) -> None:
+    adata.obs["donor"] = adata.obs["donor"].cat.reorder_categories(["b", "a"])
+
+
+def change_score(adata: anndata.AnnData) -> None:
+    adata.obs["score"] += 1
+
+
+def change_counts(adata: anndata.AnnData) -> None:
+    adata.X.data += 1
+
+
+def change_type(adata: anndata.AnnData) -> None:
+    adata.X = adata.X.astype(np.int32)
+
+
+def swap_rows(adata: anndata.AnnData) -> None:
+    adata.X = adata.X[::-1].tocsr()
+
+
+def change_attribute(adata: anndata.AnnData) -> None:
+    adata.obs["donor"] = adata.obs["donor"].cat.as_ordered()
+
+
+def rename_column(adata: anndata.AnnData) -> None:
+    adata.obs = adata.obs.rename(columns={"score": "scare"})
+
+
+CHANGES = [
+    *(rename_cell, rename_gene, rename_category, reorder_categories, change_score),
+    *(change_counts, change_type, swap_rows, change_attribute, rename_column),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [*(("cells.h5ad", change) for change in CHANGES), *(("cells.zarr", change) for change in CHANGES[::3])],
+)
+def test_a_change_shows(name: str, change: Callable[[anndata.AnnData], None], size: str, tmp_path: Path) -> None:
+    adata = cells()
+    before = fingerprint(write(adata, tmp_path / name))
+    change(adata)
+    assert fingerprint(write(adata, tmp_path / f"other-{name}")) != before
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+@pytest.mark.parametrize("name", ["cells.h5ad", "cells.zarr"])
+def test_path_and_time_do_not_count(name: str, compression: str | None, size: str, tmp_path: Path) -> None:
+    options = {"compression": compression} if name.endswith("h5ad") else {}
+    path = write(cells(), tmp_path / name, **options)
+    before = fingerprint(path)
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / f"moved-{name}"
+    (shutil.copytree if path.is_dir() else shutil.copy)(path, moved)
+    os.utime(moved, (1, 1))
+    assert fingerprint(moved) == before == fingerprint(path)
+    assert len(before) == 64
+
+
+@pytest.mark.parametrize("name", ["cells.h5ad", "cells.zarr"])
+def test_every_flipped_count_of_a_small_input_shows(name: str, tmp_path: Path) -> None:
+    path = write(cells(), tmp_path / name)
+    found = {fingerprint(path)}
+    for entry in (0, 100, 777):
+        root: Any = zarr.open_group(str(path)) if path.is_dir() else h5py.File(path, "r+")
+        root["X/data"][entry] += 1
+        if path.is_file():
+            root.close()
+        found.add(fingerprint(path))
+    assert len(found) == 4
+
+
+def test_any_change_of_a_compressed_chunk_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WHOLE_BYTES", 2**11)
+    monkeypatch.setattr(module, "N_BLOCKS", 1)  # the first only
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2**8)
+    monkeypatch.setattr(module, "SMALL_ARRAY_BYTES", 0)
+    path = tmp_path / "cells.h5ad"
+    found = set()
+    for value in (1, 2):
+        counts = np.ones(100_000, np.float32)
+        counts[-5:] = np.arange(5) * value
+        with h5py.File(path, "w") as file:
+            file.create_dataset("X/data", data=counts, chunks=(1000,), compression="gzip")
+            file.create_dataset("padding", data=np.arange(2**14))
+        found.add(fingerprint(path))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("place", ["http", "s3"])
+def test_a_store_behind_a_url_has_a_fingerprint(
+    place: str, zarr_format: int, places: dict[str, str], size: str
+) -> None:
+    location = f"{places[place]}/v{zarr_format}.zarr"
+    assert fingerprint(location) == fingerprint(location)
+    assert len(fingerprint(location)) == 64
+    with pytest.raises(UsageError, match="no zarr store can be read there"):
+        fingerprint(f"{places[place]}/nothing.zarr")
+
+
+def test_the_hashes_of_s3_show_any_change(places: dict[str, str]) -> None:
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL_S3"])
+    client.create_bucket(Bucket="changing")
+    store = Path(places["folder"]) / "v2.zarr"
+    files = [path for path in store.rglob("*") if path.is_file()]
+    for place in ("a.zarr", "elsewhere/b.zarr"):
+        for path in files:
+            client.upload_file(str(path), "changing", f"{place}/{path.relative_to(store)}")
+    before = fingerprint("s3://changing/a.zarr")
+    assert fingerprint("s3://changing/elsewhere/b.zarr") == before
+    data = store / "X" / "data" / "0"
+    client.put_object(Bucket="changing", Key="a.zarr/X/data/0", Body=data.read_bytes()[:-1] + b"x")
+    assert fingerprint("s3://changing/a.zarr") != before
+    client.close()
+
+
+@pytest.mark.parametrize("consolidated", [True, False])
+def test_a_web_server_need_not_list(consolidated: bool, tmp_path: Path) -> None:
+    found = set()
+    for counts in ("first", "second"):
+        adata = cells()
+        if counts == "second":
+            change_counts(adata)
+        path = write(adata, tmp_path / f"{counts}.zarr")
+        if not consolidated:
+            (path / ".zmetadata").unlink()
+        with test_store.serve(tmp_path, test_store.HandlerWithoutListing) as address:
+            found.add(fingerprint(f"{address}/{counts}.zarr"))
+    assert len(found) == 2
+
+
+def test_folders_of_other_files_and_files_of_any_kind_have_fingerprints(tmp_path: Path, size: str) -> None:
+    folder = tmp_path / "mtx"
+    folder.mkdir()
+    for name in ("matrix.mtx", "barcodes.tsv"):
+        (folder / name).write_bytes(name.encode() * 1000)
+    before, of_file = fingerprint(folder), fingerprint_file(folder / "matrix.mtx")
+    assert fingerprint(folder / "matrix.mtx") == of_file != fingerprint_file(folder / "barcodes.tsv")
+    (folder / "matrix.mtx").write_bytes(b"matrix.mtX" * 1000)
+    assert fingerprint(folder) != before
+    assert fingerprint_file(folder / "matrix.mtx") != of_file
+
+
+def test_a_large_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WHOLE_BYTES", 2**20)
+    path = tmp_path / "weights.bin"
+    with path.open("wb") as file:
+        file.truncate(2**30)  # sparse
+    before = fingerprint_file(path)
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert fingerprint_file(path) != before
+
+
+def test_linked_files_count(tmp_path: Path) -> None:
+    other, path = tmp_path / "other.h5", tmp_path / "cells.h5ad"
+    found = set()
+    with h5py.File(path, "w") as file:
+        file["X"] = h5py.ExternalLink("other.h5", "/X")
+        layout = h5py.VirtualLayout((3,), "f4")
+        layout[:] = h5py.VirtualSource("virtual.h5", "X", (3,), "f4")
+        file.create_virtual_dataset("virtual", layout)
+        file.create_dataset("raw", (3,), "f4", external=[(str(tmp_path / "raw.bin"), 0, 12)])
+    found.add(fingerprint(path))
+    for name in (other, tmp_path / "virtual.h5"):
+        with h5py.File(name, "w") as file:
+            file["X"] = np.arange(3, dtype="f4")
+        found.add(fingerprint(path))
+    (tmp_path / "raw.bin").write_bytes(bytes(12))
+    found.add(fingerprint(path))
+    assert len(found) == 4
+
+
+def test_what_anndata_would_not_read_has_a_fingerprint_too(tmp_path: Path, size: str) -> None:
+    path = tmp_path / "odd.h5"
+    with h5py.File(path, "w") as file:
+        file["group/again"] = file.create_group("loop")
+        file["loop/up"] = h5py.SoftLink("/nowhere")
+        file["null"] = h5py.Empty("f4")
+        file["empty"] = np.zeros((0, 3))
+        file["scalar"] = 3
+        file["latin1"] = np.array([b"M\xfcller", b"x"])
+        file.attrs["latin1"] = np.bytes_(b"M\xfcller")
+        table = np.zeros(300, [("name", h5py.string_dtype()), ("n", "i4")])
+        table["name"] = b"a"
+        file["table"] = table
+        file["many"] = np.array([b"%d" % i for i in range(5000)], object)
+    before = fingerprint(path)
+    with h5py.File(path, "r+") as file:
+        file["table"][0] = (b"b", 0)
+    assert fingerprint(path) != before
+
+
+def test_damage_and_absence_are_said(tmp_path: Path) -> None:
+    path = write(cells(), tmp_path / "cells.h5ad")
+    whole = fingerprint(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    assert fingerprint(path) != whole  # what reads it says what is wrong
+    with pytest.raises((DataError, UsageError), match=r"nothing\.h5ad"):
+        fingerprint(tmp_path / "nothing.h5ad")
