@@ -1,5 +1,6 @@
 """A run that was ended goes on where it was, and only if it is the same run."""
 
+import json
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
 from transcriptformer.cli.main import app
 from transcriptformer.config import load_config
+from transcriptformer.errors import OutputError
 from transcriptformer.inference import run
 from transcriptformer.recording import BATCHES_WAITING
 
@@ -95,7 +97,7 @@ def test_other_ways_to_compute_the_same_are_accepted(ended: Path) -> None:
         (["--embedding-layer-index", 0], r"settings\.model\.inference_config\.embedding_layer_index was -1, is 0;"),
         (["--emb-type", "cge"], r"settings\.model\.inference_config\.emb_type was cell, is cge;"),
         (["--precision", "bf16-mixed"], r"settings\.model\.inference_config\.precision was 32, is bf16-mixed;"),
-        (["--data-file", CHECKPOINT.parent / "cells.h5ad"], r"inputs\.1\.bytes was None, is \d+;"),
+        (["--data-file", CHECKPOINT.parent / "cells.h5ad"], r"inputs\.1\.content was None, is [0-9a-f]{64};"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -106,7 +108,52 @@ def test_other_settings_are_refused_and_named(ended: Path, options: list[object]
 def test_a_changed_input_is_refused_and_named(ended: Path) -> None:
     random_adata(N_CELLS, seed=1).write_h5ad(ended / "other.h5ad")
     (ended / "other.h5ad").replace(ended / "cells.h5ad")
-    assert_refused(resume(ended), ended, r"inputs\.0\.(bytes|modified) was \d+, is \d+")
+    assert_refused(resume(ended), ended, r"inputs\.0\.content was [0-9a-f]{64}, is [0-9a-f]{64};")
+
+
+def test_other_content_of_the_same_size_and_date_is_noticed(ended: Path) -> None:
+    path = ended / "cells.h5ad"
+    status = path.stat()
+    with h5py.File(path, "r+") as file:
+        file["X/data"][5] += 1
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert_refused(resume(ended), ended, r"inputs\.0\.content was [0-9a-f]{64}, is [0-9a-f]{64};")
+
+
+def test_another_date_of_the_same_content_does_not_matter(ended: Path) -> None:
+    (ended / "cells.h5ad").touch()
+    assert resume(ended).exit_code == 0
+
+
+@pytest.mark.parametrize("vocabulary", ["genes", "metadata"])
+def test_a_permuted_vocabulary_is_noticed(ended: Path, vocabulary: str) -> None:
+    if vocabulary == "genes":
+        with h5py.File(ended / "checkpoint" / "vocabs" / "homo_sapiens_gene.h5", "r+") as file:
+            file["keys"][...] = file["keys"][:][::-1]
+    else:
+        path = ended / "checkpoint" / "vocabs" / "assay_vocab.json"
+        ids = json.loads(path.read_text())
+        first, second = [name for name in ids if name != "unknown"][:2]
+        ids[first], ids[second] = ids[second], ids[first]
+        path.write_text(json.dumps(ids))
+    assert_refused(resume(ended), ended, rf"checkpoint\.{vocabulary} was [0-9a-f]{{64}}, is [0-9a-f]{{64}};")
+
+
+def test_an_input_that_changes_while_it_is_read_makes_no_result(tmp_path: Path) -> None:
+    path = tmp_path / "cells.h5ad"
+    random_adata(N_CELLS).write_h5ad(path)
+
+    def change_halfway(n_done: int, n_cells: int) -> None:
+        if N_CELLS / 2 <= n_done < N_CELLS / 2 + 5:
+            random_adata(N_CELLS, seed=1).write_h5ad(tmp_path / "other.h5ad")
+            (tmp_path / "other.h5ad").replace(path)
+
+    settings = {"precision": "32", "device": "cpu", "batch_size": 5, "output_path": str(tmp_path / "out")}
+    config = load_config(CHECKPOINT, {f"model.inference_config.{key}": value for key, value in settings.items()})
+    with pytest.raises(OutputError, match=rf"an input was changed while it was read \({path}\); delete"):
+        run([path], CHECKPOINT, config, change_halfway)
+    assert not (tmp_path / "out" / "embeddings.h5ad").exists()
 
 
 def test_a_changed_checkpoint_is_refused_and_named(ended: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -123,7 +125,7 @@ def test_the_same_seed_makes_the_same_weights_and_another_one_others(cells: Path
 def test_how_a_step_is_cut_into_batches_does_not_matter(cells: Path, tmp_path: Path) -> None:
     """Gradients are accumulated by genes: a step of one batch equals one of many."""
     for name, tokens in (("whole", 10_000), ("cut", 40)):
-        fit(config_of(tmp_path / name, cells, tokens_per_batch=tokens, **NO_DROPOUT))
+        fit(config_of(tmp_path / name, cells, tokens_per_batch=tokens, **NO_DROPOUT, **ALL_HAVE_GRADIENTS))
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-4)
 
 
@@ -209,6 +211,23 @@ def test_another_run_is_not_resumed_and_an_earlier_one_not_overwritten(cells: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changed", ["cells", "genes"])
+def test_other_content_of_the_same_size_and_date_is_not_resumed_with(changed: str, cells: Path, tmp_path: Path) -> None:
+    genes = Path(shutil.copy(GENE_FILE, tmp_path / "genes.h5"))
+    settings: dict[str, Any] = {"training__protein_embeddings": [str(genes)]}
+    with pytest.raises(EndedError):
+        fit(config_of(tmp_path / "run", cells, save_every=1, **settings), end_at(3))
+    path, key = (cells, "X/data") if changed == "cells" else (genes, "arrays")
+    status = path.stat()
+    with h5py.File(path, "r+") as file:
+        values = file[key] if changed == "cells" else next(iter(file[key].values()))
+        values[0] += 1
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    with pytest.raises(UsageError, match=r"holds another run; changed: (cells|start)\.0\.content was"):
+        fit(config_of(tmp_path / "run", cells, save_every=1, resume=True, **settings))
+
+
 def test_two_processes_equal_one_with_the_same_cells_per_step(cells: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "model__model_config__dropout": 0,

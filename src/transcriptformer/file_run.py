@@ -13,7 +13,8 @@ import pytorch_lightning as pl
 from transcriptformer.batching import batch_limits
 from transcriptformer.checkpoint import Checkpoint
 from transcriptformer.data.dataset import BatchLoader
-from transcriptformer.data.store import Location, identify_location
+from transcriptformer.data.fingerprint import identify, identify_file
+from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.device import compute_dtype
 from transcriptformer.errors import DamagedError, OutputError
@@ -84,10 +85,13 @@ class FileRun(pl.LightningDataModule):
                 **{key: value for key, value in flat(asdict(self.checkpoint.config)) if key not in _FREE_TO_CHANGE},
                 "type of matrix products": str(compute_dtype(self.inference.precision, self.checkpoint.device)),
             },
-            "inputs": [identify_location(location) for location in self.locations],
-            "pretrained embeddings": [identify_location(Path(file)) for file in self.inference.pretrained_embedding],
+            "inputs": self._inputs(),
+            "pretrained embeddings": [identify_file(Path(file)) for file in self.inference.pretrained_embedding],
             "checkpoint": {"weights": self.weights_sha256(), **self.checkpoint.identify_vocabularies()},
         }
+
+    def _inputs(self) -> list[dict[str, str]]:
+        return [identify(location) for location in self.locations]
 
     def prepare_data(self) -> None:
         """Read through the inputs and make the workspace, or see that it is of this very run; in one process only."""
@@ -169,6 +173,11 @@ class FileRun(pl.LightningDataModule):
             raise OutputError(
                 f"{self.workspace.folder}: {missing} of {survey.n_kept} cells are missing: another process was "
                 "killed, or what was kept is damaged; run the same command with --resume"
+            )
+        if self._inputs() != self.identity["inputs"]:
+            raise OutputError(
+                f"an input was changed while it was read ({', '.join(map(str, self.locations))}); "
+                f"delete {self.workspace.folder} and run the command again"
             )
         sha256 = self.weights_sha256()
         provenance = provenance_of(self.locations, self.checkpoint, sha256, self.identity)

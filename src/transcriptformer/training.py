@@ -17,7 +17,7 @@ from transcriptformer.baseline import Baseline, start_from_frequencies
 from transcriptformer.batching import training_limits
 from transcriptformer.checkpoint import LABEL_HEAD
 from transcriptformer.corpus import Corpus
-from transcriptformer.data.store import identify_location
+from transcriptformer.data.fingerprint import identify, identify_file
 from transcriptformer.device import choose_device, compute_dtype, is_out_of_memory, keep_freed_memory
 from transcriptformer.distributed import Processes, plan_processes
 from transcriptformer.errors import TrainingError
@@ -245,6 +245,6 @@ def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, 
     return {
         "settings": {key: value for key, value in flat(asdict(config)) if key not in _FREE_TO_CHANGE},
         "streams": n_streams,
-        "cells": [identify_location(source.name) for source in corpus.sources],
-        "start": [identify_location(file) for file in start],
+        "cells": [identify(source.name) for source in corpus.sources],
+        "start": [identify_file(file) for file in start],
     }

@@ -74,6 +74,21 @@ def fingerprint(location: Location) -> str:
         raise damaged(str(path), error) from error
 
 
+def identify(location: Location) -> dict[str, str]:
+    """What tells one input from another: its name, for messages, and the fingerprint of its cells."""
+    name = str(location) if is_url(location) else _file_name(Path(location))
+    return {"name": name, "content": fingerprint(location)}
+
+
+def identify_file(path: Path) -> dict[str, str]:
+    """The same for a file of any other kind."""
+    return {"name": _file_name(path), "content": fingerprint_file(path)}
+
+
+def _file_name(path: Path) -> str:
+    return path.name.encode(errors="replace").decode()  # a path may hold bytes that are not text
+
+
 def fingerprint_file(path: Path) -> str:
     """Hash of a file of any format: of all bytes up to `WHOLE_BYTES`, else of its size and evenly spaced blocks."""
     digest = _Digest()

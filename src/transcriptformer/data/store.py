@@ -104,20 +104,3 @@ def damaged(name: str, error: Exception) -> DataError:
         f"{name}: cannot be read: truncated or damaged, open in another program, or written by a newer anndata "
         f"({one_line(error)})"
     )
-
-
-def identify_location(location: Location) -> dict[str, Any]:
-    """What tells versions of a file or store apart without reading it."""
-    if is_url(location):
-        root = Store(location).root
-        shapes = {key: value.shape for key, value in root.members(max_depth=None) if hasattr(value, "shape")}
-        return {"name": str(location), "shapes": {key: list(shape) for key, shape in sorted(shapes.items())}}
-    path = Path(location)
-    files = sorted(path.rglob("*")) if is_zarr(location) and path.is_dir() else [path]
-    status = [file.stat() for file in files]
-    return {
-        # A path may hold bytes that are not text.
-        "name": path.name.encode(errors="replace").decode(),
-        "bytes": sum(file.st_size for file in status),
-        "modified": max(file.st_mtime_ns for file in status),
-    }

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from transcriptformer.data.dataset import BatchLimits, group_by_length
-from transcriptformer.data.store import identify_location
+from transcriptformer.data.fingerprint import identify_file
 from transcriptformer.device import choose_device, compute_dtype, count_devices
 from transcriptformer.errors import OutputError, UsageError
 from transcriptformer.output import check_writable, new_file
@@ -228,7 +228,7 @@ def _identify(
         "proteins": proteins.hexdigest(),
         "model": {
             "name": folder.resolve().name if Path(settings.model).is_dir() else settings.model,
-            "weights": [identify_location(path) for path in weight_files(folder)],
+            "weights": [identify_file(path) for path in weight_files(folder)],
             "layer": layer,
         },
         "settings": {
