@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transcriptformer import download as download_module
 from transcriptformer import fetch
 from transcriptformer.cli.main import app
 from transcriptformer.download import ARTIFACTS
+from transcriptformer.storage.sealed import write_json
 
 BUCKET = "a-mirror"
 KEY = "weights/tf_sapiens.tar.gz"
@@ -152,8 +154,8 @@ def test_bytes_that_are_not_those_of_the_object_are_not_taken(
     tag = mirror.client.head_object(Bucket=BUCKET, Key=KEY)["ETag"]
     place.mkdir()
     (place / ".tf_sapiens.tar.gz.part").write_bytes(bytes(size))
-    journal = {"version": tag, "size": size, "stretches": [[size, size]]}
-    (place / ".tf_sapiens.tar.gz.part.json").write_text(json.dumps(journal))
+    journal = {"version": tag, "size": size, "stretches": [[0, size, size, zlib.crc32(bytes(size))]]}
+    write_json(place / ".tf_sapiens.tar.gz.part.json", journal)
     result = download(place)
     assert result.exit_code == 0
     assert f"has another {algorithm} checksum; starting anew" in result.stderr
@@ -164,8 +166,8 @@ def test_an_object_that_changed_is_begun_anew(mirror: Mirror, place: Path, tmp_p
     size = (tmp_path / "sapiens.tar.gz").stat().st_size
     place.mkdir()
     (place / ".tf_sapiens.tar.gz.part").write_bytes(bytes(size))
-    journal = {"version": '"another"', "size": size, "stretches": [[size, size]]}
-    (place / ".tf_sapiens.tar.gz.part.json").write_text(json.dumps(journal))
+    journal = {"version": '"another"', "size": size, "stretches": [[0, size, size, zlib.crc32(bytes(size))]]}
+    write_json(place / ".tf_sapiens.tar.gz.part.json", journal)
     assert download(place).exit_code == 0
     assert_whole(place)
 

@@ -1,6 +1,5 @@
 """Files come whole, once and verified, whatever the server and the network do."""
 
-import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from transcriptformer import fetch, http_file
 from transcriptformer.errors import DownloadError
 from transcriptformer.fetch import DamagedFileError, Fetcher, InterruptedDownloadError, RefusedFileError, checksum
 from transcriptformer.http_file import HttpFile, ask
+from transcriptformer.storage.sealed import read_json, sealed_json
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 FILE = "/file"
@@ -86,12 +86,34 @@ def test_what_an_ended_run_left_is_not_fetched_again(web: Web, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "journal", ["", "{}", "[]", '{"version": 1}', '{"version": "x", "size": 300000, "stretches": 3}']
+    "journal",
+    [
+        *("", "{}", "[]", '{"version": 1}'),
+        *map(sealed_json, (None, {"version": 1}, {"version": "x", "size": 300_000, "stretches": 3})),
+        sealed_json({"version": "x", "size": 300_000, "stretches": [[0, 300_000]]}),
+    ],
 )
 def test_a_journal_that_makes_no_sense_means_a_new_beginning(journal: str, web: Web, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(b"x" * 400_000)
     (tmp_path / "file.part.json").write_text(journal)
     assert fetch_file(web, tmp_path / "file") == CONTENT
+
+
+@pytest.mark.parametrize("kept", ["file.part", "file.part.json"])
+def test_every_flipped_bit_of_what_an_ended_run_left_is_noticed(kept: str, web: Web, tmp_path: Path) -> None:
+    """The server tells no checksum."""
+    web.fault = lambda path, n: {0: "reset", 1: "500"}.get(n, "")
+    with pytest.raises(InterruptedDownloadError):
+        fetch_file(web, tmp_path / "file", retries=0)
+    left = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    web.fault = lambda path, n: ""
+    content = left[tmp_path / kept]
+    for place in range(0, len(content), 1 + len(content) // 40):
+        for path, whole in left.items():
+            path.write_bytes(whole)
+        (tmp_path / kept).write_bytes(content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :])
+        (tmp_path / "file").unlink(missing_ok=True)
+        assert fetch_file(web, tmp_path / "file") == CONTENT
 
 
 def test_a_part_without_its_journal_means_a_new_beginning(web: Web, tmp_path: Path) -> None:
@@ -281,7 +303,7 @@ def test_stopping_leaves_what_can_be_resumed(web: Web, remote: HttpFile, tmp_pat
     fetcher = Fetcher(advance=lambda n: stopping.set() if n else None, stopping=stopping)
     with pytest.raises(DownloadError, match="stopped"):
         fetcher.fetch(remote, tmp_path / "file", Path.read_bytes)
-    reached = json.loads((tmp_path / "file.part.json").read_text())["stretches"][0][0]
+    reached = read_json(tmp_path / "file.part.json")["stretches"][0][2]
     assert 0 < reached < len(CONTENT)
     assert (tmp_path / "file.part").read_bytes()[:reached] == CONTENT[:reached]
     assert fetch_file(web, tmp_path / "file") == CONTENT
@@ -294,7 +316,7 @@ def test_what_is_noted_is_on_disk(web: Web, remote: HttpFile, tmp_path: Path, mo
 
     def look(n_bytes: int) -> None:
         if n_bytes:
-            seen.append(json.loads((tmp_path / "file.part.json").read_text())["stretches"][0][0])
+            seen.append(read_json(tmp_path / "file.part.json")["stretches"][0][2])
             assert (tmp_path / "file.part").stat().st_size >= seen[-1]
 
     web.fault = once("slow")

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -25,8 +25,9 @@ from typing import NamedTuple, Protocol, TypeVar
 import filelock
 import tenacity
 
-from transcriptformer.errors import DownloadError, OutputError
+from transcriptformer.errors import DamagedError, DownloadError, OutputError
 from transcriptformer.storage.atomic import atomic_write
+from transcriptformer.storage.sealed import read_json, sealed_json
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ class Fetcher:
         except InterruptedDownloadError as error:
             if part.version is None:  # the next try begins at the beginning
                 self.advance(start - stretch.next)
-                stretch.next = start
+                stretch.rewind()
             if stretch.next == start:
                 raise
             logger.info("%s; going on", error)
@@ -242,10 +243,40 @@ class Fetcher:
 
 @dataclass
 class Stretch:
-    """Consecutive bytes of a file, of which those before `next` are on disk."""
+    """Consecutive bytes of a file, of which those before `next` are on disk.
 
-    next: int
+    Attributes
+    ----------
+    start, stop
+        The first byte, and the one after the last.
+    next
+        The first byte that is missing.
+    crc
+        CRC-32 of those that are there.
+    """
+
+    start: int
     stop: int
+    next: int
+    crc: int = 0
+
+    @classmethod
+    def between(cls, start: int, stop: int) -> "Stretch":
+        """Bytes none of which is there."""
+        return cls(start, stop, start)
+
+    def rewind(self) -> None:
+        """Begin again."""
+        self.next, self.crc = self.start, 0
+
+    def is_as_written(self, path: Path) -> bool:
+        """Whether the bytes on disk are those that arrived."""
+        crc, left = 0, self.next - self.start
+        with path.open("rb") as file:
+            file.seek(self.start)
+            while left > 0 and (block := file.read(min(left, 2**20))):
+                crc, left = zlib.crc32(block, crc), left - len(block)
+        return left == 0 and crc == self.crc
 
     @property
     def is_done(self) -> bool:
@@ -296,8 +327,9 @@ class PartialFile:
         n_written = os.pwrite(self._file, data, stretch.next)
         while n_written < len(data):
             n_written += os.pwrite(self._file, data[n_written:], stretch.next + n_written)
-        stretch.next += n_written
-        with self._lock:
+        with self._lock:  # both, for another thread may note them
+            stretch.crc = zlib.crc32(data, stretch.crc)
+            stretch.next += n_written
             self._at_risk += n_written
             if self._at_risk > BYTES_AT_RISK or time.monotonic() - self._noted > SECONDS_AT_RISK:
                 self._note()
@@ -314,18 +346,23 @@ class PartialFile:
 
     def _note(self) -> None:
         """Write down how far each stretch has come, after what it has is on disk."""
-        reached = [[stretch.next, stretch.stop] for stretch in self.stretches]
+        reached = [astuple(stretch) for stretch in self.stretches]
         os.fsync(self._file)
         temporary = _temporary(self.journal)
-        temporary.write_text(json.dumps({"version": self.version, "size": self.size, "stretches": reached}))
+        temporary.write_text(sealed_json({"version": self.version, "size": self.size, "stretches": reached}))
         temporary.replace(self.journal)
         self._at_risk, self._noted = 0, time.monotonic()
 
     def _left_over(self) -> list[Stretch]:
-        """Stretches of an earlier try, if they are of the same version; else none."""
+        """Stretches of an earlier try, if they are of the same version and undamaged; else none."""
         found = _read_journal(self.target)
-        is_same = self.version and found and (found.version, found.size) == (self.version, self.size)
-        return found.stretches if found and is_same else []
+        if not (self.version and found and (found.version, found.size) == (self.version, self.size)):
+            return []
+        for stretch in found.stretches:
+            if not stretch.is_as_written(self.path):
+                logger.warning("%s: damaged since it was written; these bytes are fetched again", self.path)
+                stretch.rewind()
+        return found.stretches
 
     @staticmethod
     def reached(target: Path) -> int:
@@ -341,15 +378,14 @@ class _Journal(NamedTuple):
 
 
 def _read_journal(target: Path) -> _Journal | None:
-    """What is noted of an unfinished target, if that makes sense and its bytes are there."""
+    """What is noted of an unfinished target, if the note is whole and the bytes are there."""
     try:
-        found = json.loads(journal_of(target).read_text())
-        stretches = [Stretch(int(start), int(stop)) for start, stop in found["stretches"]]
-        begins = [0, *(stretch.stop for stretch in stretches[:-1])]
-        furthest = max(s.next if s.next > begin else 0 for s, begin in zip(stretches, begins, strict=True))
+        found = read_json(journal_of(target))
+        stretches = [Stretch(*numbers) for numbers in found["stretches"]]
+        furthest = max(stretch.next if stretch.next > stretch.start else 0 for stretch in stretches)
         is_there = part_of(target).stat().st_size >= furthest
-        return _Journal(found["version"], int(found["size"]), stretches) if is_there else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return _Journal(found["version"], found["size"], stretches) if is_there else None
+    except (DamagedError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -378,7 +414,7 @@ def _cut(size: int, connections: int) -> list[Stretch]:
     """Stretches of like size, not too small."""
     n = max(1, min(connections, size // LEAST_STRETCH))
     borders = [size * i // n for i in range(n + 1)]
-    return [Stretch(start, stop) for start, stop in pairwise(borders)]
+    return [Stretch.between(start, stop) for start, stop in pairwise(borders)]
 
 
 def may_pass(status: int) -> bool:

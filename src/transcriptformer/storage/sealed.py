@@ -177,9 +177,13 @@ def write_json(path: Path, values: Any) -> None:
     OutputError
         If it cannot be written.
     """
-    text = json.dumps({_SEAL: _json_seal(values), "values": values}, indent=1)
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(sealed_json(values), encoding="utf-8")
+
+
+def sealed_json(values: Any) -> str:
+    """JSON with a checksum, as `read_json` takes it."""
+    return json.dumps({_SEAL: _json_seal(values), "values": values}, indent=1)
 
 
 def read_json(path: Path) -> Any:
