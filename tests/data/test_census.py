@@ -99,12 +99,12 @@ def test_a_run_goes_on_where_another_ended(uri: str, tmp_path: Path) -> None:
     download(tmp_path, uri, "--cells-per-file", 30)
     folder = tmp_path / "homo_sapiens"
     (folder / "homo_sapiens_00001.h5ad").unlink()
-    (folder / "homo_sapiens_00001.h5ad.part").write_text("killed")
+    (folder / ".homo_sapiens_00001.h5ad.tmp").write_text("killed")
     result = download(tmp_path, uri, "--cells-per-file", 30)
     assert result.exit_code == 0
     assert result.stdout.count("there already") == 3
     assert_same_cells(written(tmp_path), the_cells())
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_files_of_two_selections_are_not_mixed(uri: str, tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 
 from transcriptformer.errors import DownloadError, UsageError, one_line
-from transcriptformer.fetch import alone, part_of, write_json, writing_to
+from transcriptformer.fetch import alone, write_json, writing_to
+from transcriptformer.storage.atomic import atomic_write
+from transcriptformer.storage.hdf5 import new_hdf5
 
 logger = logging.getLogger(__name__)
 
@@ -167,29 +168,24 @@ def _write_cells(census: Any, organism: str, ids: np.ndarray, path: Path) -> Non
     """One file, block after block."""
     import cellxgene_census
 
-    part = part_of(path)
     obs: list[pd.DataFrame] = []
-    with writing_to(path):
-        try:
-            with h5py.File(part, "w") as file:
-                file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-                for start in range(0, len(ids), CELLS_AT_ONCE):
-                    some = ids[start : start + CELLS_AT_ONCE]
-                    try:
-                        block = cellxgene_census.get_anndata(census, organism, obs_coords=some, X_name="raw")
-                    except Exception as error:
-                        raise DownloadError(f"{path}: the census cannot be read ({one_line(error)})") from error
-                    if obs:
-                        anndata.io.sparse_dataset(file["X"]).append(block.X)
-                    else:
-                        block.X.indptr = block.X.indptr.astype(np.int64)  # of all blocks, it may need that
-                        anndata.io.write_elem(file, "X", block.X)
-                        anndata.io.write_elem(file, "var", _with_ensembl_id(block.var))
-                    obs.append(block.obs)
-                anndata.io.write_elem(file, "obs", _named(pd.concat(obs)))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    with atomic_write(path) as temporary, new_hdf5(temporary) as file:
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for start in range(0, len(ids), CELLS_AT_ONCE):
+            file.check()
+            some = ids[start : start + CELLS_AT_ONCE]
+            try:
+                block = cellxgene_census.get_anndata(census, organism, obs_coords=some, X_name="raw")
+            except Exception as error:
+                raise DownloadError(f"{path}: the census cannot be read ({one_line(error)})") from error
+            if obs:
+                anndata.io.sparse_dataset(file["X"]).append(block.X)
+            else:
+                block.X.indptr = block.X.indptr.astype(np.int64)  # of all blocks, it may need that
+                anndata.io.write_elem(file, "X", block.X)
+                anndata.io.write_elem(file, "var", _with_ensembl_id(block.var))
+            obs.append(block.obs)
+        anndata.io.write_elem(file, "obs", _named(pd.concat(obs)))
     logger.info("%s: %d cells", path, len(ids))
 
 
