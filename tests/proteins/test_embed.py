@@ -29,6 +29,8 @@ from transcriptformer.proteins.embed import Settings, embed_proteins, plan_batch
 from transcriptformer.proteins.ensembl import ADDRESS_VARIABLE
 from transcriptformer.proteins.fasta import Protein
 from transcriptformer.proteins.isoforms import choose_isoforms
+from transcriptformer.storage.results import Pieces
+from transcriptformer.storage.sealed import SealedFile
 from transcriptformer.vocab import read_gene_ids, read_protein_embeddings
 
 NOWHERE = "http://127.0.0.1:9"
@@ -204,6 +206,22 @@ def test_it_may_go_on_with_other_batches(ended: Path, fasta: Path, model: Path, 
     np.testing.assert_allclose(result_of(ended)[1], result_of(tmp_path / "unbroken")[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["flipped", "cut", "deleted"])
+def test_results_that_were_damaged_are_computed_again(
+    how: str, ended: Path, fasta: Path, model: Path, tmp_path: Path
+) -> None:
+    piece = pieces_in(ended)[0]
+    content = piece.read_bytes()
+    piece.write_bytes(content[:-3] + bytes([content[-3] ^ 8]) + content[-2:] if how == "flipped" else content[:-50])
+    if how == "deleted":
+        piece.unlink()
+    resumed = embed(fasta, model, ended, "--resume", "--tokens-per-batch", 300)
+    assert resumed.exit_code == 0, resumed.output
+    assert (f"{piece}: truncated or damaged" in resumed.stderr) == (how != "deleted")
+    embed(fasta, model, tmp_path / "unbroken", "--tokens-per-batch", 300)
+    assert_same_file(ended, tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize(
     ("options", "change"),
     [
@@ -246,15 +264,20 @@ def long_run(tmp_path: Path) -> list[str]:
     return command(fasta, model, tmp_path / "out", "--tokens-per-batch", 1000)
 
 
+def pieces_in(folder: Path) -> list[Path]:
+    """What is safely on disk."""
+    return list(folder.glob(f"mus_musculus_gene.h5.parts/{Pieces.PATTERN}"))
+
+
 def rows_kept(folder: Path) -> int:
-    """Sequences that are safely on disk."""
-    return sum(path.stat().st_size for path in folder.glob("mus_musculus_gene.h5.parts/*.rows")) // 8
+    """Sequences that are."""
+    return sum(len(SealedFile(path).read("rows")) for path in pieces_in(folder))
 
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_file_of_an_unbroken_run(long_run: list[str], tmp_path: Path) -> None:
     """A process that keeps every batch at once, so that there is something to lose whenever it is killed."""
-    at_once = "from transcriptformer import parts; parts.SECONDS_AT_RISK = 0"
+    at_once = "from transcriptformer.storage import results; results.SECONDS_AT_RISK = 0"
     code = f"{at_once}; from transcriptformer.cli.main import app; app()"
     eager = [sys.executable, "-c", code, *long_run, "--resume"]
     before = 0
@@ -280,11 +303,10 @@ def assert_as_unbroken(run: list[str], folder: Path) -> None:
 
 
 def wait_for_both(process: "subprocess.Popen[str]", folder: Path) -> list[psutil.Process]:
-    """The two processes of a run, which both are at work."""
-    while len(list(folder.glob("mus_musculus_gene.h5.parts/*.rows"))) < 2:
+    """The two processes of a run, which both have kept something and are at work."""
+    while len({path.name[:11] for path in pieces_in(folder)}) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    time.sleep(0.5)
     workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     assert len(workers) == 2
     return workers
