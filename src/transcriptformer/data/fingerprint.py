@@ -251,14 +251,19 @@ def _add_array(digest: _Digest, array: Any, whole: bool, n_blocks: int) -> None:
     if array.shape is None or 0 in array.shape:
         return
     try:
-        if whole or array.ndim == 0:
-            digest.add(_values(array[()] if array.ndim == 0 else array[:]))
+        if array.ndim == 0:
+            digest.add(_values(array[()]))
             return
-        digest.add(*_chunk_sizes(array))
         n_rows = array.shape[0]
-        rows_per_block = max(1, BLOCK_BYTES * n_rows // _n_bytes(array))
-        for start in _starts(n_rows, rows_per_block, n_blocks):
-            digest.add(_values(array[start : start + rows_per_block]))
+        if whole:
+            rows_per_read = max(1, SMALL_ARRAY_BYTES * n_rows // _n_bytes(array))
+            starts: Iterable[int] = range(0, n_rows, rows_per_read)
+        else:
+            digest.add(*_chunk_sizes(array))
+            rows_per_read = max(1, BLOCK_BYTES * n_rows // _n_bytes(array))
+            starts = _starts(n_rows, rows_per_read, n_blocks)
+        for start in starts:
+            digest.add(_values(array[start : start + rows_per_read]))
     except (OSError, TypeError, ValueError, RuntimeError):  # such as a filter that is not installed
         digest.add("unreadable")
 
