@@ -85,10 +85,14 @@ class FileRun(pl.LightningDataModule):
                 **{key: value for key, value in flat(asdict(self.checkpoint.config)) if key not in _FREE_TO_CHANGE},
                 "type of matrix products": str(compute_dtype(self.inference.precision, self.checkpoint.device)),
             },
-            "inputs": self._inputs(),
+            "inputs": self._inputs_at_first,
             "pretrained embeddings": [identify_file(Path(file)) for file in self.inference.pretrained_embedding],
             "checkpoint": {"weights": self.weights_sha256(), **self.checkpoint.identify_vocabularies()},
         }
+
+    @cached_property
+    def _inputs_at_first(self) -> list[dict[str, str]]:
+        return self._inputs()
 
     def _inputs(self) -> list[dict[str, str]]:
         return [identify(location) for location in self.locations]
@@ -100,6 +104,7 @@ class FileRun(pl.LightningDataModule):
             self.survey = self._kept_survey()
             self._drop_unusable()
         else:
+            assert self._inputs_at_first  # before they are read
             self.survey = self._new_survey()
             with self.workspace.create(self.identity):
                 self.survey.save(self._survey_file)
@@ -174,7 +179,7 @@ class FileRun(pl.LightningDataModule):
                 f"{self.workspace.folder}: {missing} of {survey.n_kept} cells are missing: another process was "
                 "killed, or what was kept is damaged; run the same command with --resume"
             )
-        if self._inputs() != self.identity["inputs"]:
+        if self._inputs() != self._inputs_at_first:
             raise OutputError(
                 f"an input was changed while it was read ({', '.join(map(str, self.locations))}); "
                 f"delete {self.workspace.folder} and run the command again"

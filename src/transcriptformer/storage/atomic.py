@@ -14,8 +14,8 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EI
 
 
 @contextmanager
-def writing(path: Path, advice: str = "") -> Iterator[None]:
-    """Raise an OSError as OutputError: `path` cannot be written, and why; `advice` follows.
+def writing(path: Path) -> Iterator[None]:
+    """Raise an OSError as OutputError: `path` cannot be written, and why.
 
     Raises
     ------
@@ -25,7 +25,7 @@ def writing(path: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or one_line(error)}){advice}") from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror or one_line(error)})") from error
 
 
 @contextmanager
