@@ -1,16 +1,27 @@
 """The Python API as it is used in a notebook."""
 
 import logging
+import shutil
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import pytest
+import torch
 
 import transcriptformer as tf
 from tests.golden_cases import CELLS, CHECKPOINT, SYNTHETIC, TOLERANCE, relative_error
 from tests.h5ad_files import make_adata, random_adata
 from transcriptformer.checkpoint import Checkpoint
+from transcriptformer.model.label_head import LabelHead
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting element:anndata.ImplicitModificationWarning"),
+    pytest.mark.filterwarnings("ignore:Trying to modify attribute:anndata.ImplicitModificationWarning"),
+    pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default"),
+    pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part in the Zarr format 3"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +164,286 @@ def test_the_public_names_are_listed() -> None:
     assert tf.__version__
     with pytest.raises(AttributeError, match="no attribute 'embedding'"):
         tf.embedding  # noqa: B018
+
+
+KINDS = ["in memory", "view", "backed", "h5ad", "zarr", "files"]
+OF_ANNDATA = KINDS[:3]
+
+
+def layered() -> anndata.AnnData:
+    """Counts in X; twice as many in a layer, thrice in .raw; gene ids in one column, names in another."""
+    adata = random_adata(6)
+    adata.layers["double"] = adata.X * 2
+    adata.var["symbol"] = [f"g{i}" for i in range(adata.n_vars)]
+    adata.obs["donor"] = ["a", "b"] * 3
+    raw = adata.copy()
+    raw.X = adata.X * 3
+    adata.raw = raw
+    return adata
+
+
+@pytest.fixture(scope="module")
+def multiples(model: Checkpoint) -> dict[int, np.ndarray]:
+    """What the counts, and multiples of them, are embedded as."""
+    found = {}
+    for factor in (1, 2, 3):
+        adata = random_adata(6)
+        adata.X = adata.X * factor
+        tf.embed(adata, model)
+        found[factor] = adata.obsm["X_transcriptformer"]
+    return found
+
+
+def as_kind(adata: anndata.AnnData, kind: str, folder: Path) -> Any:
+    """The same cells as data of another kind."""
+    if kind == "in memory":
+        return adata.copy()
+    if kind == "view":
+        return adata[:]
+    folder.mkdir(exist_ok=True)
+    if kind == "zarr":
+        adata.write_zarr(folder / "cells.zarr")
+        return folder / "cells.zarr"
+    adata.write_h5ad(folder / "cells.h5ad")
+    if kind == "backed":
+        return anndata.read_h5ad(folder / "cells.h5ad", backed="r")
+    return str(folder / "cells.h5ad") if kind == "h5ad" else [folder / "cells.h5ad"]
+
+
+def embedded(data: Any, model: Checkpoint, **options: Any) -> anndata.AnnData:
+    result = tf.embed(data, model, **options)
+    return data if result is None else result
+
+
+with_all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@with_all_kinds
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({}, 3),
+        ({"use_raw": True}, 3),
+        ({"use_raw": False}, 1),
+        ({"layer": "double"}, 2),
+        ({"layer": "double", "use_raw": False}, 2),
+        ({"gene_col_name": "ensembl_id"}, 3),
+    ],
+)
+def test_counts_come_from_where_they_are_asked_for(
+    kind: str, options: dict[str, Any], factor: int, model: Checkpoint, multiples: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    result = embedded(as_kind(layered(), kind, tmp_path), model, **options)
+    np.testing.assert_allclose(result.obsm["X_transcriptformer"], multiples[factor], rtol=1e-5, atol=1e-6)
+
+
+@with_all_kinds
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": "spliced"}, "has no layer 'spliced'; there are: double"),
+        ({"layer": ""}, "has no layer ''; there are: double"),
+        ({"layer": "double", "use_raw": True}, "layer 'double' and use_raw=True: .*one of them only"),
+        ({"use_raw": "yes"}, "use_raw .*'yes'"),
+        ({"gene_col_name": "symbol"}, "none of its|no gene|not in the vocabulary"),
+        ({"gene_col_name": "gene"}, "no column 'gene'"),
+    ],
+)
+def test_what_is_not_there_is_said(
+    kind: str, options: dict[str, Any], message: str, model: Checkpoint, tmp_path: Path
+) -> None:
+    data = as_kind(layered(), kind, tmp_path)
+    for function in (tf.embed, tf.gene_embeddings):
+        with pytest.raises(tf.TranscriptFormerError, match=message):
+            function(data, model, **options)
+
+
+@pytest.mark.parametrize("kind", ["in memory", "h5ad"])
+def test_gene_embeddings_take_the_same_options(
+    kind: str, model: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adata = layered()
+    data = as_kind(adata, kind, tmp_path)
+    double = random_adata(6)
+    double.X = double.X * 2
+    for pool in ("gene", None):
+        result = tf.gene_embeddings(data, model, layer="double", pool=pool)
+        expected = tf.gene_embeddings(double, model, pool=pool)
+        np.testing.assert_allclose(result.obsm["embeddings"], expected.obsm["embeddings"], rtol=1e-5, atol=1e-6)
+    assert set(tf.gene_embeddings(data, model, pool="donor").obs["donor"]) == {"a", "b"}
+    with pytest.raises(tf.TranscriptFormerError, match="--cge-pool tissue: obs has no such column"):
+        tf.gene_embeddings(data, model, pool="tissue")
+
+
+@with_all_kinds
+def test_gene_ids_in_the_index_are_found_unless_a_column_is_named(
+    kind: str, model: Checkpoint, multiples: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    adata = random_adata(6)
+    adata.var.index = adata.var.pop("ensembl_id")
+    adata.var.index.name = None
+    adata.var["symbol"] = [f"g{i}" for i in range(adata.n_vars)]
+    data = as_kind(adata, kind, tmp_path)
+    np.testing.assert_array_equal(embedded(data, model).obsm["X_transcriptformer"], multiples[1])
+    for column in ("symbol", "ensembl_id"):
+        by_settings = tf.load(
+            CHECKPOINT, device="cpu", precision="32", settings={"model.data_config.gene_col_name": column}
+        )
+        for gene_col_name, of_model in ((None, by_settings), (column, model)):
+            with pytest.raises(tf.TranscriptFormerError, match=f"no column '{column}'|vocabulary"):
+                tf.embed(data, of_model, gene_col_name=gene_col_name)
+
+
+@with_all_kinds
+def test_settings_say_where_counts_are_unless_a_call_does(
+    kind: str, multiples: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    model = tf.load(CHECKPOINT, device="cpu", precision="32", settings={"model.data_config.layer": "double"})
+    for use_raw, factor in ((None, 2), (False, 1), (True, 3)):
+        result = embedded(as_kind(layered(), kind, tmp_path / str(factor)), model, use_raw=use_raw)
+        np.testing.assert_allclose(result.obsm["X_transcriptformer"], multiples[factor], rtol=1e-5, atol=1e-6)
+
+
+@with_all_kinds
+@pytest.mark.parametrize("key", ["", ".", "a/b", None, 3])
+def test_a_key_that_no_file_can_hold_is_refused(kind: str, key: Any, model: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(tf.TranscriptFormerError, match=r"key_added=.*: a name without '/' is needed"):
+        tf.embed(as_kind(layered(), kind, tmp_path), model, key_added=key)
+
+
+@with_all_kinds
+def test_what_is_under_the_key_is_replaced(kind: str, model: Checkpoint, tmp_path: Path) -> None:
+    adata = layered()
+    adata.obsm["X_tf"] = np.zeros((6, 3))
+    adata.uns["X_tf"] = "old"
+    result = embedded(as_kind(adata, kind, tmp_path), model, key_added="X_tf")
+    assert result.obsm["X_tf"].shape == (6, 32)
+    assert "X_transcriptformer" not in result.obsm
+
+
+@with_all_kinds
+def test_a_copy_is_made_of_any_kind(
+    kind: str, model: Checkpoint, multiples: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    data = as_kind(layered(), kind, tmp_path)
+    result = tf.embed(data, model, copy=True)
+    assert result is not None
+    np.testing.assert_allclose(result.obsm["X_transcriptformer"], multiples[3], rtol=1e-5, atol=1e-6)
+    if kind in OF_ANNDATA:
+        assert "X_transcriptformer" not in data.obsm
+        assert not result.isbacked
+        np.testing.assert_array_equal(result.X.toarray(), random_adata(6).X.toarray())
+
+
+def test_a_view_of_a_backed_anndata_is_embedded_as_a_copy_only(
+    model: Checkpoint, multiples: dict[int, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    view = as_kind(layered(), "backed", tmp_path)[[4, 1]]
+    result = tf.embed(view, model, copy=True)
+    assert result is not None
+    np.testing.assert_allclose(result.obsm["X_transcriptformer"], multiples[3][[4, 1]], rtol=1e-5, atol=1e-6)
+    caplog.clear()
+    with caplog.at_level(logging.INFO), pytest.raises(tf.TranscriptFormerError, match="give copy=True"):
+        tf.embed(view, model)
+    assert not caplog.text  # nothing was read
+
+
+@with_all_kinds
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.inference_config.tokens_per_batch": 300},
+        {"model.inference_config.oom_dataloader": False},
+        {"model.data_config.block_size": 2},
+        {"model.data_config.n_data_workers": 1},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_how_cells_are_read_does_not_change_them(
+    kind: str, settings: dict[str, object], multiples: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    model = tf.load(CHECKPOINT, device="cpu", precision="32", batch_size=3, settings=settings)
+    for use_raw, factor in ((False, 1), (True, 3)):
+        result = embedded(as_kind(layered(), kind, tmp_path / str(factor)), model, use_raw=use_raw)
+        np.testing.assert_allclose(result.obsm["X_transcriptformer"], multiples[factor], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def with_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a label head."""
+    folder = tmp_path_factory.mktemp("labels") / "checkpoint"
+    shutil.copytree(CHECKPOINT, folder)
+    torch.manual_seed(0)
+    torch.save(LabelHead("donor", ["a", "b"], 32).to_file(), folder / "label_head.pt")
+    return folder
+
+
+@with_all_kinds
+def test_labels_llh_and_filters_go_together(kind: str, with_labels: Path, tmp_path: Path) -> None:
+    settings = {
+        "model.inference_config.output_keys": ["llh"],
+        "model.data_config.min_expressed_genes": 2,
+        "model.inference_config.obs_keys": ["donor"],
+    }
+    model = tf.load(with_labels, device="cpu", precision="32", settings=settings)
+    adata = make_adata([[1, 1], [1, 0], [2, 3]])
+    adata.obs["donor"] = ["a", "b", "a"]
+    result = embedded(as_kind(adata, kind, tmp_path), model)
+    if kind in OF_ANNDATA:
+        assert np.isnan(result.obsm["X_transcriptformer"]).all(axis=1).tolist() == [False, True, False]
+        assert result.obs["predicted_donor"].isna().tolist() == [False, True, False]
+        assert result.obs["predicted_donor_probability"].isna().tolist() == [False, True, False]
+        assert result.obs["X_transcriptformer_llh"].isna().tolist() == [False, True, False]
+        assert "X_transcriptformer" in result.uns
+    else:
+        assert list(result.obs_names) == ["c0", "c2"]
+        assert list(result.obs.columns) == ["donor", "predicted_donor", "predicted_donor_probability"]
+        assert result.uns["llh"]["llh"].notna().all()
+        assert "transcriptformer" in result.uns
+
+
+@with_all_kinds
+@pytest.mark.parametrize("pool", ["gene", None, "donor"])
+def test_gene_embeddings_need_no_labels(
+    kind: str, pool: str | None, with_labels: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"model.inference_config.output_keys": ["embeddings", "llh"]}
+    model = tf.load(with_labels, device="cpu", precision="32", settings=settings)
+    result = tf.gene_embeddings(as_kind(layered(), kind, tmp_path), model, pool=pool)
+    assert result.obsm["embeddings"].shape == (result.n_obs, 32)
+    assert "gene_embeddings leaves out llh" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ({}, {"emb_type": "cge"}, "emb_type has no effect here"),
+        ({}, {"cge_pool": "donor"}, "cge_pool has no effect here"),
+        ({}, {"output_filename": "x.h5ad"}, "output_filename has no effect here"),
+        ({}, {"resume": True}, "resume has no effect here"),
+        ({}, {"num_gpus": 2}, "num_gpus has no effect here"),
+        ({"batch_size": 3}, {"batch_size": 4}, r"batch_size: given twice, as an argument \(3\) and in settings \(4\)"),
+        ({"precision": "32"}, {"precision": "bf16-mixed"}, "precision: given twice"),
+        ({}, {"no_such": 1}, "no_such: no such configuration key"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(
+    arguments: dict[str, Any], settings: dict[str, object], message: str
+) -> None:
+    settings = {f"model.inference_config.{name}": value for name, value in settings.items()}
+    with pytest.raises(tf.TranscriptFormerError, match=message):
+        tf.load(CHECKPOINT, **{"device": "cpu", **arguments}, settings=settings)
+
+
+def test_settings_may_repeat_what_is_so() -> None:
+    settings = {"emb_type": "cell", "cge_pool": None, "device": "cpu", "batch_size": 3}
+    settings = {f"model.inference_config.{name}": value for name, value in settings.items()}
+    model = tf.load(CHECKPOINT, device="cpu", settings=settings)
+    assert model.config.model.inference_config.batch_size == 3
+
+
+@pytest.mark.parametrize("data", [3, None, [3], [None]])
+def test_data_of_another_type_is_refused(data: Any, model: Checkpoint) -> None:
+    for function in (tf.embed, tf.gene_embeddings):
+        with pytest.raises(tf.TranscriptFormerError, match="an AnnData, a path or a list of paths is needed"):
+            function(data, model)

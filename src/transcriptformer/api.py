@@ -1,6 +1,8 @@
 """The Python API; people find it as `transcriptformer.load`, `.embed` and `.gene_embeddings`."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +11,22 @@ import numpy as np
 import pandas as pd
 
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
-from transcriptformer.config import load_config
-from transcriptformer.data.source import looks_like_gene_ids
+from transcriptformer.config import InferenceConfig, load_config
+from transcriptformer.data.source import AUTO_GENE_COLUMN
 from transcriptformer.errors import UsageError
 from transcriptformer.inference import Source, compute
 from transcriptformer.inference import embed as embed_sources
-from transcriptformer.output import EMBEDDINGS_KEY, predicted_labels, to_rows_of_genes
+from transcriptformer.output import EMBEDDINGS_KEY, LLH_KEY, predicted_labels, to_rows_of_genes
 from transcriptformer.recording import MemoryRecorder
 
+logger = logging.getLogger(__name__)
+
 FileOrFiles = str | Path | Sequence[str | Path]
+
+_DATA, _INFERENCE = "model.data_config.", "model.inference_config."
+
+_DECIDED_BY_CALLS = ("emb_type", "cge_pool", "output_path", "output_filename", "resume", "num_gpus", "num_nodes")
+"""Settings of the command that have no effect here: what is computed says the function, and it returns the result."""
 
 
 def load(
@@ -44,7 +53,8 @@ def load(
     pretrained_embedding
         Protein-embedding files of a species that the checkpoint was not trained on.
     settings
-        Anything else, by the paths of the configuration, such as `{"model.data_config.clip_counts": 50}`.
+        Anything else, by the paths of the configuration, such as `{"model.data_config.clip_counts": 50}`; not what an
+        argument says, nor what only the command `inference` does, such as where the result is written.
 
     Returns
     -------
@@ -63,15 +73,18 @@ def load(
     >>> sc.pp.neighbors(adata, use_rep="X_transcriptformer")
     """
     files = [pretrained_embedding] if isinstance(pretrained_embedding, str | Path) else pretrained_embedding
-    options: dict[str, object] = {
-        "model.inference_config.device": device,
-        "model.inference_config.precision": precision,
-        "model.inference_config.batch_size": batch_size,
-        "model.inference_config.pretrained_embedding": [str(file) for file in files],
-        **(settings or {}),
+    arguments: dict[str, object] = {
+        f"{_INFERENCE}device": device,
+        f"{_INFERENCE}precision": precision,
+        f"{_INFERENCE}batch_size": batch_size,
+        f"{_INFERENCE}pretrained_embedding": [str(file) for file in files],
     }
+    settings = settings or {}
+    _check_settings(settings, arguments)
     path = Path(path)
-    return load_checkpoint(path, load_config(path, options))
+    return load_checkpoint(
+        path, load_config(path, {f"{_DATA}gene_col_name": AUTO_GENE_COLUMN, **arguments, **settings})
+    )
 
 
 def embed(
@@ -94,37 +107,41 @@ def embed(
     model
         From `load`.
     key_added
-        Where the embeddings go in `obsm`.
+        Where the embeddings go in `obsm`; what is there is replaced.
     layer
-        Take the counts from this layer of the AnnData.
+        Take the counts from this layer; None: what the model's settings say, which by default is none.
     use_raw
-        Take them from `.raw` (True), from `.X` (False), or from `.raw` where there is one (None).
+        Take them from `.raw` (True) or from `.X` (False); None: what the model's settings say, by default `.raw` where
+        there is one.
     gene_col_name
-        Column of `var` with Ensembl gene ids, or `index`; None: `ensembl_id` where there is such a column, else the
-        index.
+        Column of `var` with Ensembl gene ids, or `index`; None: what the model's settings say, by default `ensembl_id`
+        where there is such a column, else the index.
     copy
-        Return a copy with the embeddings instead of adding them to `data`.
+        Return a copy with the embeddings instead of adding them to `data`; that of a backed AnnData is in memory. For
+        files the result is always new.
 
     Returns
     -------
     For an AnnData None, or the copy: `obsm[key_added]` (cells, D), float32, has a row for every cell, NaN for cells
     that the filters of the model's settings leave out; `obs[key_added + '_llh']` if the settings ask for llh; with
     a model that was trained to tell labels, `obs['predicted_…']` and its probability; `uns[key_added]` says how it was
-    made. For files a new AnnData of the kept cells with their metadata.
+    made. For files a new AnnData of the kept cells with their metadata (`obs_keys` of the model's settings chooses
+    columns), with `uns['llh']` if the settings ask for it; `uns['transcriptformer']` says how it was made.
 
     Raises
     ------
     TranscriptFormerError
         If the data cannot be used; it says why.
     """
+    _check_key(key_added)
+    model = _with(model, "cell", layer, use_raw, gene_col_name)
     if not isinstance(data, anndata.AnnData):
-        result = embed_sources(_files(data), _with(model, "cell", use_raw, gene_col_name))
+        result = embed_sources(_files(data), model)
         result.obsm[key_added] = result.obsm.pop(EMBEDDINGS_KEY)
         return result
-    model = _with(model, "cell", use_raw, gene_col_name or _gene_column(data, layer, use_raw))
-    computed = compute(data, model, layer=layer)
+    target = _target(data, copy)
+    computed = compute(data, model)
     assert isinstance(computed.results, MemoryRecorder)
-    target = data.copy() if copy else data
     kept, n_kept = computed.survey.kept, computed.survey.n_kept
     embeddings = np.full((data.n_obs, model.width), np.nan, dtype=np.float32)
     embeddings[kept] = computed.results.read("embeddings", 0, n_kept)
@@ -169,39 +186,74 @@ def gene_embeddings(
     TranscriptFormerError
         If the data cannot be used; it says why.
     """
-    if isinstance(data, anndata.AnnData):
-        gene_col_name = gene_col_name or _gene_column(data, layer, use_raw)
-    result = embed_sources(_files(data), _with(model, "cge", use_raw, gene_col_name, pool), layer=layer)
+    if LLH_KEY in model.config.model.inference_config.output_keys:
+        logger.warning("gene_embeddings leaves out llh, which is of cells: embed returns it")
+    result = embed_sources(_files(data), _with(model, "cge", layer, use_raw, gene_col_name, pool))
     return result if pool is not None else to_rows_of_genes(result)
 
 
+def _check_settings(settings: Mapping[str, object], arguments: Mapping[str, object]) -> None:
+    """Raise UsageError for settings that would be ignored, or that contradict an argument of `load`."""
+    for name in _DECIDED_BY_CALLS:
+        key = _INFERENCE + name
+        default = InferenceConfig.__dataclass_fields__[name].default
+        if settings.get(key, default) not in (default, None):
+            raise UsageError(
+                f"settings: {key} has no effect here: embed and gene_embeddings say what is computed, and return it"
+            )
+    defaults = load.__kwdefaults__ or {}
+    for key, value in arguments.items():
+        name = key.removeprefix(_INFERENCE)
+        default = list(defaults[name]) if name == "pretrained_embedding" else defaults[name]
+        if key in settings and value not in (default, settings[key]):
+            raise UsageError(f"{name}: given twice, as an argument ({value}) and in settings ({settings[key]})")
+
+
+def _check_key(key: str) -> None:
+    """Raise UsageError for a key that h5ad files and zarr stores cannot hold."""
+    if not isinstance(key, str) or not key.strip(".") or "/" in key:
+        raise UsageError(f"key_added={key!r}: a name without '/' is needed")
+
+
+def _target(data: anndata.AnnData, copy: bool) -> anndata.AnnData:
+    """The AnnData that takes the embeddings: made before they are computed, for it may not fit into memory."""
+    if copy:
+        return data.to_memory(copy=True) if data.isbacked else data.copy()
+    if data.isbacked and data.is_view:
+        raise UsageError("a view of a backed AnnData cannot take embeddings: give copy=True, or embed data.to_memory()")
+    return data
+
+
 def _files(data: anndata.AnnData | FileOrFiles) -> Source | list[Source]:
-    return data if isinstance(data, anndata.AnnData | str | Path) else list(data)
+    if isinstance(data, anndata.AnnData | str | Path):
+        return data
+    if not isinstance(data, Iterable):
+        raise UsageError(f"data is a {type(data).__name__}: an AnnData, a path or a list of paths is needed")
+    sources = list(data)
+    for source in sources:
+        if not isinstance(source, anndata.AnnData | str | os.PathLike):
+            raise UsageError(f"data holds a {type(source).__name__}: an AnnData, a path or a list of paths is needed")
+    return sources
 
 
 def _with(
-    model: Checkpoint, emb_type: str, use_raw: bool | None, gene_col_name: str | None, pool: str | None = None
+    model: Checkpoint,
+    emb_type: str,
+    layer: str | None,
+    use_raw: bool | None,
+    gene_col_name: str | None,
+    pool: str | None = None,
 ) -> Checkpoint:
     """The same model with what this call asks for."""
     settings = model.config.model
     data = settings.data_config
-    data = replace(
-        data,
-        use_raw=data.use_raw if use_raw is None else use_raw,
-        gene_col_name=data.gene_col_name if gene_col_name is None else gene_col_name,
-    )
+    if layer is not None or use_raw is not None:  # where the counts are, whatever the settings say
+        data = replace(data, layer=layer, use_raw=use_raw)
+    if gene_col_name is not None:
+        data = replace(data, gene_col_name=gene_col_name)
     output_keys = settings.inference_config.output_keys if emb_type == "cell" else [EMBEDDINGS_KEY]
     if EMBEDDINGS_KEY not in output_keys:
         output_keys = [EMBEDDINGS_KEY, *output_keys]
     inference = replace(settings.inference_config, emb_type=emb_type, cge_pool=pool, output_keys=output_keys)
     section = replace(settings, data_config=data, inference_config=inference)
     return replace(model, config=replace(model.config, model=section))
-
-
-def _gene_column(data: anndata.AnnData, layer: str | None, use_raw: bool | None) -> str | None:
-    """The index, where it is the only place with gene ids; None: what the settings say."""
-    if layer is not None and use_raw:
-        raise UsageError("layer and use_raw=True: the counts can come from one of them only")
-    from_raw = layer is None and use_raw is not False and data.raw is not None
-    var = data.raw.var if from_raw else data.var
-    return "index" if "ensembl_id" not in var.columns and looks_like_gene_ids(var.index) else None

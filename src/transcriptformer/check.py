@@ -114,14 +114,16 @@ def check(
 def _report_alone(location: Location, config: DataConfig) -> Report:
     report = Report(str(location))
     try:
-        source = open_source(location, config.gene_col_name, config.use_raw, remove_duplicate_genes=True)
+        source = open_source(
+            location, config.gene_col_name, config.use_raw, remove_duplicate_genes=True, layer=config.layer
+        )
         _describe_genes(report, source.gene_ids, int(source.is_repeated.sum()))
         vocab = make_gene_vocab((gene for gene in source.gene_ids if gene), ["unknown"], "unknown")
         reader = CellReader(source, vocab, {}, config, NO_CHECKPOINT_SEQ_LEN)
         report.cells = len(source)
         _describe_cells(report, survey_cells([reader], config))
         if report.repeated_genes and not config.remove_duplicate_genes:
-            open_source(location, config.gene_col_name, config.use_raw)
+            open_source(location, config.gene_col_name, config.use_raw, layer=config.layer)
     except TranscriptFormerError as error:
         report.refused = str(error)
     return report
@@ -130,7 +132,7 @@ def _report_alone(location: Location, config: DataConfig) -> Report:
 def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float) -> Report:
     report, data = Report(str(location)), checkpoint.config.model.data_config
     try:
-        source = open_source(location, data.gene_col_name, data.use_raw, remove_duplicate_genes=True)
+        source = open_source(location, data.gene_col_name, data.use_raw, remove_duplicate_genes=True, layer=data.layer)
         _describe_genes(report, source.gene_ids, int(source.is_repeated.sum()))
         report.cells = len(source)
         report.genes_known = int((checkpoint.gene_vocab.lookup(source.gene_ids) >= 0).sum())

@@ -140,7 +140,7 @@ def _label_head(path: Path, config: Config) -> LabelHead | None:
     model, inference = config.model, config.model.inference_config
     is_last = inference.embedding_layer_index in (-1, model.model_config.num_layers - 1)
     is_as_trained = model.model_type == "transcriptformer" and inference.emb_type == "cell" and is_last
-    if not (inference.predict_labels and is_as_trained and "embeddings" in inference.output_keys):
+    if not (inference.predict_labels and is_as_trained):
         return None
     return read_label_head(path)
 

@@ -44,7 +44,9 @@ class DataConfig:
     """From counts to tokens (`model.data_config`)."""
 
     gene_col_name: str = "ensembl_id"
-    """Column of `var` that holds the gene ids; `index` means the index of `var`."""
+    """Column of `var` that holds the gene ids; `index`: the index of `var`; `auto`: `ensembl_id`, else the index."""
+    layer: str | None = None
+    """Layer that holds the counts; None: `use_raw` says where they are."""
     use_raw: bool | str | None = None
     """True: `.raw.X`; False: `.X`; "auto" or None: `.raw.X` where there is one, else `.X`."""
     remove_duplicate_genes: bool = False
@@ -176,7 +178,7 @@ class InferenceConfig:
     output_keys: list[str] = field(default_factory=lambda: ["embeddings"])
     """What to compute: embeddings, llh."""
     predict_labels: bool = True
-    """With a checkpoint that was trained to tell labels, add its predictions to `obs`."""
+    """With cell embeddings of a checkpoint that was trained to tell labels, add its predictions to `obs`."""
     obs_keys: list[str] = field(default_factory=lambda: ["all"])
     """Columns of `obs` to keep in the output; `all`: every one."""
     output_path: str = "./inference_results"

@@ -41,7 +41,6 @@ def embed(
     sources: Source | Sequence[Source],
     checkpoint: Checkpoint,
     on_progress: OnProgress | None = None,
-    layer: str | None = None,
 ) -> anndata.AnnData:
     """Embed the cells of one source or of several, in order, on one device; the results are held in memory.
 
@@ -53,8 +52,6 @@ def embed(
         From `load_checkpoint`; its configuration says what to compute.
     on_progress
         Called before the first and after every batch.
-    layer
-        Take the counts of this layer of AnnData objects.
 
     Returns
     -------
@@ -67,7 +64,7 @@ def embed(
     TranscriptFormerError
         If a source, or an option that speaks of it, cannot be used.
     """
-    computed = compute(sources, checkpoint, on_progress, layer)
+    computed = compute(sources, checkpoint, on_progress)
     names, results = checkpoint.gene_vocab.names(), computed.results
     if isinstance(results, Pool):
         table, means = results.table(names, computed.groups, computed.inputs.group_column)
@@ -103,12 +100,11 @@ def compute(
     sources: Source | Sequence[Source],
     checkpoint: Checkpoint,
     on_progress: OnProgress | None = None,
-    layer: str | None = None,
 ) -> Computed:
     """What `embed` returns, before it is made an AnnData; parameters and errors are the same."""
     several = _as_list(sources)
     inference = checkpoint.config.model.inference_config
-    inputs = Inputs(several, checkpoint, layer)
+    inputs = Inputs(several, checkpoint)
     survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
     inputs.tell(survey)
     results: MemoryRecorder | Pool

@@ -34,8 +34,6 @@ class Inputs:
         Files, stores or AnnData objects, in order.
     checkpoint
         Whose vocabularies and configuration apply.
-    layer
-        Take the counts of this layer of AnnData objects.
 
     Raises
     ------
@@ -43,9 +41,7 @@ class Inputs:
         If one of them cannot be used.
     """
 
-    def __init__(
-        self, sources: Sequence[str | Path | anndata.AnnData], checkpoint: Checkpoint, layer: str | None = None
-    ) -> None:
+    def __init__(self, sources: Sequence[str | Path | anndata.AnnData], checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         model = checkpoint.config.model
         data, self.seq_len = model.data_config, model.model_config.seq_len
@@ -57,7 +53,7 @@ class Inputs:
                     data.use_raw,
                     data.remove_duplicate_genes,
                     model.inference_config.oom_dataloader,
-                    layer,
+                    data.layer,
                 ),
                 checkpoint.gene_vocab,
                 checkpoint.aux_vocabs,

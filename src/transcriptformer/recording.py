@@ -37,7 +37,7 @@ def layout_of(inference: InferenceConfig, width: int, with_labels: bool = False)
         layout["cge_embeddings"] = Field("float32", width, per_gene=True)
     if "llh" in inference.output_keys:
         layout["llh"] = Field("float32")
-    if with_labels:
+    if with_labels and "embeddings" in layout:
         layout |= {LABEL: Field("int32"), LABEL_PROBABILITY: Field("float32")}
     return layout
 

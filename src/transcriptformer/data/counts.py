@@ -4,6 +4,7 @@ import logging
 from typing import Any, Protocol
 
 import anndata
+import h5py
 import numpy as np
 import psutil
 from scipy import sparse
@@ -31,12 +32,22 @@ class Matrix(Protocol):
 
 
 class MatrixInMemory:
-    """A SciPy matrix, a NumPy array, or what a backed AnnData has in their place, as `Matrix`."""
+    """A SciPy matrix, a NumPy array, or what a backed AnnData has in their place, as `Matrix`.
 
-    def __init__(self, values: Any) -> None:
+    Parameters
+    ----------
+    values
+        The counts.
+    read_in_blocks
+        Leave those of a backed AnnData in the file, unless they are stored by columns.
+    """
+
+    def __init__(self, values: Any, read_in_blocks: bool = True) -> None:
         is_csc = getattr(values, "format", None) == "csc"  # whose rows are slow to come by
-        if is_csc and hasattr(values, "to_memory"):
+        if hasattr(values, "to_memory") and (is_csc or not read_in_blocks):
             values = values.to_memory()
+        if isinstance(values, h5py.Dataset) and not read_in_blocks:
+            values = values[:]
         if sparse.issparse(values):
             check_sparse(values)  # now, for SciPy may crash where indices point outside
         if is_csc:

@@ -16,9 +16,11 @@ from scipy import sparse
 from transcriptformer.data.counts import Matrix, MatrixInMemory, open_matrix, to_canonical_csr
 from transcriptformer.data.metadata import Metadata, MetadataInMemory, open_metadata
 from transcriptformer.data.store import Location, Store, damaged
-from transcriptformer.errors import DataError, TranscriptFormerError
+from transcriptformer.errors import DataError, TranscriptFormerError, UsageError
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_GENE_COLUMN, AUTO_GENE_COLUMN = "ensembl_id", "auto"
 
 # Ensembl (ENSG…, ENSMUSG…), FlyBase, WormBase and the systematic names of yeast.
 _GENE_ID = re.compile(r"(ENS[A-Z]*G\d{6,}|FBgn\d{6,}|WBGene\d{6,}|Y[A-P][LR]\d{3}[WC](-[A-Z])?)(\.\d+)?")
@@ -88,7 +90,7 @@ class CellSource:
 
 def open_source(
     source: Location | anndata.AnnData,
-    gene_col_name: str = "ensembl_id",
+    gene_col_name: str = DEFAULT_GENE_COLUMN,
     use_raw: bool | str | None = None,
     remove_duplicate_genes: bool = False,
     read_in_blocks: bool = True,
@@ -102,7 +104,8 @@ def open_source(
         An h5ad file or a zarr store, of which only `obs` and one matrix with its `var` are read; or an AnnData, which
         is left as it is.
     gene_col_name
-        Column of `var` with the gene ids; `index` for the index of `var`.
+        Column of `var` with the gene ids; `index` for the index of `var`; `auto`: `ensembl_id` where there is such a
+        column, else the index.
     use_raw
         True: `.raw`; False: `.X`; None or "auto": `.raw` where there is one. Names and counts come from the same place.
     remove_duplicate_genes
@@ -110,21 +113,23 @@ def open_source(
     read_in_blocks
         Leave the counts where they are and read them as they are needed; otherwise read them into memory now.
     layer
-        Take the counts of this layer of an AnnData, with its `var`.
+        Take the counts of this layer, with `var`.
 
     Raises
     ------
     UsageError
-        If the file does not exist.
+        If the file does not exist, or both a layer and `.raw` are asked for.
     DataError
-        If it cannot be read, has no cells, no such column, or duplicate genes.
+        If it cannot be read, has no cells, no such layer or column, or duplicate genes.
     """
+    if layer is not None and use_raw is True:
+        raise UsageError(f"layer {layer!r} and use_raw=True: the counts can come from one of them only")
     if isinstance(source, anndata.AnnData):
         name = "the AnnData"
-        found = _from_anndata(source, use_raw, layer, name)
+        found = _from_anndata(source, use_raw, read_in_blocks, layer, name)
     else:
         name = str(source)
-        found = _from_store(source, use_raw, read_in_blocks)
+        found = _from_store(source, use_raw, read_in_blocks, layer)
     shape = len(found.obs), len(found.var)
     if 0 in shape:
         raise DataError(f"{name}: there are no {'cells' if shape[0] == 0 else 'genes'} in it")
@@ -132,9 +137,10 @@ def open_source(
         raise DataError(
             f"{name}: damaged: counts of shape {found.matrix.shape} for {shape[0]} cells and {shape[1]} genes"
         )
-    gene_ids = _without_versions(_gene_column(found, gene_col_name, name))
+    column = _choose_gene_column(found.var) if gene_col_name == AUTO_GENE_COLUMN else gene_col_name
+    gene_ids = _without_versions(_gene_column(found, column, name))
     cells = CellSource(name, found.matrix, gene_ids, found.obs, found.store)
-    _check_duplicates(cells, gene_col_name, remove_duplicate_genes)
+    _check_duplicates(cells, column, remove_duplicate_genes)
     return cells
 
 
@@ -148,39 +154,50 @@ class _Found(NamedTuple):
     store: Store | None = None
 
 
-def _from_anndata(adata: anndata.AnnData, use_raw: bool | str | None, layer: str | None, name: str) -> _Found:
+def _from_anndata(
+    adata: anndata.AnnData, use_raw: bool | str | None, read_in_blocks: bool, layer: str | None, name: str
+) -> _Found:
     obs = MetadataInMemory(adata.obs)
     if layer is not None:
-        if layer not in adata.layers:
-            raise DataError(f"{name}: has no layer {layer!r}; there are: {', '.join(adata.layers) or 'none'}")
-        return _Found(_in_memory(adata.layers[layer], name), adata.var, obs, is_raw=False)
+        _check_layer(layer, adata.layers, name)
+        return _Found(_in_memory(adata.layers[layer], read_in_blocks, name), adata.var, obs, is_raw=False)
     if _choose_raw(adata.raw is not None, use_raw, name):
-        return _Found(_in_memory(adata.raw.X, name), adata.raw.var, obs, is_raw=True)
+        return _Found(_in_memory(adata.raw.X, read_in_blocks, name), adata.raw.var, obs, is_raw=True)
     if adata.X is None:
         raise DataError(f"{name}: has no matrix X")
-    return _Found(_in_memory(adata.X, name), adata.var, obs, is_raw=False)
+    return _Found(_in_memory(adata.X, read_in_blocks, name), adata.var, obs, is_raw=False)
 
 
-def _in_memory(values: Any, name: str) -> MatrixInMemory:
+def _check_layer(layer: str, layers: Iterable[str], name: str) -> None:
+    if layer not in layers:
+        raise DataError(f"{name}: has no layer {layer!r}; there are: {', '.join(layers) or 'none'}")
+
+
+def _in_memory(values: Any, read_in_blocks: bool, name: str) -> MatrixInMemory:
     try:
-        return MatrixInMemory(values)
+        return MatrixInMemory(values, read_in_blocks)
     except ValueError as error:
         raise DataError(f"{name}: damaged: the sparse matrix of counts is inconsistent ({error})") from error
 
 
-def _from_store(location: Location, use_raw: bool | str | None, read_in_blocks: bool) -> _Found:
+def _from_store(location: Location, use_raw: bool | str | None, read_in_blocks: bool, layer: str | None) -> _Found:
     store = Store(location)
     try:
         if _is_old_layout(store):
             store.close()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # anndata advises to write the file anew
-                return _from_anndata(anndata.read_h5ad(Path(location)), use_raw, None, store.name)
-        is_raw = _choose_raw("raw/X" in store, use_raw, store.name)  # a zarr store has an empty raw
+                return _from_anndata(anndata.read_h5ad(Path(location)), use_raw, True, layer, store.name)
+        # A zarr store has an empty raw.
+        is_raw = layer is None and _choose_raw("raw/X" in store, use_raw, store.name)
         place = "raw/" if is_raw else ""
-        if f"{place}X" not in store:
-            raise DataError(f"{store.name}: has no matrix {place}X")
-        matrix = open_matrix(store, f"{place}X", read_in_blocks)
+        key = f"{place}X" if layer is None else f"layers/{layer}"
+        if layer is not None and (not layer.strip(".") or "/" in layer or key not in store):
+            layers: Any = store.root.get("layers", ())
+            _check_layer(layer, layers, store.name)
+        if key not in store:
+            raise DataError(f"{store.name}: has no matrix {key}")
+        matrix = open_matrix(store, key, read_in_blocks)
         var, obs = anndata.io.read_elem(store[f"{place}var"]), open_metadata(store, "obs")
         return _Found(matrix, var, obs, is_raw, store)
     except TranscriptFormerError:
@@ -198,6 +215,10 @@ def _choose_raw(has_raw: bool, use_raw: bool | str | None, name: str) -> bool:
     if use_raw is True and not has_raw:
         raise DataError(f"{name}: has no .raw; leave out --use-raw true (or give false) to use .X")
     return has_raw if use_raw in (None, "auto") else bool(use_raw)
+
+
+def _choose_gene_column(var: pd.DataFrame) -> str:
+    return "index" if DEFAULT_GENE_COLUMN not in var.columns and looks_like_gene_ids(var.index) else DEFAULT_GENE_COLUMN
 
 
 def _gene_column(found: _Found, column: str, name: str) -> pd.Series | pd.Index:
