@@ -27,7 +27,7 @@ BATCHES_WAITING = 2
 
 
 def layout_of(inference: InferenceConfig, width: int, with_labels: bool = False) -> Layout:
-    """The results that are wanted, for embeddings of that width, and whether labels are told."""
+    """The results that are wanted, for embeddings of that width, and whether labels are told (from those of cells)."""
     layout: dict[str, Field] = {}
     if "embeddings" in inference.output_keys and inference.emb_type == "cell":
         layout["embeddings"] = Field("float32", width)
