@@ -14,7 +14,7 @@ from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import InferenceConfig, load_config
 from transcriptformer.data.source import AUTO_GENE_COLUMN
 from transcriptformer.errors import UsageError
-from transcriptformer.inference import Source, compute
+from transcriptformer.inference import Source, compute, survey_sources
 from transcriptformer.inference import embed as embed_sources
 from transcriptformer.output import EMBEDDINGS_KEY, LLH_KEY, predicted_labels, to_rows_of_genes
 from transcriptformer.recording import MemoryRecorder
@@ -140,9 +140,10 @@ def embed(
         result.obsm[key_added] = result.obsm.pop(EMBEDDINGS_KEY)
         return result
     target = _target(data, copy)
-    computed = compute(data, model)
+    cells = survey_sources(data, model)
+    computed = compute(cells, model)
     assert isinstance(computed.results, MemoryRecorder)
-    kept, n_kept = computed.survey.kept, computed.survey.n_kept
+    kept, n_kept = cells.survey.kept, cells.survey.n_kept
     embeddings = np.full((data.n_obs, model.width), np.nan, dtype=np.float32)
     embeddings[kept] = computed.results.read("embeddings", 0, n_kept)
     target.obsm[key_added] = embeddings

@@ -13,6 +13,7 @@ from transcriptformer.batching import batch_limits, bytes_per_token
 from transcriptformer.checkpoint import Checkpoint, load_checkpoint
 from transcriptformer.config import DataConfig, load_config
 from transcriptformer.data.dataset import LENGTH_MULTIPLE, group_by_length, positions
+from transcriptformer.data.joined import JoinedMetadata
 from transcriptformer.data.metadata import BLOCK_SIZE
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.source import looks_like_gene_ids, open_source
@@ -21,7 +22,7 @@ from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.device import compute_dtype
 from transcriptformer.errors import TranscriptFormerError
-from transcriptformer.inputs import Inputs
+from transcriptformer.inputs import Inputs, check_obs
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.vocab import make_gene_vocab
 
@@ -105,7 +106,7 @@ def check(
     reports = [_report(location, checkpoint, seconds_per_flop) for location in locations]
     if len(reports) > 1 and not any(report.refused for report in reports):
         try:
-            Inputs(locations, checkpoint)
+            Inputs(locations, checkpoint).check_obs(_as_zarr(checkpoint))
         except TranscriptFormerError as error:  # files that are well by themselves, but not together
             reports[0].refused = str(error)
     return reports
@@ -121,6 +122,7 @@ def _report_alone(location: Location, config: DataConfig) -> Report:
         vocab = make_gene_vocab((gene for gene in source.gene_ids if gene), ["unknown"], "unknown")
         reader = CellReader(source, vocab, {}, config, NO_CHECKPOINT_SEQ_LEN)
         report.cells = len(source)
+        check_obs([source], JoinedMetadata([source.obs]))
         _describe_cells(report, survey_cells([reader], config))
         if report.repeated_genes and not config.remove_duplicate_genes:
             open_source(location, config.gene_col_name, config.use_raw, layer=config.layer)
@@ -137,6 +139,7 @@ def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float)
         report.cells = len(source)
         report.genes_known = int((checkpoint.gene_vocab.lookup(source.gene_ids) >= 0).sum())
         inputs = Inputs([location], checkpoint)
+        inputs.check_obs(_as_zarr(checkpoint))
         survey = survey_cells(inputs.readers, data)
         _describe_cells(report, survey)
         report.cells_too_long, report.unseen_share = survey.n_too_long(inputs.seq_len), survey.unseen_share
@@ -145,6 +148,10 @@ def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float)
     except TranscriptFormerError as error:
         report.refused = str(error)
     return report
+
+
+def _as_zarr(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.model.inference_config.output_filename.endswith(".zarr")
 
 
 def _describe_genes(report: Report, gene_ids: Any, n_repeated: int) -> None:

@@ -99,6 +99,7 @@ class FileRun(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read through the inputs and make the workspace, or see that it is of this very run; in one process only."""
+        self.inputs.check_obs(as_zarr=self.workspace.output.suffix == ".zarr")
         if self.workspace.exists:
             self.workspace.check_same(self.identity)
             self.survey = self._kept_survey()

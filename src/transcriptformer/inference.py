@@ -64,23 +64,40 @@ def embed(
     TranscriptFormerError
         If a source, or an option that speaks of it, cannot be used.
     """
-    computed = compute(sources, checkpoint, on_progress)
+    cells = survey_sources(sources, checkpoint)
+    is_pooled = checkpoint.config.model.inference_config.cge_pool is not None
+    obs = None if is_pooled else cells.inputs.obs(cells.survey)  # now, for it may be damaged
+    computed = compute(cells, checkpoint, on_progress)
     names, results = checkpoint.gene_vocab.names(), computed.results
     if isinstance(results, Pool):
-        table, means = results.table(names, computed.groups, computed.inputs.group_column)
+        table, means = results.table(names, computed.groups, cells.inputs.group_column)
         return pooled_to_anndata(table, means, computed.provenance)
-    obs = computed.inputs.obs(computed.survey)
-    computed.inputs.close()
+    assert obs is not None
     return to_anndata(obs, results, names, computed.provenance, checkpoint.label_head)
 
 
+class SurveyedCells(NamedTuple):
+    """Cells of sources, before anything is computed."""
+
+    sources: list[Path | str | anndata.AnnData]
+    inputs: Inputs
+    survey: Survey
+
+
+def survey_sources(sources: Source | Sequence[Source], checkpoint: Checkpoint) -> SurveyedCells:
+    """Open sources and read through their cells; parameters and errors are those of `embed`."""
+    several = _as_list(sources)
+    inputs = Inputs(several, checkpoint)
+    survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
+    inputs.tell(survey)
+    return SurveyedCells(several, inputs, survey)
+
+
 class Computed(NamedTuple):
-    """Results in memory, and what they are of.
+    """Results in memory.
 
     Attributes
     ----------
-    inputs, survey
-        The cells.
     results
         In the order of the kept cells; or pooled.
     groups
@@ -89,24 +106,15 @@ class Computed(NamedTuple):
         How they were made.
     """
 
-    inputs: Inputs
-    survey: Survey
     results: MemoryRecorder | Pool
     groups: pd.Index
     provenance: dict[str, object]
 
 
-def compute(
-    sources: Source | Sequence[Source],
-    checkpoint: Checkpoint,
-    on_progress: OnProgress | None = None,
-) -> Computed:
-    """What `embed` returns, before it is made an AnnData; parameters and errors are the same."""
-    several = _as_list(sources)
+def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgress | None = None) -> Computed:
+    """What `embed` returns, before it is made an AnnData."""
+    sources, inputs, survey = cells
     inference = checkpoint.config.model.inference_config
-    inputs = Inputs(several, checkpoint)
-    survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
-    inputs.tell(survey)
     results: MemoryRecorder | Pool
     if inference.cge_pool is None:
         groups = pd.Index([])
@@ -124,7 +132,7 @@ def compute(
         trainer = _trainer(checkpoint, Processes(1, 1, LightningEnvironment()), recording)
         _predict(trainer, make_module(checkpoint), dataloaders=loader)
     inputs.close()
-    return Computed(inputs, survey, results, groups, provenance_of(several, checkpoint, sha256.result()))
+    return Computed(results, groups, provenance_of(sources, checkpoint, sha256.result()))
 
 
 def run(

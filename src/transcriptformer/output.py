@@ -15,11 +15,13 @@ import pandas as pd
 import zarr
 
 from transcriptformer.checkpoint import Checkpoint
+from transcriptformer.data.metadata import n_rows
 from transcriptformer.data.store import Location
 from transcriptformer.errors import DataError, UsageError
 from transcriptformer.model.label_head import LabelHead
+from transcriptformer.row_stream import RowStream, strings_as_they_are
 from transcriptformer.storage.atomic import atomic_folder, atomic_write
-from transcriptformer.storage.hdf5 import NewHdf5, new_hdf5
+from transcriptformer.storage.hdf5 import new_hdf5
 from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, Layout
 
 EMBEDDINGS_KEY, LLH_KEY, PROVENANCE_KEY = "embeddings", "llh", "transcriptformer"
@@ -28,9 +30,6 @@ GENE_COLUMN, N_CELLS_COLUMN = "gene", "n_cells"
 
 BLOCK_BYTES = 2**23
 """Results are moved in blocks of about this size."""
-
-CHUNK_BYTES = 2**20
-"""Chunks of large arrays in the file have about this size."""
 
 
 class Results(Protocol):
@@ -136,19 +135,19 @@ def write_cells(
     layout = results.layout
     with new_anndata(path) as root:
         anndata.io.write_elem(root, f"uns/{PROVENANCE_KEY}", dict(provenance))
-        obs = _RowStream(root, "obs", n_cells)
+        obs = RowStream(root, "obs", n_cells)
         start = 0
         for block in obs_blocks():
             stop = start + len(block)
             obs.write(block.assign(**predicted_labels(results, start, stop, label_head)))
             start = stop
         if "embeddings" in layout:
-            stream = _RowStream(root, f"obsm/{EMBEDDINGS_KEY}", n_cells)
+            stream = RowStream(root, f"obsm/{EMBEDDINGS_KEY}", n_cells)
             step = max(1, BLOCK_BYTES // layout["embeddings"].record_bytes)
             for start in range(0, n_cells, step):
                 stream.write(results.read("embeddings", start, min(start + step, n_cells)))
         if "llh" in layout:
-            stream, start = _RowStream(root, f"uns/{LLH_KEY}", n_cells), 0
+            stream, start = RowStream(root, f"uns/{LLH_KEY}", n_cells), 0
             for block in obs_blocks():
                 values = results.read("llh", start, start + len(block))
                 stream.write(pd.DataFrame({LLH_KEY: values}, index=block.index.rename(None)))
@@ -161,17 +160,25 @@ def predicted_labels(results: Results, start: int, stop: int, label_head: LabelH
     """Columns of `obs` for the cells from `start` to before `stop`: the likeliest label, and how likely it is."""
     if label_head is None or LABEL not in results.layout:
         return {}
+    values = (
+        pd.Categorical.from_codes(results.read(LABEL, start, stop), pd.Index(label_head.labels)),
+        results.read(LABEL_PROBABILITY, start, stop),
+    )
+    return dict(zip(label_columns(results.layout, label_head), values, strict=True))
+
+
+def label_columns(layout: Layout, label_head: LabelHead | None) -> list[str]:
+    """Names of the columns of predicted labels, if there are any."""
+    if label_head is None or LABEL not in layout:
+        return []
     column = f"predicted_{label_head.column}"
-    return {
-        column: pd.Categorical.from_codes(results.read(LABEL, start, stop), pd.Index(label_head.labels)),
-        f"{column}_probability": results.read(LABEL_PROBABILITY, start, stop),
-    }
+    return [column, f"{column}_probability"]
 
 
 def _write_gene_embeddings(root: h5py.File | zarr.Group, results: Results, gene_names: np.ndarray) -> None:
     n_genes = results.n_genes
     embeddings, cells, genes = (
-        _RowStream(root, f"uns/{key}", int(n_genes.sum())) for key in (CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY)
+        RowStream(root, f"uns/{key}", int(n_genes.sum())) for key in (CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY)
     )
     most = max(1, BLOCK_BYTES // results.layout["cge_embeddings"].record_bytes)
     for start, stop in _blocks_of_genes(n_genes, most):
@@ -215,8 +222,10 @@ def describe(path: Path) -> str:
         stored = [f"obsm['{key}'] {tuple(root['obsm'][key].shape)}" for key in root["obsm"]]
         stored += [f"uns['{CGE_KEY}'] {tuple(uns[CGE_KEY].shape)}"] if CGE_KEY in uns else []
         stored += [f"uns['{LLH_KEY}']"] if LLH_KEY in uns else []
-        n_rows, is_pooled = obs[obs.attrs["_index"]].shape[0], N_CELLS_COLUMN in obs and GENE_COLUMN in obs
-    return f"{n_rows} {'rows of genes' if is_pooled else 'cells'}: {', '.join(stored)}"
+        rows = n_rows(obs[obs.attrs["_index"]])
+    config = json.loads((read_provenance(path) or {}).get("config", "{}"))
+    is_pooled = config and config["model"]["inference_config"]["cge_pool"] is not None
+    return f"{rows} {'rows of genes' if is_pooled else 'cells'}: {', '.join(stored)}"
 
 
 def provenance_of(
@@ -278,7 +287,7 @@ def check_writable(path: Path, option: str = "--output-path") -> None:
 @contextmanager
 def new_anndata(path: Path) -> Iterator[h5py.File | zarr.Group]:
     """An empty AnnData, to be filled; otherwise as `new_file`."""
-    with _strings_as_they_are(), new_file(path) as root:
+    with strings_as_they_are(), new_file(path) as root:
         anndata.io.write_elem(root, "/", anndata.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str))))
         yield root
         if isinstance(root, zarr.Group):
@@ -302,13 +311,6 @@ def new_file(path: Path) -> Iterator[h5py.File | zarr.Group]:
             yield file
 
 
-@contextmanager
-def _strings_as_they_are() -> Iterator[None]:
-    """Text stays text: the metadata is to be found again exactly as it was."""
-    with anndata.settings.override(allow_write_nullable_strings=True, check_uniqueness=False):
-        yield
-
-
 def _blocks_of_genes(n_genes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
     """Consecutive cells that have about `most` genes together, and at least one."""
     ends = np.cumsum(n_genes, dtype=np.int64)
@@ -323,68 +325,3 @@ def _blocks_of_genes(n_genes: np.ndarray, most: int) -> Iterator[tuple[int, int]
         stop = min(stop, len(n_genes))  # beyond which it is where no cell that follows has a gene
         yield start, stop
         start = stop
-
-
-class _RowStream:
-    """An element of an AnnData that is written some rows at a time: an array, or a data frame of any columns.
-
-    anndata itself encodes every block. The arrays that it makes of the first one are then given their full length, and
-    those of later blocks go into them.
-    """
-
-    def __init__(self, root: h5py.File | zarr.Group, key: str, n_rows: int) -> None:
-        self.root, self.key, self.n_rows, self.n_written = root, key, n_rows, 0
-        self.arrays: dict[str, Any] = {}
-        if key in root:
-            del root[key]
-
-    def write(self, block: pd.DataFrame | np.ndarray) -> None:
-        """Append rows."""
-        if isinstance(self.root, NewHdf5):
-            self.root.check()
-        here = slice(self.n_written, self.n_written + len(block))
-        if self.n_written == 0:
-            self._write_first(block)
-        elif isinstance(block, np.ndarray):
-            self.arrays[""][here] = block
-        else:
-            with _scratch(self.root) as scratch:
-                anndata.io.write_elem(scratch, "block", block)
-                for name, array in self.arrays.items():
-                    array[here] = scratch["block"][name][:]
-        self.n_written += len(block)
-
-    def _write_first(self, block: pd.DataFrame | np.ndarray) -> None:
-        if len(block) == self.n_rows:
-            anndata.io.write_elem(self.root, self.key, block)
-            return
-        options: dict[str, Any] = {}
-        if isinstance(self.root, h5py.File):  # where an array can only grow if that was said when it was made
-            options["maxshape"] = (None, *block.shape[1:]) if isinstance(block, np.ndarray) else (None,)
-        if isinstance(block, np.ndarray) and block.ndim == 2:
-            options["chunks"] = (max(1, CHUNK_BYTES // block[:1].nbytes), block.shape[1])
-        anndata.io.write_elem(self.root, self.key, block, dataset_kwargs=options)
-        for name, array in _arrays_per_row(self.root[self.key]):
-            array.resize((self.n_rows, *array.shape[1:]))
-            self.arrays[name] = array
-
-
-def _arrays_per_row(element: Any) -> Iterator[tuple[str, Any]]:
-    """Arrays below an element, by path, that have an entry per row."""
-    if not hasattr(element, "keys"):
-        yield "", element
-        return
-    for name in element:
-        if name != "categories":
-            for path, array in _arrays_per_row(element[name]):
-                yield f"{name}/{path}".rstrip("/"), array
-
-
-@contextmanager
-def _scratch(root: h5py.File | zarr.Group) -> Iterator[Any]:
-    """A place in memory of the same kind as `root`."""
-    if isinstance(root, zarr.Group):
-        yield zarr.open_group(zarr.storage.MemoryStore(), mode="w", zarr_format=root.metadata.zarr_format)
-        return
-    with h5py.File("scratch", "w", driver="core", backing_store=False) as file:
-        yield file

@@ -88,13 +88,29 @@ class Pool:
         for start in range(0, len(keys), 1024):  # in blocks, for the sums may take half of the memory
             here = order[start : start + 1024]
             means[start : start + 1024] = self.sums[here] / self.counts[here, None]
-        names = gene_names[gene[order]].astype(str)
-        index = names if column is None else names + " | " + groups[group[order]].astype(str).to_numpy().astype(str)
-        table = pd.DataFrame({GENE_COLUMN: names}, index=index)
-        if column is not None:
-            table[column] = pd.Categorical.from_codes(group[order], groups)
+        table = pool_obs(gene_names[gene[order]], group[order], groups, column)
         table[N_CELLS_COLUMN] = self.counts[order]
         return table, means
+
+
+def pool_obs(genes: np.ndarray, group: np.ndarray, groups: pd.Index, column: str | None) -> pd.DataFrame:
+    """What the rows of a pool are of, named `gene` or `gene | group`.
+
+    Parameters
+    ----------
+    genes
+        Name of each row's gene (rows,), or one for all.
+    group
+        Number of each row's group (rows,).
+    groups, column
+        As for `Pool.table`.
+    """
+    names = np.broadcast_to(genes.astype(str), group.shape)
+    index = names if column is None else names + " | " + groups[group].astype(str).to_numpy().astype(str)
+    table = pd.DataFrame({GENE_COLUMN: names}, index=index)
+    if column is not None:
+        table[column] = pd.Categorical.from_codes(group, groups)
+    return table
 
 
 POOLS = "pool-*.safetensors"

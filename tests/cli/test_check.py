@@ -90,14 +90,14 @@ def test_one_bad_file_among_several_does_not_hide_the_others(tmp_path: Path) -> 
     assert good["refused"] is None
 
 
-def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+def test_columns_of_different_kinds_fit_together(tmp_path: Path) -> None:
     for i, value in enumerate(["young", 3.5]):
         adata = random_adata(3)
         adata.obs["age"] = value
         adata.write_h5ad(tmp_path / f"{i}.h5ad")
     result = check(tmp_path / "0.h5ad", tmp_path / "1.h5ad", "--json")
-    assert result.exit_code == 1
-    assert "column 'age' holds text in one input" in json.loads(result.stdout)["files"][0]["refused"]
+    assert result.exit_code == 0, result.stdout
+    assert [file["refused"] for file in json.loads(result.stdout)["files"]] == [None, None]
 
 
 def test_doubtful_counts_and_names_are_told(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
 from transcriptformer.config import load_config
-from transcriptformer.data.metadata import JoinedMetadata, Metadata, MetadataInMemory, StoredMetadata, open_metadata
+from transcriptformer.data.joined import JoinedMetadata
+from transcriptformer.data.metadata import Metadata, MetadataInMemory, StoredMetadata, open_metadata
 from transcriptformer.data.store import Store
-from transcriptformer.errors import DataError
 from transcriptformer.inference import run
 
 pytestmark = [
@@ -164,11 +164,88 @@ def test_text_beside_gaps_becomes_categorical(other: pd.Categorical | None) -> N
     assert list(column.cat.categories) == sorted({"c", "a"} | {x for x in gaps if x is not None})
 
 
-@pytest.mark.parametrize("text", [["a", "b", "c"], pd.Categorical(["a", "b", None])], ids=["text", "categorical"])
-def test_text_here_and_numbers_there_are_refused(text: object) -> None:
-    with pytest.raises(DataError, match=r"column 'x' holds text in one input and something else.*obs_keys"):
-        JoinedMetadata([in_memory(x=text), in_memory(x=[1, 2, 3])])
-    assert joined(in_memory(x=text, y=[1, 2, 3]), in_memory(x=[1, 2, 3], y=[4, 5, 6]), columns=["y"]).columns == ["y"]
+COLUMNS: dict[str, Any] = {
+    "text": ["a", "b", "1"],
+    "text categories": pd.Categorical(["b", "a", None]),
+    "nullable text": pd.array(["a", "b", None], dtype="string"),
+    "int": np.array([1, 2, 3], np.int16),
+    "int categories": pd.Categorical([7, 8, None]),
+    "nullable int": pd.array([4, 5, None], dtype="Int32"),
+    "float": np.array([0.1, 2, np.nan], np.float32),
+    "float categories": pd.Categorical([0.5, 2.0, None]),
+    "bool": np.array([True, False, True]),
+    "bool categories": pd.Categorical([True, False, None]),
+    "nullable bool": pd.array([False, True, None], dtype="boolean"),
+    "no values": pd.Categorical([None, None, None]),
+    "dates": pd.Series(["2024-01-01", "2024-01-02", None]).astype("datetime64[ns]").array,
+    "complex": np.array([1, 2j, 3]),
+    "lists": [[1], [2], None],
+}
+
+
+def kind_of(name: str) -> str:
+    plain = name.removeprefix("nullable ").removesuffix(" categories")
+    return "numbers" if plain in ("int", "float") else plain
+
+
+def without_gaps(values: Any) -> list[Any]:
+    return [None if np.ndim(value) == 0 and pd.isna(value) else value for value in pd.Series(values)]
+
+
+@pytest.mark.parametrize("first", COLUMNS)
+@pytest.mark.parametrize("second", COLUMNS)
+def test_any_two_kinds_of_values_are_joined(first: str, second: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Every value is found again, as it was or, with a warning, as text."""
+    column = joined(in_memory(x=COLUMNS[first]), in_memory(x=COLUMNS[second]))["x"]
+    expected = [*without_gaps(COLUMNS[first]), *without_gaps(COLUMNS[second])]
+    found = without_gaps(column)
+    if "it is written as text" in caplog.text:
+        assert kind_of(first) != kind_of(second) or first == "lists"
+        expected = [None if value is None else str(value) for value in expected]
+        if "float" in (first, second):
+            expected = ["0.1" if value and value.startswith("0.1") else value for value in expected]
+        assert {type(value) for value in found} <= {str, type(None)}
+    else:
+        assert kind_of(first) == kind_of(second) or "no values" in (first, second)
+    assert found == expected
+
+
+def test_a_gap_that_comes_late_finds_room() -> None:
+    column = joined(in_memory(x=pd.Categorical([1, 2, None])), in_memory(x=[3, 4, 5]))["x"]
+    assert column.dtype == "Int64"
+    assert column[:2].tolist() == [1, 2]
+    assert column.isna().tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("second", "dtype"), [({}, "Int64"), ({"x": [4, 5, 6]}, np.int64), ({"x": [0.5, 1, 2]}, "category")]
+)
+def test_whole_numbers_are_not_rounded(
+    second: dict[str, object], dtype: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    big = 2**53 + 1
+    column = joined(in_memory(x=[1, big, 3]), in_memory(y=[1, 2, 3], **second))["x"]
+    assert column.dtype == dtype
+    assert str(column.iloc[1]) == str(big)
+    assert ("a float would round" in caplog.text) == (dtype == "category")
+
+
+def test_an_order_that_inputs_do_not_share_is_dropped_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    tables = [
+        in_memory(x=pd.Categorical(["a", "b", None], categories=c, ordered=True)) for c in (["a", "b"], ["b", "a"])
+    ]
+    column = joined(*(MetadataInMemory(table.rows(0, 3)) for table in tables))["x"]
+    assert not column.cat.ordered
+    assert without_gaps(column) == ["a", "b", None] * 2
+    assert "column 'x' has no common order of categories" in caplog.text
+
+
+def test_an_index_that_is_a_column_elsewhere_loses_its_name() -> None:
+    frames = [pd.DataFrame({"x": [1, 2]}, index=pd.Index(["c0", "c1"], name="barcode")) for _ in range(2)]
+    frames[1]["barcode"] = ["u", "v"]
+    table = joined(*map(MetadataInMemory, frames))
+    assert table.index.name is None
+    assert list(table["barcode"].dropna()) == ["u", "v"]
 
 
 def test_columns_come_in_the_order_in_which_they_are_met() -> None:
@@ -220,3 +297,8 @@ def test_files_with_other_columns_make_one_file(ending: str, tmp_path: Path, mon
         "site": ["a", "b", "c", None, None, None],
         "stage": [None, None, None, "old", None, "new"],
     }
+
+
+def test_numbers_are_widened_by_their_types_and_not_by_the_first_rows() -> None:
+    column = joined(in_memory(x=np.array([np.nan, 0.5, 1])), in_memory(x=[1, 2, 3]))["x"]
+    assert without_gaps(column) == [None, 0.5, 1, 1, 2, 3]

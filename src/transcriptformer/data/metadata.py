@@ -1,5 +1,6 @@
-"""The cells' metadata (`obs`), read in blocks of rows, so that its size does not matter; how several tables join."""
+"""The cells' metadata (`obs`), read in blocks of rows, so that its size does not matter."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -8,7 +9,9 @@ import numpy as np
 import pandas as pd
 
 from transcriptformer.data.store import Store
-from transcriptformer.errors import DataError
+from transcriptformer.errors import DataError, one_line
+
+logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 65_536
 """Rows that are held at a time."""
@@ -36,41 +39,173 @@ class MetadataInMemory:
     """A data frame as `Metadata`."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
-        self.frame, self.columns = frame, list(frame.columns)
+        self.frame, self.columns = frame, list(dict.fromkeys(frame.columns))
 
     def __len__(self) -> int:
         return len(self.frame)
 
     def rows(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pd.DataFrame:  # noqa: D102
         block = self.frame.iloc[start:stop]
-        return block if columns is None else block[list(columns)]
+        if columns is None:
+            return block
+        chosen = list(columns)
+        block = block[chosen]
+        if len(block.columns) > len(chosen):
+            repeated = next(iter(block.columns[block.columns.duplicated()]))
+            raise ColumnError(f"obs: there are several columns {repeated!r}; give each its own name", repeated)
+        return block
+
+
+class ColumnError(DataError):
+    """A column of metadata that cannot be read or written.
+
+    Attributes
+    ----------
+    column
+        Its name; None: the index.
+    """
+
+    def __init__(self, message: str, column: Any) -> None:
+        super().__init__(message)
+        self.column = column
 
 
 class StoredMetadata:
-    """A data frame in an h5ad file or a zarr store as `Metadata`."""
+    """A data frame in an h5ad file or a zarr store as `Metadata`; a column matters only when it is read."""
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
         attributes = store[key].attrs
-        self.columns = [str(column) for column in attributes["column-order"]]
         self.index_key = str(attributes["_index"])
-        self.n_rows = _n_rows(store[key][self.index_key])
-        for column in self.columns:
-            n_rows = _n_rows(store[key][column])
-            if n_rows != self.n_rows:
-                raise DataError(f"{store.name}: damaged: {key} has {self.n_rows} rows, its column {column!r} {n_rows}")
+        columns = dict.fromkeys(str(column) for column in attributes["column-order"])
+        self.columns = [column for column in columns if column != "_index" or self.index_key != "_index"]
+        self.n_rows = n_rows(store[key][self.index_key])
+        self.categories: dict[str, _Categories] = {}
+        self.told: set[str] = set()
 
     def __len__(self) -> int:
         return self.n_rows
 
-    def rows(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pd.DataFrame:  # noqa: D102
-        group = self.store[self.key]
+    def rows(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The rows from `start` to before `stop`, with these columns; None: all.
+
+        Raises
+        ------
+        ColumnError
+            If a column is damaged or does not hold one value per cell.
+        """
         chosen = self.columns if columns is None else list(columns)
-        index = pd.Index(_rows(group[self.index_key], start, stop))
-        values = {column: _rows(group[column], start, stop) for column in chosen}
+        index, is_text = self._index(start, stop)
+        values = {column: self._column(column, start, stop) for column in chosen}
         frame = pd.DataFrame(values, index=index, columns=chosen)
-        frame.index.name = None if self.index_key == "_index" else self.index_key
+        is_named = self.index_key != "_index" and (is_text or self.index_key not in chosen)
+        frame.index.name = self.index_key if is_named else None
         return frame
+
+    def _index(self, start: int, stop: int) -> tuple[pd.Index, bool]:
+        """Names of cells, as text, and whether they are stored so."""
+        index = pd.Index(self._column(self.index_key, start, stop))
+        if index.hasnans:
+            row = start + int(index.isna().argmax())
+            raise ColumnError(
+                f"{self.store.name}: {self.key}: the cell of row {row} has no name; name all cells "
+                "(adata.obs_names) and write the file again",
+                None,
+            )
+        is_text = index.dtype in (object, "string")
+        return (index if is_text else index.astype(str).astype(object)), is_text
+
+    def _column(self, column: str, start: int, stop: int) -> Any:
+        group = self.store[self.key]
+        try:
+            element = group[column]
+            n_found = n_rows(element)
+            if n_found != self.n_rows:
+                told = f"damaged: {self.key} has {self.n_rows} rows, its column {column!r} {n_found}"
+                raise ColumnError(f"{self.store.name}: {told}", column)
+            return self._values(column, element, start, stop)
+        except UnicodeDecodeError as error:
+            text = error.object[:50] if isinstance(error.object, bytes) else b""
+            reason = f"holds text that is not UTF-8, {text!r}"
+            if not hasattr(group[column], "keys"):
+                reason += f", in {self._cell(_first_undecodable(group[column], start, stop))}"
+        except ColumnError:
+            raise
+        except DataError as error:
+            reason = str(error)
+        except Exception as error:  # h5py, zarr and pandas raise whatever damaged data leads them to
+            reason = f"cannot be read ({one_line(error)})"
+        name = "the index" if column == self.index_key else f"column {column!r}"
+        raise ColumnError(f"{self.store.name}: {self.key}: {name} {reason}", column)
+
+    def _values(self, column: str, element: Any, start: int, stop: int) -> Any:
+        if _encoding(element) == "categorical":
+            return self._categorical(column, element, start, stop)
+        values = _rows(element, start, stop)
+        if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
+            self._warn_once(f"column {column!r} is an array of shape {element.shape}; it is read as one column")
+            values = values[:, 0]
+        if values.ndim != 1:
+            raise DataError(f"is an array of shape {element.shape}; one value per cell is needed")
+        if values.dtype.kind == "V":
+            raise DataError(f"holds records of {', '.join(values.dtype.names or ['bytes'])}; one value is needed")
+        return values
+
+    def _categorical(self, column: str, element: Any, start: int, stop: int) -> pd.Categorical:
+        if column not in self.categories:
+            self.categories[column] = _Categories(element)
+            for told in self.categories[column].mended:
+                self._warn_once(f"column {column!r} {told}")
+        found = self.categories[column]
+        codes = np.asarray(element["codes"][start:stop])
+        is_bad = (codes < -1) | (codes >= len(found.numbers))
+        if is_bad.any():
+            row = int(is_bad.argmax())
+            raise DataError(
+                f"has {len(found.numbers)} categories, and {self._cell(start + row)} has the category code {codes[row]}"
+            )
+        if found.mended:
+            codes = np.append(found.numbers, -1)[codes]
+        is_ordered = bool(element.attrs.get("ordered", False)) and not found.mended
+        return pd.Categorical.from_codes(codes, found.values, ordered=is_ordered)
+
+    def _cell(self, row: int) -> str:
+        try:
+            name = _rows(self.store[self.key][self.index_key], row, row + 1)[0]
+        except Exception:  # whatever a damaged index leads h5py and zarr to
+            return f"row {row}"
+        return f"cell {name!r} (row {row})"
+
+    def _warn_once(self, told: str) -> None:
+        if told not in self.told:
+            self.told.add(told)
+            logger.warning("%s: %s: %s", self.store.name, self.key, told)
+
+
+class _Categories:
+    """Categories of a column, each once.
+
+    Attributes
+    ----------
+    values
+        Distinct categories.
+    numbers
+        Number of each stored category among them, -1 for a missing one.
+    mended
+        What was wrong, if anything.
+    """
+
+    def __init__(self, element: Any) -> None:
+        stored = element["categories"]
+        found = pd.Index(_rows(stored, 0, n_rows(stored)))
+        self.values, self.numbers, self.mended = found, np.arange(len(found)), list[str]()
+        if found.has_duplicates:
+            some = ", ".join(repr(value) for value in found[found.duplicated()].unique()[:3])
+            self.mended.append(f"repeats categories ({some}); cells of equal categories are taken together, unordered")
+        if found.hasnans:
+            self.mended.append("has a missing category; its cells are taken as without a value")
+        if self.mended:
+            self.numbers, self.values = pd.factorize(found)
 
 
 def open_metadata(store: Store, key: str) -> Metadata:
@@ -81,32 +216,59 @@ def open_metadata(store: Store, key: str) -> Metadata:
     return StoredMetadata(store, key)
 
 
-def _n_rows(element: Any) -> int:
-    encoding = str(element.attrs.get("encoding-type", ""))
+def n_rows(element: Any) -> int:
+    """Rows of a column or an index, whatever its encoding.
+
+    Raises
+    ------
+    DataError
+        If it is of a kind that is no column.
+    """
+    encoding = _encoding(element)
     per_row = "codes" if encoding == "categorical" else "values" if encoding.startswith("nullable-") else None
-    return (element[per_row] if per_row else element).shape[0]
+    array = element[per_row] if per_row else element
+    if hasattr(array, "keys"):
+        raise DataError(f"is stored as {encoding or 'a group'}, which is no column of one value per cell")
+    return array.shape[0] if array.shape else 0
+
+
+def _encoding(element: Any) -> str:
+    return str(element.attrs.get("encoding-type", ""))
 
 
 def _rows(element: Any, start: int, stop: int) -> Any:
-    """Rows of one column, in the layout that its encoding prescribes."""
-    encoding = str(element.attrs.get("encoding-type", ""))
-    if encoding == "categorical":
-        codes, categories = element["codes"][start:stop], anndata.io.read_elem(element["categories"])
-        return pd.Categorical.from_codes(codes, categories, ordered=bool(element.attrs["ordered"]))
+    """Rows of one column without categories, in the layout that its encoding prescribes."""
+    encoding = _encoding(element)
     if encoding.startswith("nullable-"):
-        values, missing = _values(element["values"], start, stop), element["mask"][start:stop]
+        values = _array(element["values"], start, stop)
+        missing = np.asarray(element["mask"][start:stop]).astype(bool)
         if encoding == "nullable-string-array":
             return pd.Series(values, dtype=object).mask(missing).astype("string").array
         kind = pd.arrays.BooleanArray if encoding == "nullable-boolean" else pd.arrays.IntegerArray
         return kind(values, missing)
-    return _values(element, start, stop)
+    return _array(element, start, stop)
 
 
-def _values(array: Any, start: int, stop: int) -> np.ndarray:
+def _array(array: Any, start: int, stop: int) -> np.ndarray:
     if array.dtype.kind in "OSUT":
-        strings = array.asstr() if hasattr(array, "asstr") else array
-        return np.asarray(strings[start:stop]).astype(object)
-    return np.asarray(array[start:stop])
+        # ASCII is UTF-8 too, and files say ASCII of either.
+        strings = array.asstr("utf-8") if hasattr(array, "asstr") else array
+        values = np.asarray(strings[start:stop]).astype(object)
+        if values.ndim == 1 and len(values) and isinstance(values[0], bytes):
+            values = np.array([value.decode() for value in values], object)
+        return values
+    values = np.asarray(array[start:stop])
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def _first_undecodable(array: Any, start: int, stop: int) -> int:
+    """Row of the first text that is not UTF-8, or where the search for it began."""
+    for row in range(start, stop):
+        try:
+            _array(array, row, row + 1)
+        except UnicodeDecodeError:
+            return row
+    return start
 
 
 def encode(parts: Sequence[Metadata], column: str) -> tuple[np.ndarray, list[str]]:
@@ -130,70 +292,3 @@ def encode(parts: Sequence[Metadata], column: str) -> tuple[np.ndarray, list[str
     order = {value: rank for rank, value in enumerate(sorted(numbers))}
     ranks = np.array([*map(order.get, numbers), -1], np.int64)
     return ranks[np.concatenate(found)], list(order)
-
-
-class JoinedMetadata:
-    """Tables one below the other, with the columns of all of them and one type for each column.
-
-    The type is anndata's for an outer join: categories are united, numbers widened. Text that only some tables have
-    becomes categorical, for h5ad has no other place for missing text; truth values that only some have become nullable.
-
-    Parameters
-    ----------
-    parts
-        The tables.
-    columns
-        Those to keep, in this order; None: all.
-
-    Raises
-    ------
-    DataError
-        If a column holds text in one table and numbers in another.
-    """
-
-    def __init__(self, parts: Sequence[Metadata], columns: Sequence[str] | None = None) -> None:
-        self.parts = parts
-        all_columns = list(dict.fromkeys(column for part in parts for column in part.columns))
-        self.columns = all_columns if columns is None else [column for column in all_columns if column in columns]
-        self.dtypes = self._join_dtypes() if len(parts) > 1 else None
-
-    def rows(self, part: int, start: int, stop: int) -> pd.DataFrame:
-        """Rows of one of the parts, as they stand in the joined table."""
-        if self.dtypes is None:
-            return self.parts[part].rows(start, stop, self.columns)
-        present = [column for column in self.columns if column in self.parts[part].columns]
-        block = self.parts[part].rows(start, stop, present).reindex(columns=self.columns)
-        return block.astype(self.dtypes).rename_axis(index=self.index_name)
-
-    def _join_dtypes(self) -> dict[str, Any]:
-        first_rows = []
-        for part in self.parts:
-            present = [column for column in self.columns if column in part.columns]
-            first_rows.append(anndata.AnnData(obs=part.rows(0, 1, present)))
-        with anndata.settings.override(check_uniqueness=False):
-            joined = anndata.concat(first_rows, join="outer").obs
-        self.index_name = joined.index.name
-        return {column: self._joined_dtype(column, joined[column]) for column in self.columns}
-
-    def _joined_dtype(self, column: str, values: pd.Series) -> Any:
-        if values.dtype != object:
-            return values.dtype
-        kind = pd.api.types.infer_dtype(values, skipna=True)
-        if kind == "boolean":
-            return "boolean"
-        if kind not in ("string", "empty"):
-            raise DataError(
-                f"obs: column {column!r} holds text in one input and something else in another; leave it out by "
-                "model.inference_config.obs_keys"
-            )
-        # Plain text has no gaps in a file; what is categorical in one of them may have some.
-        is_plain = [column in part.columns and part.rows(0, 1, [column])[column].dtype == object for part in self.parts]
-        return object if all(is_plain) else pd.CategoricalDtype(self._distinct(column))
-
-    def _distinct(self, column: str) -> list[str]:
-        found: set[str] = set()
-        for part in self.parts:
-            if column in part.columns:
-                for start in range(0, len(part), BLOCK_SIZE):
-                    found.update(part.rows(start, min(start + BLOCK_SIZE, len(part)), [column])[column].dropna())
-        return sorted(found)

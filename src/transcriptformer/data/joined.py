@@ -1,0 +1,208 @@
+"""Tables of metadata one below the other."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from pandas.api.types import (
+    infer_dtype,
+    is_bool_dtype,
+    is_complex_dtype,
+    is_float_dtype,
+    is_integer_dtype,
+    is_numeric_dtype,
+    is_object_dtype,
+    is_string_dtype,
+)
+
+from transcriptformer.data.metadata import BLOCK_SIZE, Metadata, MetadataInMemory
+from transcriptformer.errors import DataError, one_line
+
+logger = logging.getLogger(__name__)
+
+TEXT, TRUTH, NUMBER = "text", "truth values", "numbers"
+
+EXACT_IN_FLOAT = 2**53
+"""Whole numbers beyond this are rounded in a float."""
+
+_KINDS = {
+    "string": TEXT,
+    "boolean": TRUTH,
+    **dict.fromkeys(("integer", "floating", "mixed-integer-float"), NUMBER),
+}
+"""By what `pandas.api.types.infer_dtype` says."""
+
+
+class JoinedMetadata:
+    """Tables one below the other, with the columns of all of them and one type for each column.
+
+    The type is anndata's for an outer join: categories are united, numbers widened. Text that only some tables have
+    becomes categorical, for h5ad has no other place for missing text; truth values that only some have become nullable.
+    A column that holds different kinds of values becomes text, with a warning.
+
+    Parameters
+    ----------
+    parts
+        The tables.
+    columns
+        Those to keep, in this order; None: all.
+
+    Raises
+    ------
+    ColumnError
+        If a column cannot be read.
+    """
+
+    def __init__(self, parts: Sequence[Metadata], columns: Sequence[str] | None = None) -> None:
+        self.parts = parts
+        all_columns = list(dict.fromkeys(column for part in parts for column in part.columns))
+        self.columns = all_columns if columns is None else [column for column in all_columns if column in columns]
+        self.dtypes: dict[str, Any] | None = None
+        self.as_text: set[str] = set()
+        if len(parts) > 1:
+            self._join_dtypes()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def rows(self, part: int, start: int, stop: int) -> pd.DataFrame:
+        """Rows of one of the parts, as they stand in the joined table."""
+        if self.dtypes is None:
+            return self.parts[part].rows(start, stop, self.columns)
+        present = [column for column in self.columns if column in self.parts[part].columns]
+        block = self.parts[part].rows(start, stop, present)
+        texts = {column: _as_text(block[column]) for column in present if column in self.as_text}
+        block = block.assign(**texts).reindex(columns=self.columns)
+        return block.astype(self.dtypes).rename_axis(index=self.index_name)
+
+    def _join_dtypes(self) -> None:
+        first_rows = []
+        for part in self.parts:
+            present = [column for column in self.columns if column in part.columns]
+            first_rows.append(anndata.AnnData(obs=part.rows(0, 1, present)))
+        try:
+            with warnings.catch_warnings(), anndata.settings.override(check_uniqueness=False):
+                warnings.simplefilter("ignore")  # pandas advises on first rows that are all missing
+                joined = anndata.concat(first_rows, join="outer").obs
+        except Exception as error:  # pandas raises whatever columns of unusual types lead it to
+            raise DataError(f"obs: the inputs' tables cannot be joined ({one_line(error)})") from error
+        is_also_column = joined.index.name in self.columns
+        self.index_name = None if is_also_column else joined.index.name
+        self.dtypes = {column: self._joined_dtype(column, joined[column].dtype) for column in self.columns}
+
+    def _joined_dtype(self, column: str, dtype: Any) -> Any:
+        """The type of a column, given what anndata makes of the inputs' first rows."""
+        of_parts = [_representative(part, column) for part in self.parts if column in part.columns]
+        firsts = [values for values in of_parts if _kind(values) is not None]
+        kinds = dict.fromkeys(_kind(values) for values in firsts)
+        if len(kinds) > 1:
+            return self._text_dtype(column, f"holds {' and '.join(map(str, kinds))} in different inputs")
+        if not firsts:
+            return pd.CategoricalDtype([]) if is_object_dtype(dtype) else dtype
+        dtypes = [values.dtype for values in firsts]
+        if any(getattr(kind, "ordered", False) for kind in dtypes) and not getattr(dtype, "ordered", False):
+            logger.warning("obs: column %r has no common order of categories; it loses its order", column)
+        categoricals = [kind for kind in dtypes if isinstance(kind, pd.CategoricalDtype)]
+        is_categorical = len(categoricals) == len(dtypes)
+        if is_categorical and isinstance(dtype, pd.CategoricalDtype):
+            return dtype
+        (kind,) = kinds
+        if kind == TEXT:
+            return self._joined_text(column, dtypes)
+        if is_categorical:
+            return pd.CategoricalDtype(list(dict.fromkeys(value for kind in categoricals for value in kind.categories)))
+        if kind == TRUTH:
+            has_room = len(firsts) == len(self.parts) and set(dtypes) == {np.dtype(bool)}
+            return np.dtype(bool) if has_room else "boolean"
+        if kind == NUMBER:
+            return self._joined_number(column, dtypes)
+        is_one = len(set(dtypes)) == 1 and not is_object_dtype(dtypes[0])
+        return dtypes[0] if is_one else self._text_dtype(column, f"holds {kind}")
+
+    def _joined_text(self, column: str, dtypes: Sequence[Any]) -> Any:
+        """Plain text has no gaps in a file; what is categorical in one of them, or absent, has."""
+        if all(dtype == "string" for dtype in dtypes):
+            return "string"
+        is_plain = len(dtypes) == len(self.parts) and all(map(is_object_dtype, dtypes))
+        return object if is_plain else pd.CategoricalDtype(self._distinct(column))
+
+    def _joined_number(self, column: str, dtypes: Sequence[Any]) -> Any:
+        """Numbers are widened, but not rounded; categories give way to the numbers they stand for."""
+        plain = [dtype.categories.dtype if isinstance(dtype, pd.CategoricalDtype) else dtype for dtype in dtypes]
+        is_whole = all(map(is_integer_dtype, plain))
+        # Not of values found, for those that are missing do not count in pandas.
+        dtype = pd.concat([pd.Series([1]).astype(dtype) for dtype in plain]).dtype
+        if plain != list(dtypes):
+            dtype = "Int64" if is_whole else np.dtype(np.float64)
+        elif len(dtypes) < len(self.parts) and isinstance(dtype, np.dtype) and is_integer_dtype(dtype):
+            dtype = np.dtype(np.float64)
+        if is_float_dtype(dtype):
+            dtype = np.dtype(getattr(dtype, "numpy_dtype", dtype))  # anndata writes no nullable floats
+        if is_float_dtype(dtype) and (largest := self._largest(column, plain)) > EXACT_IN_FLOAT:
+            if not is_whole or largest >= 2**63:
+                return self._text_dtype(column, "holds whole numbers that a float would round")
+            return "Int64"
+        return dtype
+
+    def _largest(self, column: str, dtypes: Sequence[Any]) -> int:
+        """The largest magnitude of a column of whole numbers of 64 bits, or 0."""
+        if not any(is_integer_dtype(dtype) and dtype.itemsize == 8 for dtype in dtypes):
+            return 0
+        largest = 0
+        for block in self._blocks(column):
+            values = block.dropna().unique()
+            if len(values) and is_integer_dtype(pd.Index(values).dtype):
+                largest = max(largest, abs(int(values.min())), abs(int(values.max())))
+        return largest
+
+    def _text_dtype(self, column: str, why: str) -> Any:
+        logger.warning("obs: column %r %s; it is written as text", column, why)
+        self.as_text.add(column)
+        return pd.CategoricalDtype(self._distinct(column))
+
+    def _distinct(self, column: str) -> list[str]:
+        found: set[str] = set()
+        for block in self._blocks(column):
+            found.update((_as_text(block) if column in self.as_text else block).dropna().unique())
+        return sorted(found)
+
+    def _blocks(self, column: str) -> Iterator[pd.Series]:
+        for part in self.parts:
+            if column in part.columns:
+                for start in range(0, len(part), BLOCK_SIZE):
+                    yield part.rows(start, min(start + BLOCK_SIZE, len(part)), [column])[column]
+
+
+def _representative(part: Metadata, column: str) -> pd.Series:
+    """Rows of a column that show what kind of values it holds: in a file, all are of one kind."""
+    return part.rows(0, len(part) if isinstance(part, MetadataInMemory) else 1, [column])[column]
+
+
+def _kind(values: pd.Series) -> str | None:
+    """What a column holds; None: nothing but gaps."""
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.cat.categories.to_series()
+    dtype = values.dtype
+    if is_object_dtype(dtype):
+        found = infer_dtype(values, skipna=True)
+        return None if found == "empty" else _KINDS.get(found, found)
+    if is_string_dtype(dtype):
+        return TEXT
+    if is_bool_dtype(dtype):
+        return TRUTH
+    return NUMBER if is_numeric_dtype(dtype) and not is_complex_dtype(dtype) else str(dtype)
+
+
+def _as_text(values: pd.Series) -> pd.Series:
+    """The same values as text, missing ones as None."""
+    try:
+        codes, distinct = pd.factorize(values)
+    except TypeError:  # such as lists
+        return values.map(str, na_action="ignore")
+    exact = np.asarray(distinct) if is_float_dtype(distinct.dtype) else distinct  # not as Python's floats
+    texts = np.array([*map(str, exact), None], object)
+    return pd.Series(texts[codes], index=values.index, dtype=object)
