@@ -99,13 +99,13 @@ class FileRun(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read through the inputs and make the workspace, or see that it is of this very run; in one process only."""
-        self.inputs.check_obs(as_zarr=self.workspace.output.suffix == ".zarr")
         if self.workspace.exists:
             self.workspace.check_same(self.identity)
             self.survey = self._kept_survey()
             self._drop_unusable()
         else:
             assert self._inputs_at_first  # before they are read
+            self.inputs.check_obs(as_zarr=self.workspace.output.suffix == ".zarr")
             self.survey = self._new_survey()
             with self.workspace.create(self.identity):
                 self.survey.save(self._survey_file)
