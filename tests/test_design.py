@@ -17,7 +17,7 @@ LAYERS = [
     {"data", "model"},
     {"checkpoint", "lightning"},
     {"trainer"},
-    {"output", "pooling", "recording", "batching", "distributed"},
+    {"row_stream", "output", "pooling", "recording", "batching", "distributed"},
     {"inputs", "corpus", "baseline", "export", "metrics", "training_folder", "training_module"},
     {"file_run", "starting_point", "training_data", "saving"},
     {"inference", "check", "training", "proteins"},

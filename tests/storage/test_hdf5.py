@@ -41,7 +41,7 @@ def in_child(work: Callable[[], object]) -> int:
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Writes a result of several blocks, with many columns of obs, to `tmp_path / "out" / "x.h5ad"`."""
     monkeypatch.setattr("transcriptformer.output.BLOCK_BYTES", 2**15)
-    monkeypatch.setattr("transcriptformer.output.CHUNK_BYTES", 2**12)
+    monkeypatch.setattr("transcriptformer.row_stream.CHUNK_BYTES", 2**12)
     layout = {"embeddings": Field("float32", WIDTH), "llh": Field("float32")}
     writer = PieceWriter(tmp_path, 0, layout, "run")
     rng = np.random.default_rng(0)
