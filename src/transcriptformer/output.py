@@ -1,11 +1,12 @@
 """Results become an AnnData, in memory, in an h5ad file or in a zarr store. The only place that names their keys."""
 
+import asyncio
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Protocol
 
 import anndata
@@ -13,14 +14,15 @@ import h5py
 import numpy as np
 import pandas as pd
 import zarr
+from zarr.core.sync import sync
 
 from transcriptformer.checkpoint import Checkpoint
 from transcriptformer.data.metadata import n_rows
 from transcriptformer.data.store import Location
-from transcriptformer.errors import DataError, UsageError
+from transcriptformer.errors import DataError, OutputError, UsageError
 from transcriptformer.model.label_head import LabelHead
 from transcriptformer.row_stream import RowStream, strings_as_they_are
-from transcriptformer.storage.atomic import atomic_folder, atomic_write
+from transcriptformer.storage.atomic import atomic_folder, atomic_write, remove
 from transcriptformer.storage.hdf5 import new_hdf5
 from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, Layout
 
@@ -30,6 +32,9 @@ GENE_COLUMN, N_CELLS_COLUMN = "gene", "n_cells"
 
 BLOCK_BYTES = 2**23
 """Results are moved in blocks of about this size."""
+
+_FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors that no other path or option would avoid."""
 
 
 class Results(Protocol):
@@ -273,15 +278,20 @@ def check_writable(path: Path, option: str = "--output-path") -> None:
     ------
     UsageError
         If that is not possible.
+    OutputError
+        If the disk is full or broken, which is no mistake of the user's.
     """
     if path.is_dir() and path.suffix != ".zarr":
         raise UsageError(f"{path}: is a folder; the result needs another name")
+    probe = path.with_name(f".{path.name}.probe")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
+        probe.touch()
     except OSError as error:
-        raise UsageError(f"{option} {path.parent}: {path.name} cannot be written there ({error.strerror})") from error
+        kind = OutputError if error.errno in _FAILING_DISK else UsageError
+        raise kind(f"{option} {path.parent}: {path.name} cannot be written there ({error.strerror})") from error
+    finally:
+        remove(probe)
 
 
 @contextmanager
@@ -305,10 +315,23 @@ def new_file(path: Path) -> Iterator[h5py.File | zarr.Group]:
     """
     if path.suffix == ".zarr":
         with atomic_folder(path) as folder:
-            yield zarr.open_group(str(folder), mode="w", zarr_format=anndata.settings.zarr_write_format)
+            try:
+                yield zarr.open_group(str(folder), mode="w", zarr_format=anndata.settings.zarr_write_format)
+            finally:
+                _await_zarr()
     else:
         with atomic_write(path) as temporary, new_hdf5(temporary) as file:
             yield file
+
+
+def _await_zarr() -> None:
+    """Wait until zarr writes nothing more: after one write has failed, it leaves others on their way."""
+
+    async def others() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    sync(others())
 
 
 def _blocks_of_genes(n_genes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:

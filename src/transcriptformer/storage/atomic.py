@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transcriptformer.errors import OutputError, one_line
@@ -118,13 +118,11 @@ def sync_folder(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or folder as far as possible; what stays is overwritten by the next attempt."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_room(path: Path, n_bytes: int, advice: str = "") -> None:
