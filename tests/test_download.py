@@ -299,7 +299,7 @@ def test_two_runs_at_once_do_not_harm_each_other(mirror: Mirror, place: Path) ->
     assert_whole(place)
 
 
-@pytest.mark.parametrize("left", ["old", "old and new", "unpacked", "archive"])
+@pytest.mark.parametrize("left", ["old", "old and new", "new", "archive"])
 def test_what_a_killed_run_may_leave_is_put_right(left: str, mirror: Mirror, place: Path) -> None:
     download(place)
     folder = place / "tf_sapiens"
@@ -307,8 +307,8 @@ def test_what_a_killed_run_may_leave_is_put_right(left: str, mirror: Mirror, pla
         folder.rename(place / ".tf_sapiens.old")
     elif left == "old and new":
         shutil.copytree(folder, place / ".tf_sapiens.old")
-    elif left == "unpacked":
-        shutil.copytree(folder, place / ".tf_sapiens.unpacked")
+    elif left == "new":
+        shutil.copytree(folder, place / ".tf_sapiens.tmp")
     else:
         (place / ".tf_sapiens.tar.gz").write_text("left")
         (place / ".tf_sapiens.tar.gz.part.json").write_text("left")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from transcriptformer.fetch import (
     writing_to,
 )
 from transcriptformer.s3_object import S3Object
+from transcriptformer.storage.atomic import atomic_folder, older_path, remove, temporary_path, tidy_folder
 from transcriptformer.unpack import unpack
 
 logger = logging.getLogger(__name__)
@@ -92,11 +92,12 @@ def download(
     """
     folder = checkpoint_dir / ARTIFACTS[name]
     archive = _beside(folder, "tar.gz")
-    left_by_a_killed_run = (archive, part_of(archive), _beside(folder, "old"), _beside(folder, "unpacked"))
+    left_by_a_killed_run = (archive, part_of(archive), older_path(folder), temporary_path(folder))
     if not force and not any(path.exists() for path in left_by_a_killed_run) and _is_there(folder):
         return folder  # without a lock, for which one would have to be allowed to write
     with alone(_beside(folder, "lock")):
-        _tidy(folder)
+        with writing_to(folder):
+            tidy_folder(folder)
         if not force and _is_there(folder):
             _clear(archive)
             return folder
@@ -107,11 +108,10 @@ def download(
         started(stat.size)
 
         def install(path: Path) -> None:
-            unpacked = _beside(folder, "unpacked")
-            unpack(path, folder.name, unpacked)
-            _refuse_incomplete(unpacked, folder.name, remote.name)
-            _write_record(unpacked, remote.name, stat)
-            _replace(folder, unpacked)
+            with atomic_folder(folder) as unpacked:
+                unpack(path, folder.name, unpacked)
+                _refuse_incomplete(unpacked, folder.name, remote.name)
+                _write_record(unpacked, remote.name, stat)
 
         fetcher.fetch(remote, archive, install)
         _clear(archive)
@@ -129,13 +129,12 @@ def _refuse_incomplete(unpacked: Path, name: str, source: str) -> None:
     """An archive of something else must not replace what is there."""
     missing = _missing(unpacked, name)
     if missing:
-        shutil.rmtree(unpacked)
         raise RefusedFileError(f"{source}: lacks {', '.join(missing)}; nothing of it is kept")
 
 
 def _clear(archive: Path) -> None:
     """Remove an archive that has been unpacked, or what there is of it."""
-    archive.unlink(missing_ok=True)
+    remove(archive)
     clear_part(archive)
 
 
@@ -163,32 +162,6 @@ def _is_there(folder: Path) -> bool:
         raise DownloadError(f"{folder}: is there, but {wrong[0]} is missing or damaged; --force replaces the folder")
     logger.info("%s: complete already", folder)
     return True
-
-
-def _tidy(folder: Path) -> None:
-    """Clear away what a killed run left."""
-    old, unpacked = _beside(folder, "old"), _beside(folder, "unpacked")
-    with writing_to(folder):
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        for path in (old, unpacked):
-            _remove(path)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    old = _beside(folder, "old")
-    if folder.exists():
-        folder.replace(old)
-    new.replace(folder)
-    _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    """A folder, or a link to one."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_record(folder: Path, source: str, stat: Stat) -> None:

@@ -26,7 +26,7 @@ import filelock
 import tenacity
 
 from transcriptformer.errors import DamagedError, DownloadError, OutputError
-from transcriptformer.storage.atomic import atomic_write
+from transcriptformer.storage.atomic import atomic_write, remove, temporary_path
 from transcriptformer.storage.sealed import read_json, sealed_json
 
 logger = logging.getLogger(__name__)
@@ -312,6 +312,7 @@ class PartialFile:
     def __enter__(self) -> None:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         if not self.n_done:
+            self.journal.unlink(missing_ok=True)  # it must not vouch for what comes now
             clear_part(self.target)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
 
@@ -348,9 +349,8 @@ class PartialFile:
         """Write down how far each stretch has come, after what it has is on disk."""
         reached = [astuple(stretch) for stretch in self.stretches]
         os.fsync(self._file)
-        temporary = _temporary(self.journal)
-        temporary.write_text(sealed_json({"version": self.version, "size": self.size, "stretches": reached}))
-        temporary.replace(self.journal)
+        with atomic_write(self.journal) as temporary:
+            temporary.write_text(sealed_json({"version": self.version, "size": self.size, "stretches": reached}))
         self._at_risk, self._noted = 0, time.monotonic()
 
     def _left_over(self) -> list[Stretch]:
@@ -390,14 +390,10 @@ def _read_journal(target: Path) -> _Journal | None:
 
 
 def clear_part(target: Path) -> None:
-    """Remove what there is of an unfinished target."""
+    """Remove what there is of an unfinished target, as far as possible; a journal alone is ignored."""
     journal = journal_of(target)
-    for path in (_temporary(journal), journal, part_of(target)):  # a journal must not outlive what it vouches for
-        path.unlink(missing_ok=True)
-
-
-def _temporary(journal: Path) -> Path:
-    return journal.with_name(f"{journal.name}.tmp")
+    for path in (temporary_path(journal), journal, part_of(target)):  # a journal must not outlive what it vouches for
+        remove(path)
 
 
 def part_of(target: Path) -> Path:
@@ -486,21 +482,19 @@ def gigabytes(n_bytes: float) -> str:
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
     """Say in one line that, and why, nothing can be written there."""
+    kept = "what is there already is kept for the next try"
     try:
         yield
     except OSError as error:
-        raise DownloadError(
-            f"{path}: cannot be written: {error.strerror or error}; what is there already is kept for the next try"
-        ) from error
+        raise DownloadError(f"{path}: cannot be written: {error.strerror or error}; {kept}") from error
+    except OutputError as error:
+        raise DownloadError(f"{error}; {kept}") from error
 
 
 def write_json(path: Path, values: object) -> None:
     """Write a small file that is whole whenever it is there."""
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    except OutputError as error:
-        raise DownloadError(f"{error}; what is there already is kept for the next try") from error
+    with writing_to(path), atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ LONGEST_END = 2**26
 
 
 def unpack(archive: Path, name: str, into: Path) -> None:
-    """Unpack the one folder `name` of a `.tar.gz` as `into`, which must not exist yet.
+    """Unpack the one folder `name` of a `.tar.gz` as `into`, which is empty or does not exist yet.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def unpack(archive: Path, name: str, into: Path) -> None:
     """
     try:
         with writing_to(into):
-            into.mkdir(parents=True)
+            into.mkdir(parents=True, exist_ok=True)
             _unpack(archive, name, into)
     except BaseException:
         shutil.rmtree(into, ignore_errors=True)

@@ -61,12 +61,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     OutputError
         If it cannot be written; `path` stays as it was.
     """
-    temporary, older = temporary_path(path), path.with_name(f".{path.name}.old")
+    temporary, older = temporary_path(path), older_path(path)
     with writing(path):
-        if older.exists() and not path.exists():  # a kill came between the two moves
-            older.rename(path)
-        remove(older)
-        remove(temporary)
+        tidy_folder(path)
         temporary.mkdir()
     try:
         with writing(path):
@@ -93,6 +90,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def temporary_path(path: Path) -> Path:
     """Where `path` is written before it is whole."""
     return path.with_name(f".{path.name}.tmp")
+
+
+def older_path(path: Path) -> Path:
+    """Where an older folder is while it is replaced."""
+    return path.with_name(f".{path.name}.old")
+
+
+def tidy_folder(path: Path) -> None:
+    """Clear away what a kill left of replacing a folder; OSError where the older one cannot be put back."""
+    older = older_path(path)
+    if older.exists() and not path.exists():  # the kill came between the two moves
+        older.rename(path)
+    remove(older)
+    remove(temporary_path(path))
 
 
 def sync(path: Path) -> None:
