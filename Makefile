@@ -8,7 +8,7 @@ DEMO := build/demo
 PYTEST := $(BIN)/python -m pytest
 AT_ONCE := -n 2 --dist worksteal  # two tests at a time, more than which memory may not allow
 
-.PHONY: test test-all test-gpu lint types unit demo demo-model clean
+.PHONY: test test-all test-faults test-gpu lint types unit demo demo-model clean
 
 ## lint, types and all tests but the slow ones
 test: lint types unit
@@ -16,6 +16,10 @@ test: lint types unit
 ## the same with the slow tests
 test-all: lint types
 	$(PYTEST) $(AT_ONCE)
+
+## every call that writes below an output folder fails in turn; needs Linux and a C compiler
+test-faults: $(INSTALLED)
+	$(PYTEST) $(AT_ONCE) tests/faults
 
 ## the tests that need a CUDA device
 test-gpu: $(INSTALLED)

@@ -19,3 +19,11 @@ settings.load_profile("untimed")
 def checkpoint_copy(tmp_path: Path) -> Path:
     """A copy of the synthetic checkpoint that a test may damage."""
     return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the fault tests have counted."""
+    reports = [report for several in terminalreporter.stats.values() for report in several]
+    properties = [pair for report in reports for pair in getattr(report, "user_properties", [])]
+    for line in sorted({str(value) for name, value in properties if name == "faults"}):
+        terminalreporter.write_line(line)
