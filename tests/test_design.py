@@ -9,6 +9,9 @@ SRC = Path(__file__).parents[1] / "src" / "transcriptformer"
 
 LAYERS = [
     {"errors"},
+    {"isolated"},
+    {"external"},
+    {"checkpoint_files"},
     {"storage"},
     {"config", "vocab", "device", "fetch"},
     {"train_config"},

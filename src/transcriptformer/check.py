@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transcriptformer.data.dataset import LENGTH_MULTIPLE, group_by_length, posi
 from transcriptformer.data.joined import JoinedMetadata
 from transcriptformer.data.metadata import BLOCK_SIZE
 from transcriptformer.data.reader import CellReader
-from transcriptformer.data.source import looks_like_gene_ids, open_source
+from transcriptformer.data.source import CellSource, looks_like_gene_ids, open_source
 from transcriptformer.data.species import likely_species
 from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey, survey_cells
@@ -115,9 +115,7 @@ def check(
 def _report_alone(location: Location, config: DataConfig) -> Report:
     report = Report(str(location))
     try:
-        source = open_source(
-            location, config.gene_col_name, config.use_raw, remove_duplicate_genes=True, layer=config.layer
-        )
+        source = _open(location, replace(config, remove_duplicate_genes=True))
         _describe_genes(report, source.gene_ids, int(source.is_repeated.sum()))
         vocab = make_gene_vocab((gene for gene in source.gene_ids if gene), ["unknown"], "unknown")
         reader = CellReader(source, vocab, {}, config, NO_CHECKPOINT_SEQ_LEN)
@@ -125,7 +123,7 @@ def _report_alone(location: Location, config: DataConfig) -> Report:
         check_obs([source], JoinedMetadata([source.obs]))
         _describe_cells(report, survey_cells([reader], config))
         if report.repeated_genes and not config.remove_duplicate_genes:
-            open_source(location, config.gene_col_name, config.use_raw, layer=config.layer)
+            _open(location, config)
     except TranscriptFormerError as error:
         report.refused = str(error)
     return report
@@ -134,7 +132,7 @@ def _report_alone(location: Location, config: DataConfig) -> Report:
 def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float) -> Report:
     report, data = Report(str(location)), checkpoint.config.model.data_config
     try:
-        source = open_source(location, data.gene_col_name, data.use_raw, remove_duplicate_genes=True, layer=data.layer)
+        source = _open(location, replace(data, remove_duplicate_genes=True))
         _describe_genes(report, source.gene_ids, int(source.is_repeated.sum()))
         report.cells = len(source)
         report.genes_known = int((checkpoint.gene_vocab.lookup(source.gene_ids) >= 0).sum())
@@ -152,6 +150,17 @@ def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float)
 
 def _as_zarr(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.model.inference_config.output_filename.endswith(".zarr")
+
+
+def _open(location: Location, data: DataConfig) -> CellSource:
+    return open_source(
+        location,
+        data.gene_col_name,
+        data.use_raw,
+        data.remove_duplicate_genes,
+        layer=data.layer,
+        allow_external_links=data.allow_external_links,
+    )
 
 
 def _describe_genes(report: Report, gene_ids: Any, n_repeated: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcriptformer.checkpoint_files import file_in
 from transcriptformer.config import Config
 from transcriptformer.device import choose_device, compute_dtype
 from transcriptformer.errors import CheckpointError
@@ -167,7 +168,7 @@ def _new_species(config: Config, trained: GeneVocab, embedding: Tensor) -> tuple
     """Vocabulary and protein embeddings with the genes of another species; special tokens keep their trained rows."""
     inference = config.model.inference_config
     files = [Path(file) for file in inference.pretrained_embedding]
-    genes, rows = read_protein_embeddings(files)
+    genes, rows = read_protein_embeddings(files, config.model.data_config.allow_external_links)
     if rows.shape[1] != embedding.shape[1]:
         raise CheckpointError(
             f"{', '.join(map(str, files))}: embeddings of width {rows.shape[1]}, but the checkpoint was trained on "
@@ -195,9 +196,11 @@ def read_vocabs(path: Path, config: Config | TrainConfig) -> tuple[GeneVocab, di
             f"{path / 'config.json'}: aux_len is {config.model.model_config.aux_len}, but aux_cols names "
             f"{len(data.aux_cols)} columns ({', '.join(data.aux_cols) or 'none'})"
         )
-    genes = read_gene_vocab([folder / name for name in data.esm2_mappings], data.special_tokens, data.gene_pad_token)
-    aux = {c: read_aux_vocab(folder / f"{c}_vocab.json", c, data.aux_pad_token) for c in data.aux_cols}
-    return genes, aux
+    external = data.allow_external_links
+    gene_files = [file_in(folder, name, external) for name in data.esm2_mappings]
+    genes = read_gene_vocab(gene_files, data.special_tokens, data.gene_pad_token, external)
+    aux_files = {column: file_in(folder, f"{column}_vocab.json", external) for column in data.aux_cols}
+    return genes, {column: read_aux_vocab(file, column, data.aux_pad_token) for column, file in aux_files.items()}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

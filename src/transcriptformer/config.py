@@ -71,6 +71,9 @@ class DataConfig:
     """Worker processes that prepare batches; 0: the main process does."""
     block_size: int = 2048
     """Most consecutive cells that are read at once; batches are formed among these, by length."""
+    allow_external_links: bool = False
+    """Follow links in inputs and vocabularies to other files: HDF5 external links, external raw data, virtual datasets;
+    symbolic links out of a zarr store or `vocabs/`; URLs that lead to other URLs."""
     aux_cols: list[str] = field(default_factory=list)
     """Columns of `obs` that become auxiliary tokens, one vocabulary each."""
     esm2_mappings: list[str] = field(default_factory=list)

@@ -57,7 +57,14 @@ class Corpus:
         if both:
             raise UsageError(f"training.validation_files: {sorted(both)[0]} is also learned from")
         self.sources = [
-            open_source(file, data.gene_col_name, data.use_raw, data.remove_duplicate_genes, layer=data.layer)
+            open_source(
+                file,
+                data.gene_col_name,
+                data.use_raw,
+                data.remove_duplicate_genes,
+                layer=data.layer,
+                allow_external_links=data.allow_external_links,
+            )
             for file in (*learned, *self.validation_files)
         ]
         self.n_learned = len(learned)

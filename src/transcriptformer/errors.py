@@ -37,6 +37,6 @@ class DownloadError(TranscriptFormerError):
     """Something that cannot be fetched, or is not what it should be."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error, shortened to one line, or its kind where it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -26,7 +26,7 @@ _CLASSES = {
 }
 """Names that the published package's config.json bears."""
 
-_NOT_PUBLISHED = ("remove_duplicate_genes", "seed", "block_size", "use_raw")
+_NOT_PUBLISHED = ("remove_duplicate_genes", "seed", "block_size", "use_raw", "allow_external_links")
 """Settings of ours about how files are read, which the published format does not have."""
 
 

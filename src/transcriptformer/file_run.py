@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _FREE_TO_CHANGE = {
     "model.data_config.n_data_workers",
     "model.data_config.block_size",
+    "model.data_config.allow_external_links",
     *(
         f"model.inference_config.{name}"
         for name in (

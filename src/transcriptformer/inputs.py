@@ -59,6 +59,7 @@ class Inputs:
                     data.remove_duplicate_genes,
                     model.inference_config.oom_dataloader,
                     data.layer,
+                    data.allow_external_links,
                 ),
                 checkpoint.gene_vocab,
                 checkpoint.aux_vocabs,

@@ -87,7 +87,7 @@ _Start = tuple[TranscriptFormer, GeneVocab, dict[str, AuxVocab], list[Path]]
 
 def _from_scratch(config: TrainConfig, corpus: Corpus) -> _Start:
     data, files = config.model.data_config, [Path(file) for file in config.training.protein_embeddings]
-    genes, rows = read_protein_embeddings(files)
+    genes, rows = read_protein_embeddings(files, data.allow_external_links)
     gene_vocab = make_gene_vocab(genes, data.special_tokens, data.gene_pad_token)
     aux_vocabs = {column: make_aux_vocab(column, corpus.values(column), data.aux_pad_token) for column in data.aux_cols}
     model = TranscriptFormer(

@@ -1,6 +1,5 @@
 """Vocabularies: gene ids and cell metadata to token ids, and the protein-embedding files that list the genes."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -10,9 +9,14 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from transcriptformer.errors import CheckpointError
+from transcriptformer.checkpoint_files import read_json
+from transcriptformer.errors import CheckpointError, DataError, one_line
+from transcriptformer.external import Guard, check_hdf5
 
 UNKNOWN, START, END = "unknown", "[START]", "[END]"
+
+MOST_VALUES = 2**20
+"""Values of a column of cell metadata; those of published checkpoints are dozens."""
 
 
 @dataclass(frozen=True)
@@ -89,29 +93,36 @@ class AuxVocab:
         return tokens[codes].astype(np.int64)
 
 
-def read_gene_ids(path: Path) -> list[str]:
+def read_gene_ids(path: Path, allow_external: bool = False) -> list[str]:
     """Gene ids of a protein-embedding file, in its order; the embeddings themselves are not read.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, is not HDF5 or has no dataset `keys`.
+        If the file is missing, is not HDF5 or has no dataset `keys`; or if that lies in another file and
+        `allow_external` is false.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: vocabulary file missing")
     try:
+        check_hdf5(path, ("keys",), allow_external)
         with h5py.File(path) as file:
             keys = file["keys"][:]
         return [key.decode() if isinstance(key, bytes) else str(key) for key in keys]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    except Exception as error:  # h5py raises whatever damaged data leads it to
         raise CheckpointError(
-            f"{path}: not a protein-embedding file with a dataset 'keys' of names ({error})"
+            f"{path}: not a protein-embedding file with a dataset 'keys' of names ({one_line(error)})"
         ) from error
 
 
-def read_gene_vocab(paths: Sequence[Path], special_tokens: Sequence[str], pad_token: str) -> GeneVocab:
+def read_gene_vocab(
+    paths: Sequence[Path], special_tokens: Sequence[str], pad_token: str, allow_external: bool = False
+) -> GeneVocab:
     """Join the genes of `paths` in their order; a gene seen twice keeps its first token."""
-    return make_gene_vocab((gene for path in paths for gene in read_gene_ids(path)), special_tokens, pad_token)
+    gene_ids = (gene for path in paths for gene in read_gene_ids(path, allow_external))
+    return make_gene_vocab(gene_ids, special_tokens, pad_token)
 
 
 def make_gene_vocab(gene_ids: Iterable[str], special_tokens: Sequence[str], pad_token: str) -> GeneVocab:
@@ -120,32 +131,41 @@ def make_gene_vocab(gene_ids: Iterable[str], special_tokens: Sequence[str], pad_
     return GeneVocab(tuple(special_tokens), genes, pad_token)
 
 
-def read_protein_embeddings(paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
+def read_protein_embeddings(paths: Sequence[Path], allow_external: bool = False) -> tuple[list[str], np.ndarray]:
     """Gene ids, each once, and their protein embeddings (genes, P), float32, of one or several files.
 
     Raises
     ------
     CheckpointError
-        If a file is missing, damaged, lacks the embedding of a gene, or its embeddings are of another width.
+        If a file is missing, damaged, lacks the embedding of a gene, or its embeddings are of another width; or if
+        some lie in another file and `allow_external` is false.
     """
     rows: dict[str, np.ndarray] = {}
     width = None
     for path in paths:
-        genes = read_gene_ids(path)
+        genes, guard = read_gene_ids(path, allow_external), Guard(str(path), allow_external)
         try:
             with h5py.File(path) as file:
-                arrays = file["arrays"]
+                arrays = guard.open(file, "arrays")
                 for gene in genes:
                     if gene in rows:
                         continue
-                    rows[gene] = row = arrays[gene][:].astype(np.float32)
+                    dataset = guard.open(arrays, gene)
+                    guard.check(dataset, f"arrays/{gene}")
+                    rows[gene] = row = dataset[:].astype(np.float32)
                     width = width or row.shape
                     if row.shape != width or row.ndim != 1:
                         raise CheckpointError(f"{path}: the embedding of {gene} has shape {row.shape}, others {width}")
                     if not np.isfinite(row).all():
                         raise CheckpointError(f"{path}: the embedding of {gene} holds NaN or infinite values")
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a protein-embedding file with a group 'arrays' ({error})") from error
+        except CheckpointError:
+            raise
+        except DataError as error:
+            raise CheckpointError(str(error)) from error
+        except Exception as error:  # h5py raises whatever damaged data leads it to
+            raise CheckpointError(
+                f"{path}: not a protein-embedding file with a group 'arrays' ({one_line(error)})"
+            ) from error
     if not rows:
         raise CheckpointError(f"{', '.join(map(str, paths))}: no gene in it")
     return list(rows), np.stack(list(rows.values()))
@@ -173,11 +193,12 @@ def read_aux_vocab(path: Path, column: str, unknown: str) -> AuxVocab:
         If the file is missing, is not a JSON object of ids, or lacks the token `unknown`.
     """
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
+        ids = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: vocabulary file missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()) or unknown not in ids:
         raise CheckpointError(f"{path}: not a JSON object of token ids with an entry {unknown!r}")
+    for value, number in ids.items():
+        if not 0 <= number < MOST_VALUES:
+            raise CheckpointError(f"{path}: token id {number} of {value!r} is not from 0 to {MOST_VALUES - 1}")
     return AuxVocab(column, ids, ids[unknown])

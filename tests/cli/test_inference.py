@@ -410,7 +410,7 @@ def test_help_names_every_published_option() -> None:
         *("checkpoint-path", "data-file", "output-path", "output-filename", "batch-size", "gene-col-name", "precision"),
         *("pretrained-embedding", "clip-counts", "filter-to-vocabs", "use-raw", "embedding-layer-index", "model-type"),
         *("emb-type", "num-gpus", "oom-dataloader", "n-data-workers", "config-override", "remove-duplicate-genes"),
-        *("device", "debug", "cge-pool", "num-nodes", "resume"),
+        *("device", "debug", "cge-pool", "num-nodes", "resume", "allow-external-links"),
     ):
         assert f"--{option}" in text
 

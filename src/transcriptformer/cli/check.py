@@ -33,6 +33,10 @@ def check(
     pretrained_embedding: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Protein embeddings of a new species; may be repeated.")
     ] = None,
+    allow_external_links: Annotated[
+        bool | None,
+        typer.Option("--allow-external-links", help="Follow links in inputs to other files, and virtual datasets."),
+    ] = None,
     batch_size: Annotated[
         str | None, typer.Option(metavar="INT|auto", help="For the estimates.", show_default="8")
     ] = None,
@@ -57,6 +61,7 @@ def check(
         "model.data_config.gene_col_name": gene_col_name,
         "model.data_config.use_raw": use_raw_setting(use_raw),
         "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
+        "model.data_config.allow_external_links": allow_external_links,
         "model.inference_config.pretrained_embedding": [str(p) for p in pretrained_embedding or []] or None,
         "model.inference_config.batch_size": batch_size_setting(batch_size),
         "model.inference_config.precision": precision,

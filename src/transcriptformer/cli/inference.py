@@ -136,6 +136,10 @@ def inference(
     n_data_workers: Annotated[
         int | None, typer.Option(metavar="INT", help="Processes that prepare batches.", show_default="0")
     ] = None,
+    allow_external_links: Annotated[
+        bool | None,
+        typer.Option("--allow-external-links", help="Follow links in inputs to other files, and virtual datasets."),
+    ] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on with a run of the same that was ended before it was done.")
     ] = None,
@@ -161,6 +165,7 @@ def inference(
         "model.data_config.use_raw": use_raw_setting(use_raw),
         "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
         "model.data_config.n_data_workers": n_data_workers,
+        "model.data_config.allow_external_links": allow_external_links,
         "model.inference_config.output_path": output_path and str(output_path),
         "model.inference_config.output_filename": output_filename,
         "model.inference_config.batch_size": batch_size_setting(batch_size),

@@ -114,6 +114,10 @@ def train(
     seed: Annotated[
         int | None, typer.Option(metavar="INT", help="Of weights, order and dropout.", show_default="0")
     ] = None,
+    allow_external_links: Annotated[
+        bool | None,
+        typer.Option("--allow-external-links", help="Follow links in inputs to other files, and virtual datasets."),
+    ] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on with a run of the same that was ended before it was done.")
     ] = None,
@@ -136,6 +140,7 @@ def train(
         "model.data_config.use_raw": use_raw_setting(use_raw),
         "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
         "model.data_config.n_data_workers": n_data_workers,
+        "model.data_config.allow_external_links": allow_external_links,
         "training.data_files": data_file or None,
         "training.protein_embeddings": [str(p) for p in protein_embedding or []] or None,
         "training.checkpoint_path": checkpoint_path and str(checkpoint_path),

@@ -16,7 +16,8 @@ from scipy import sparse
 from transcriptformer.data.counts import Matrix, MatrixInMemory, open_matrix, to_canonical_csr
 from transcriptformer.data.metadata import Metadata, MetadataInMemory, open_metadata
 from transcriptformer.data.store import Location, Store, damaged
-from transcriptformer.errors import DataError, TranscriptFormerError, UsageError
+from transcriptformer.errors import DataError, UsageError
+from transcriptformer.external import Guard
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def open_source(
     remove_duplicate_genes: bool = False,
     read_in_blocks: bool = True,
     layer: str | None = None,
+    allow_external_links: bool = False,
 ) -> CellSource:
     """Find counts, gene ids and cell metadata, and check that they fit together; no count is looked at yet.
 
@@ -114,6 +116,8 @@ def open_source(
         Leave the counts where they are and read them as they are needed; otherwise read them into memory now.
     layer
         Take the counts of this layer, with `var`.
+    allow_external_links
+        Follow links to other files, virtual datasets and URLs that lead to other URLs.
 
     Raises
     ------
@@ -126,10 +130,10 @@ def open_source(
         raise UsageError(f"layer {layer!r} and use_raw=True: the counts can come from one of them only")
     if isinstance(source, anndata.AnnData):
         name = "the AnnData"
-        found = _from_anndata(source, use_raw, read_in_blocks, layer, name)
+        found = _from_anndata(source, use_raw, read_in_blocks, layer, name, allow_external_links)
     else:
         name = str(source)
-        found = _from_store(source, use_raw, read_in_blocks, layer)
+        found = _from_store(source, use_raw, read_in_blocks, layer, allow_external_links)
     shape = len(found.obs), len(found.var)
     if 0 in shape:
         raise DataError(f"{name}: there are no {'cells' if shape[0] == 0 else 'genes'} in it")
@@ -155,8 +159,15 @@ class _Found(NamedTuple):
 
 
 def _from_anndata(
-    adata: anndata.AnnData, use_raw: bool | str | None, read_in_blocks: bool, layer: str | None, name: str
+    adata: anndata.AnnData,
+    use_raw: bool | str | None,
+    read_in_blocks: bool,
+    layer: str | None,
+    name: str,
+    allow_external: bool,
 ) -> _Found:
+    if adata.isbacked:
+        _check_backed(adata, name, allow_external)
     obs = MetadataInMemory(adata.obs)
     if layer is not None:
         _check_layer(layer, adata.layers, name)
@@ -173,6 +184,17 @@ def _check_layer(layer: str, layers: Iterable[str], name: str) -> None:
         raise DataError(f"{name}: has no layer {layer!r}; there are: {', '.join(layers) or 'none'}")
 
 
+def _check_backed(adata: anndata.AnnData, name: str, allow_external: bool) -> None:
+    """The counts of a backed AnnData are still in its file."""
+    if not adata.file.is_open:
+        adata.file.open()
+    guard = Guard(name, allow_external)
+    for key in ("X", "raw/X"):
+        if guard.contains(adata.file["/"], key):
+            for _ in guard.steps(guard.open(adata.file["/"], key), key):
+                pass
+
+
 def _in_memory(values: Any, read_in_blocks: bool, name: str) -> MatrixInMemory:
     try:
         return MatrixInMemory(values, read_in_blocks)
@@ -180,30 +202,30 @@ def _in_memory(values: Any, read_in_blocks: bool, name: str) -> MatrixInMemory:
         raise DataError(f"{name}: damaged: the sparse matrix of counts is inconsistent ({error})") from error
 
 
-def _from_store(location: Location, use_raw: bool | str | None, read_in_blocks: bool, layer: str | None) -> _Found:
-    store = Store(location)
-    try:
+def _from_store(
+    location: Location, use_raw: bool | str | None, read_in_blocks: bool, layer: str | None, allow_external: bool
+) -> _Found:
+    store = Store(location, allow_external)
+    with store.reading():
         if _is_old_layout(store):
+            store.check("")
             store.close()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # anndata advises to write the file anew
-                return _from_anndata(anndata.read_h5ad(Path(location)), use_raw, True, layer, store.name)
+                adata = anndata.read_h5ad(Path(location))
+                return _from_anndata(adata, use_raw, True, layer, store.name, allow_external)
         # A zarr store has an empty raw.
         is_raw = layer is None and _choose_raw("raw/X" in store, use_raw, store.name)
         place = "raw/" if is_raw else ""
         key = f"{place}X" if layer is None else f"layers/{layer}"
         if layer is not None and (not layer.strip(".") or "/" in layer or key not in store):
-            layers: Any = store.root.get("layers", ())
-            _check_layer(layer, layers, store.name)
+            layers: Any = "layers" in store and store["layers"]
+            _check_layer(layer, layers or (), store.name)
         if key not in store:
             raise DataError(f"{store.name}: has no matrix {key}")
         matrix = open_matrix(store, key, read_in_blocks)
         var, obs = anndata.io.read_elem(store[f"{place}var"]), open_metadata(store, "obs")
         return _Found(matrix, var, obs, is_raw, store)
-    except TranscriptFormerError:
-        raise
-    except Exception as error:  # h5py, zarr and anndata raise whatever damaged data leads them to
-        raise damaged(store.name, error) from error
 
 
 def _is_old_layout(store: Store) -> bool:

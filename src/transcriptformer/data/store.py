@@ -1,13 +1,16 @@
 """Where an AnnData lies: an h5ad file, or a zarr store, maybe far away; opened anew by every process that reads."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import h5py
 import zarr
 
-from transcriptformer.errors import DataError, UsageError, one_line
+from transcriptformer.errors import DataError, TranscriptFormerError, UsageError, one_line
+from transcriptformer.external import OPTION, Guard, check_folder, check_hdf5
 
 Location: TypeAlias = str | Path
 """A path, or a URL such as s3://bucket/cells.zarr."""
@@ -28,6 +31,13 @@ class Store:
 
     It may be sent to another process, and survives a fork: handles are never shared.
 
+    Parameters
+    ----------
+    location
+        Where it lies.
+    allow_external
+        Follow links to other files, virtual datasets, and URLs that lead to other URLs.
+
     Raises
     ------
     UsageError
@@ -36,13 +46,50 @@ class Store:
         If it is not an AnnData, or damaged.
     """
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, allow_external: bool = False) -> None:
         self.location = location if is_url(location) else Path(location)
-        self.name = str(location)
+        self.name, self.allow_external = str(location), allow_external
         self._root: h5py.File | zarr.Group | None = None
         self._process = -1
-        if not all(key in self.root for key in ("obs", "var")):  # a web server may not tell what there is
+        self._checked: set[str] = set()
+        self._check_place()
+        self.check("obs", "var")
+        if not all(key in self for key in ("obs", "var")):  # a web server may not tell what there is
             raise DataError(f"{self.name}: not an AnnData (h5ad or zarr): 'obs' and 'var' are not in it")
+
+    def _check_place(self) -> None:
+        if is_url(self.location):
+            is_chain = "::" in self.name or self.name.startswith("reference:")
+            if is_chain and not self.allow_external:
+                raise UsageError(f"--data-file {self.name}: leads on to other files; to follow it, add {OPTION}")
+        elif not is_zarr(self.location):
+            _check_h5ad(Path(self.location))
+        elif os.path.isdir(self.location):  # noqa: PTH112
+            check_folder(Path(self.location), self.allow_external)
+
+    def check(self, *keys: str) -> None:
+        """Look, once, at all that lies under `keys`; "" stands for everything.
+
+        Raises
+        ------
+        DataError
+            If something there lies in another file, is missing or damaged.
+        """
+        if is_zarr(self.location) or self._checked.issuperset(keys):
+            return
+        with self.reading():
+            check_hdf5(Path(self.location), keys, self.allow_external)
+        self._checked.update(keys)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raise what reading a damaged file leads to as DataError."""
+        try:
+            yield
+        except TranscriptFormerError:
+            raise
+        except Exception as error:  # h5py and zarr raise whatever damaged data leads them to
+            raise damaged(self.name, error) from error
 
     @property
     def root(self) -> h5py.File | zarr.Group:
@@ -53,10 +100,17 @@ class Store:
         return self._root
 
     def __contains__(self, key: str) -> bool:
-        return key in self.root
+        root = self.root
+        with self.reading():
+            if isinstance(root, h5py.File):
+                return Guard(self.name, self.allow_external).contains(root, key)
+            return key in root
 
     def __getitem__(self, key: str) -> Any:
-        return self.root[key]
+        root = self.root
+        self.check(key)
+        with self.reading():
+            return root[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_root": None}
@@ -68,12 +122,15 @@ class Store:
         self._root = None
 
 
-def _open_h5ad(path: Path) -> h5py.File:
+def _check_h5ad(path: Path) -> None:
     if not os.path.isfile(path):  # noqa: PTH113  (os.path answers False for an impossible name, where Path raises)
         raise UsageError(f"--data-file {path}: no such file")
+    if not h5py.is_hdf5(path):
+        raise DataError(f"{path}: not an HDF5 file; an h5ad is needed (anndata's write_h5ad makes one)")
+
+
+def _open_h5ad(path: Path) -> h5py.File:
     try:
-        if not h5py.is_hdf5(path):
-            raise DataError(f"{path}: not an HDF5 file; an h5ad is needed (anndata's write_h5ad makes one)")
         return h5py.File(path, locking="best-effort")
     except OSError as error:
         raise damaged(str(path), error) from error
