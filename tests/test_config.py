@@ -112,7 +112,7 @@ def test_use_raw_takes_the_published_values(text: str, value: bool | str | None)
         ("model.data_config.clip_counts=0", "clip_counts .*must be more than 0"),
         ("model.data_config.clip_counts@elsewhere=3", "give one plain key.path=value"),
         ("model.inference_config.obs_keys.x=1", "obs_keys.x: "),
-        ("model.data_config.seed=-1", "seed: must be 0 or more"),
+        ("model.data_config.seed=-1", "seed: must be from 0 to 9,223,372,036,854,775,807, not -1"),
         ("model.data_config.gene_col_name=???", "gene_col_name'"),
         ("model.data_config.clip_counts", "not of the form key.path=value"),
         ("model.inference_config.obs_keys=a,b", r"a list as \[a,b\]"),

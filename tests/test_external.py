@@ -336,7 +336,7 @@ def test_errors_of_isolated_reading_come_back() -> None:
         yield
         raise KeyError("lost")
 
-    with pytest.raises(DataError, match="^no$"):
+    with pytest.raises(DataError, match=r"^no$"):
         run_isolated(refuse)
     with pytest.raises(RuntimeError, match="'lost'"):
         run_isolated(fail)

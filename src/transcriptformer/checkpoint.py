@@ -15,7 +15,7 @@ from torch import Tensor
 from transcriptformer.checkpoint_files import file_in
 from transcriptformer.config import Config
 from transcriptformer.device import choose_device, compute_dtype
-from transcriptformer.errors import CheckpointError
+from transcriptformer.errors import CheckpointError, one_line
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.model.label_head import LabelHead
 from transcriptformer.model.layers import Linear
@@ -32,6 +32,10 @@ from transcriptformer.vocab import (
 
 LABEL_HEAD = "label_head.pt"
 _EMBEDDING = "gene_embeddings.embedding.weight"
+_LAYERS = "transformer_encoder.encoder_layers."
+
+GREATEST_WEIGHT = 1.8e19
+"""The square of anything larger, which layer norms take, is no float32."""
 
 
 REFERENCE_SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
@@ -112,7 +116,8 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
     trained_vocab, aux_vocabs = read_vocabs(path, config)
     weights_path = path / "model_weights.pt"
     weights = read_weights(weights_path)
-    protein_dim = _check_embedding(weights, len(trained_vocab), weights_path)
+    _check_embedding(weights, len(trained_vocab), weights_path)
+    check_values(weights_path)
     gene_vocab, embedding = trained_vocab, weights[_EMBEDDING]
     if inference.pretrained_embedding:
         gene_vocab, embedding = _new_species(config, trained_vocab, embedding)
@@ -121,11 +126,7 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
     if config.model.model_type == "esm2ce":
         model = Esm2CE(embedding, gene_vocab.pad, config.model.model_config.seq_len)
     else:
-        with torch.device("meta"):
-            model = TranscriptFormer(
-                config.model.model_config, config.model.loss_config, trained_vocab, aux_vocabs, protein_dim
-            )
-        check_weights(weights, model.state_dict(), weights_path)
+        model = new_model(config, trained_vocab, aux_vocabs, weights, weights_path)
         model.load_state_dict(weights, assign=True)
         dtype = compute_dtype(inference.precision, device)
         if dtype != torch.float32:
@@ -136,6 +137,34 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
     return Checkpoint(path, config, gene_vocab, aux_vocabs, model, device, _label_head(path, config))
 
 
+def new_model(
+    config: Config | TrainConfig,
+    gene_vocab: GeneVocab,
+    aux_vocabs: Mapping[str, AuxVocab],
+    weights: Mapping[str, Tensor],
+    path: Path,
+) -> TranscriptFormer:
+    """A model without weights, which those of `path` fit.
+
+    Raises
+    ------
+    CheckpointError
+        If they do not.
+    """
+    model = config.model
+    protein_dim = _check_embedding(weights, len(gene_vocab), path)
+    n_layers = len({name.split(".")[2] for name in weights if name.startswith(_LAYERS)})
+    if n_layers != model.model_config.num_layers:
+        raise CheckpointError(
+            f"{path}: does not fit config.json: {n_layers} layers are in it, num_layers is "
+            f"{model.model_config.num_layers}"
+        )
+    with torch.device("meta"):
+        made = TranscriptFormer(model.model_config, model.loss_config, gene_vocab, aux_vocabs, protein_dim)
+    check_weights(weights, made.state_dict(), path)
+    return made
+
+
 def _label_head(path: Path, config: Config) -> LabelHead | None:
     """The label head, where it is wanted and was trained on what is computed: embeddings of cells by the last block."""
     model, inference = config.model, config.model.inference_config
@@ -143,11 +172,11 @@ def _label_head(path: Path, config: Config) -> LabelHead | None:
     is_as_trained = model.model_type == "transcriptformer" and inference.emb_type == "cell" and is_last
     if not (inference.predict_labels and is_as_trained):
         return None
-    return read_label_head(path)
+    return read_label_head(path, model.model_config.embed_dim)
 
 
-def read_label_head(path: Path) -> LabelHead | None:
-    """The head in the `label_head.pt` of a checkpoint folder, if there is one.
+def read_label_head(path: Path, embed_dim: int) -> LabelHead | None:
+    """The head in the `label_head.pt` of a checkpoint folder, if there is one, for embeddings of that width.
 
     Raises
     ------
@@ -160,7 +189,10 @@ def read_label_head(path: Path) -> LabelHead | None:
     try:
         head = LabelHead.from_file(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # the reader raises whatever a damaged file leads it to
-        raise CheckpointError(f"{file}: damaged, or not the label head of a checkpoint") from error
+        raise CheckpointError(f"{file}: damaged, or not the label head of a checkpoint ({one_line(error)})") from error
+    width = head.linear.weight.shape[1]
+    if width != embed_dim:
+        raise CheckpointError(f"{file}: is for embeddings of width {width}, but the checkpoint's have {embed_dim}")
     return head.eval().requires_grad_(False)
 
 
@@ -204,7 +236,33 @@ def read_vocabs(path: Path, config: Config | TrainConfig) -> tuple[GeneVocab, di
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of `model_weights.pt`, memory-mapped; nothing in it is executed."""
+    """The state dict of `model_weights.pt`, float32, memory-mapped; nothing in it is executed."""
+    return {name: value.float() for name, value in _map_weights(path).items()}
+
+
+def check_values(path: Path) -> None:
+    """Raise CheckpointError where a weight is NaN, infinite, or too large for anything finite to come of it.
+
+    All of the file is read, about a gigabyte per second.
+    """
+    for _, names in itertools.groupby(_map_weights(path), key=_part_of):
+        weights = _map_weights(path)  # its own mapping, so that no more than one part stays in memory
+        for name in names:
+            if weights[name].numel() == 0:
+                continue
+            least, greatest = map(float, weights[name].aminmax())  # both NaN, if there is one
+            if not -GREATEST_WEIGHT <= least <= greatest <= GREATEST_WEIGHT:
+                raise CheckpointError(
+                    f"{path}: {name} holds values from {least:g} to {greatest:g}; weights are numbers of no more than "
+                    f"{GREATEST_WEIGHT:g}; is the file damaged, or did training diverge?"
+                )
+
+
+def _part_of(name: str) -> list[str]:
+    return name.split(".")[:3]
+
+
+def _map_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
     try:
@@ -217,7 +275,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: truncated, damaged, or not in the zip format of torch.save") from error
     if not isinstance(weights, dict) or not all(_is_weight(name, value) for name, value in weights.items()):
         raise CheckpointError(f"{path}: not a state dict (names → dense floating-point tensors)")
-    return {name: value.float() for name, value in weights.items()}
+    return weights
 
 
 def _is_weight(name: object, value: object) -> bool:
@@ -227,6 +285,7 @@ def _is_weight(name: object, value: object) -> bool:
         and value.is_floating_point()
         and value.layout == torch.strided
         and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # one number is not a million
     )
 
 
@@ -241,11 +300,17 @@ def _cast_linear_layers(model: TranscriptFormer, path: Path, dtype: torch.dtype)
         for name, module in model.named_modules()
         if isinstance(module, Linear) and not name.startswith("gene_id_head")
     ]
-    for _, part in itertools.groupby(linear, key=lambda item: item[0].split(".")[:3]):
+    for _, part in itertools.groupby(linear, key=lambda item: _part_of(item[0])):
         weights = read_weights(path)
         for name, module in part:
             for kind, _ in list(module.named_parameters()):
-                setattr(module, kind, torch.nn.Parameter(weights[f"{name}.{kind}"].to(dtype)))
+                weight = weights[f"{name}.{kind}"].to(dtype)
+                if not weight.isfinite().all():
+                    raise CheckpointError(
+                        f"{path}: {name}.{kind} holds values beyond {torch.finfo(dtype).max:g}, the most of {dtype}; "
+                        "add --precision 32"
+                    )
+                setattr(module, kind, torch.nn.Parameter(weight))
 
 
 def _check_embedding(weights: Mapping[str, Tensor], n_genes: int, path: Path) -> int:

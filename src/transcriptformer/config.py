@@ -20,12 +20,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigIndexError, MissingMandatoryValue, OmegaConfBaseException
 
+from transcriptformer.checkpoint_files import is_plain_name, read_json
 from transcriptformer.errors import CheckpointError, UsageError
 
 logger = logging.getLogger(__name__)
 
 LINK_FUNCTIONS = ("exp", "log", "relu", "sigmoid", "softplus", "linear", "softmax")
 ACTIVATIONS = ("gelu", "relu")
+MOST_GPUS = 2**12
 
 
 def require(condition: bool, key: str, message: str) -> None:
@@ -34,9 +36,73 @@ def require(condition: bool, key: str, message: str) -> None:
         raise UsageError(f"{key}: {message}")
 
 
+def require_ranges(section: object, key: str, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise UsageError unless the fields of a section lie in their ranges, both ends included; None lies in each.
+
+    Parameters
+    ----------
+    key
+        Path of the section, with a dot at its end.
+    ranges
+        Field, which an option may follow in brackets → least and greatest value. NaN lies in none.
+    """
+    for label, (least, greatest) in ranges.items():
+        value = getattr(section, label.partition(" ")[0])
+        message = f"must be from {_number(least)} to {_number(greatest)}, not {value!s:.40}"
+        require(value is None or least <= value <= greatest, key + label, message)
+
+
+def require_positive(section: object, key: str, greatest: Mapping[str, float]) -> None:
+    """Raise UsageError unless the fields of a section are more than 0 and no more than the greatest value of each."""
+    for label, most in greatest.items():
+        value = getattr(section, label.partition(" ")[0])
+        require(0 < value <= most, key + label, f"must be more than 0, at most {_number(most)}, not {value!s:.40}")
+
+
+def require_gpus(num_gpus: int, key: str) -> None:
+    """Raise UsageError unless it is a number of devices, or -1 for all."""
+    is_number = num_gpus == -1 or 1 <= num_gpus <= MOST_GPUS
+    require(is_number, key + "num_gpus (--num-gpus)", f"must be from 1 to {MOST_GPUS:,}, or -1, not {num_gpus!s:.40}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
 def require_one_of(value: object, allowed: Sequence[object], key: str) -> None:
     """Raise UsageError, naming `key`, unless `value` is one of those allowed."""
     require(value in allowed, key, f"{value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+MOST_COUNTS = 1e30
+"""Greatest value of what counts are compared or multiplied with; float32 ends at 3e38."""
+
+MOST_INT = 2**31 - 1
+
+_DATA_RANGES = {
+    "filter_outliers": (0, 1e6),
+    "min_expressed_genes": (0, MOST_INT),
+    "normalize_to_scale": (0, MOST_COUNTS),
+    "seed": (0, 2**63 - 1),
+    "n_data_workers (--n-data-workers)": (0, 1024),
+    "block_size": (1, 2**24),
+}
+
+_MODEL_RANGES = {
+    "num_layers": (1, 1000),
+    "num_heads": (1, 2**16),
+    "embed_dim": (1, 2**16),
+    "model_dim": (1, 2**20),
+    "gene_head_hidden_dim": (1, 2**20),
+    "seq_len": (1, 2**20),
+    "aux_len": (0, 1024),
+    "dropout": (0, 1),
+    "softcap": (0, 1e6),
+    "log_counts_eps": (0, 1),
+}
+"""Some orders of magnitude above the largest published model."""
+
+_INFERENCE_RANGES = {"tokens_per_batch": (1, MOST_INT), "num_nodes (--num-nodes)": (1, 2**16)}
 
 
 @dataclass
@@ -90,12 +156,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         key = "model.data_config."
         require_one_of(self.use_raw, (True, False, None, "auto"), key + "use_raw (--use-raw)")
-        require(self.filter_outliers >= 0, key + "filter_outliers", "must be 0 (keep all) or more")
-        require(self.normalize_to_scale >= 0, key + "normalize_to_scale", "must be 0 (leave the counts) or more")
-        require(self.clip_counts > 0, key + "clip_counts (--clip-counts)", "must be more than 0")
-        require(self.seed >= 0, key + "seed", "must be 0 or more")
-        require(self.n_data_workers >= 0, key + "n_data_workers (--n-data-workers)", "must be 0 or more")
-        require(self.block_size > 0, key + "block_size", "must be at least 1")
+        require_positive(self, key, {"clip_counts (--clip-counts)": MOST_COUNTS})
+        require_ranges(self, key, _DATA_RANGES)
+        for name in self.esm2_mappings:
+            require(is_plain_name(name), key + "esm2_mappings", f"{name!r} is not the name of a file in vocabs/")
+        for name in self.aux_cols:
+            is_name = is_plain_name(name) and "." not in name  # the vocabulary's file and its weights are named so
+            require(is_name, key + "aux_cols", f"{name!r} holds a dot or a slash, or is empty")
+        for field_name in ("aux_cols", "special_tokens"):
+            names = getattr(self, field_name)
+            require(len(set(names)) == len(names), key + field_name, f"a name is there twice: {', '.join(names)}")
         require(
             not (self.sort_genes and self.randomize_genes),
             key + "sort_genes",
@@ -138,11 +208,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         key = "model.model_config."
-        for name in ("num_layers", "num_heads", "embed_dim", "model_dim", "seq_len", "gene_head_hidden_dim"):
-            require(getattr(self, name) > 0, key + name, "must be more than 0")
+        require_ranges(self, key, _MODEL_RANGES)
         require(self.embed_dim % self.num_heads == 0, key + "embed_dim", "must be a multiple of num_heads")
-        require(0 <= self.dropout <= 1, key + "dropout", "must be between 0 and 1")
-        require(self.softcap >= 0, key + "softcap", "must be 0 (no cap) or more")
         require_one_of(self.activation, ACTIVATIONS, key + "activation")
         require_one_of(self.mu_link_fn, LINK_FUNCTIONS, key + "mu_link_fn")
 
@@ -155,6 +222,9 @@ class LossConfig:
     """Weight of the gene cross-entropy; a checkpoint trained with 0 has no gene head."""
     softplus_approx: bool = True
     """Compute the zero-truncated Poisson's log(eˣ − 1) as x − softplus(−x)."""
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "model.loss_config.", {"gene_id_loss_weight": (0, 1e6)})
 
 
 @dataclass
@@ -205,13 +275,11 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         key = "model.inference_config."
         require(
-            self.batch_size == "auto" or (isinstance(self.batch_size, int) and self.batch_size > 0),
+            self.batch_size == "auto" or (isinstance(self.batch_size, int) and 0 < self.batch_size <= MOST_INT),
             key + "batch_size (--batch-size)",
             f"must be at least 1, or auto, not {self.batch_size}",
         )
-        require(
-            self.tokens_per_batch is None or self.tokens_per_batch > 0, key + "tokens_per_batch", "must be at least 1"
-        )
+        require_ranges(self, key, _INFERENCE_RANGES)
         require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
         require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
         require_one_of(self.attention, ("auto", "blockwise", "flex", "plain"), key + "attention")
@@ -228,8 +296,7 @@ class InferenceConfig:
             key + "output_filename (--output-filename)",
             f"{self.output_filename!r} is not a name that ends in .h5ad or .zarr (the folder goes into --output-path)",
         )
-        require(self.num_gpus >= 1 or self.num_gpus == -1, key + "num_gpus (--num-gpus)", "must be at least 1, or -1")
-        require(self.num_nodes >= 1, key + "num_nodes (--num-nodes)", "must be at least 1")
+        require_gpus(self.num_gpus, key)
         require(
             self.cge_pool is None or (self.emb_type == "cge" and self.output_keys == ["embeddings"]),
             key + "cge_pool (--cge-pool)",
@@ -313,11 +380,9 @@ def read_checkpoint_config(checkpoint_path: Path) -> dict[str, Any]:
     """
     path = checkpoint_path / "config.json"
     try:
-        published = json.loads(path.read_text(encoding="utf-8"))
+        published = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; is {checkpoint_path} a checkpoint folder?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     sections = published.get("model") if isinstance(published, dict) else None
     if not isinstance(sections, dict):
         raise CheckpointError(f"{path}: the key 'model' is missing")
@@ -338,6 +403,9 @@ def read_checkpoint_config(checkpoint_path: Path) -> dict[str, Any]:
     aux_cols = used["data_config"].get("aux_cols")
     if isinstance(aux_cols, str):
         used["data_config"]["aux_cols"] = [column.strip() for column in aux_cols.split(",") if column.strip()]
+    for key, value in _leaves(used):
+        if "${" in str(value):  # OmegaConf would put a variable of the environment there
+            raise CheckpointError(f"{path}: model.{key}: {value!s:.100} refers to another value; give it itself")
     return {"model": used}
 
 
@@ -385,8 +453,8 @@ def faults_of(config_path: Path) -> Iterator[None]:
         raise CheckpointError(f"{config_path}: the needed key {_full_key(error)} is missing") from error
     except OmegaConfBaseException as error:
         raise CheckpointError(f"{config_path}: {_full_key(error)}: {_first_line(error)}") from error
-    except UsageError as error:
-        raise CheckpointError(f"{config_path}: {error}") from error
+    except (UsageError, OverflowError) as error:
+        raise CheckpointError(f"{config_path}: {_first_line(error)}") from error
 
 
 def finish_config(config: DictConfig, options: Mapping[str, object], overrides: Sequence[str]) -> object:
@@ -433,19 +501,20 @@ def _update(config: DictConfig, key: str, value: object) -> None:
     except (AttributeError, KeyError) as error:  # OmegaConf's own errors of these kinds: there is no such key
         values = OmegaConf.to_container(config)
         assert isinstance(values, dict)
-        close = difflib.get_close_matches(key, list(_leaf_keys(values)), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(key, [key for key, _ in _leaves(values)], n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"{key}: no such configuration key{hint}") from error
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ValueError, OverflowError) as error:
         raise UsageError(f"{key}: {_first_line(error)}") from error
 
 
-def _leaf_keys(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values with their dotted paths."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaf_keys(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def _full_key(error: OmegaConfBaseException) -> str:
@@ -453,4 +522,4 @@ def _full_key(error: OmegaConfBaseException) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).split("\n", maxsplit=1)[0]
+    return str(error).split("\n", maxsplit=1)[0][:300]

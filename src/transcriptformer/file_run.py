@@ -129,7 +129,7 @@ class FileRun(pl.LightningDataModule):
         self.survey = Survey.load(self._survey_file)
         self.is_done = self.workspace.done()
         n_done = int(self.is_done.sum())
-        self.recording.expect(self.survey.n_kept, self.open_recorder, n_done)
+        self.recording.expect(self.survey.lengths[self.survey.kept], self.open_recorder, n_done)
         if self.trainer is None or self.trainer.is_global_zero:
             self.inputs.tell(self.survey)
             if n_done:

@@ -125,7 +125,7 @@ def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgres
         group_of_row, groups = inputs.groups(survey)
         results = Pool(group_of_row, len(checkpoint.gene_vocab), checkpoint.width)
     recording = Recording(on_progress)
-    recording.expect(survey.n_kept, lambda process: results)
+    recording.expect(survey.lengths[survey.kept], lambda process: results)
     loader = inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool))
     with ThreadPoolExecutor(1) as background:
         sha256 = background.submit(checkpoint.weights_sha256)

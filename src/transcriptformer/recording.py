@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from transcriptformer.config import InferenceConfig
-from transcriptformer.errors import OutputError
+from transcriptformer.errors import OutputError, TranscriptFormerError
 from transcriptformer.lightning import Prediction
 from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, N_GENES, ROWS, Field, Layout
 from transcriptformer.trainer import SIGTERM_EXIT_CODE
@@ -40,6 +40,33 @@ def layout_of(inference: InferenceConfig, width: int, with_labels: bool = False)
     if with_labels and "embeddings" in layout:
         layout |= {LABEL: Field("int32"), LABEL_PROBABILITY: Field("float32")}
     return layout
+
+
+VECTORS = ("embeddings", "llh", LABEL_PROBABILITY, "cge_embeddings")
+"""Results that are numbers of the model, which has to be able to compute them."""
+
+
+def check_finite(values: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> None:
+    """Raise TranscriptFormerError where results are NaN or infinite.
+
+    Parameters
+    ----------
+    values
+        Results by name; an entry of the first axis each.
+    rows
+        The row of the result that each entry belongs to.
+    """
+    for name, array in values.items():
+        # The extremes are quick to find, and NaN if one entry is.
+        if array.size == 0 or np.isfinite([array.min(), array.max()]).all():
+            continue
+        is_bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        bad = np.unique(rows[name][is_bad])
+        some = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+        raise TranscriptFormerError(
+            f"{name.removeprefix('cge_')} of {len(bad)} cells of a batch are NaN or infinite (rows {some} of the "
+            "result): weights or counts are too large for this precision; --precision 32 reaches furthest"
+        )
 
 
 class Recorder(Protocol):
@@ -111,9 +138,10 @@ class Recording(pl.Callback):
         self.waiting: deque[Future[int]] = deque()
         self.parent = os.getppid()
 
-    def expect(self, n_cells: int, open_recorder: Callable[[int], Recorder], n_done: int = 0) -> None:
-        """Say how many cells there are, how many of them are done, and where results go, by number of the process."""
-        self.n_cells, self.n_done, self.open_recorder = n_cells, n_done, open_recorder
+    def expect(self, lengths: np.ndarray, open_recorder: Callable[[int], Recorder], n_done: int = 0) -> None:
+        """Say how many genes each cell has (cells,), how many cells are done, and where results go, by process."""
+        self.n_cells, self.n_done, self.open_recorder = len(lengths), n_done, open_recorder
+        self.has_genes = lengths > 0
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self.recorder = self.open_recorder(trainer.global_rank)
@@ -168,8 +196,7 @@ class Recording(pl.Callback):
                 self.n_done = min(self.n_done + n_cells * trainer.world_size, self.n_cells)
                 self.on_progress(self.n_done, self.n_cells)
 
-    @staticmethod
-    def _record(recorder: Recorder, results: dict[str, torch.Tensor], arrival: torch.Event | None) -> int:
+    def _record(self, recorder: Recorder, results: dict[str, torch.Tensor], arrival: torch.Event | None) -> int:
         """Record a batch once it has come from the device, and tell of how many cells it was."""
         if arrival is not None:
             arrival.synchronize()
@@ -177,8 +204,20 @@ class Recording(pl.Callback):
         if N_GENES in values:  # of the genes only those that are there
             is_gene = np.arange(values["genes"].shape[1]) < values[N_GENES][:, None]  # (B, L)
             values |= {name: values[name][is_gene] for name in ("genes", "cge_embeddings")}
+        self._check(values)
         recorder.add(values)
         return len(values[ROWS])
+
+    def _check(self, values: Mapping[str, np.ndarray]) -> None:
+        """A cell without genes has no likelihood; all other numbers are finite."""
+        rows, vectors = values[ROWS], {name: values[name] for name in VECTORS if name in values}
+        rows_of = dict.fromkeys(vectors, rows)
+        if "llh" in vectors:
+            has_genes = self.has_genes[rows]
+            vectors["llh"], rows_of["llh"] = vectors["llh"][has_genes], rows[has_genes]
+        if N_GENES in values:
+            rows_of["cge_embeddings"] = np.repeat(rows, values[N_GENES])
+        check_finite(vectors, rows_of)
 
     def _is_orphan(self, trainer: pl.Trainer) -> bool:
         """Whether the process that started this one, to work beside it, is gone."""

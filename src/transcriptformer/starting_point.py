@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from transcriptformer.checkpoint import check_weights, read_label_head, read_vocabs, read_weights
+from transcriptformer.checkpoint import check_values, new_model, read_label_head, read_vocabs, read_weights
 from transcriptformer.corpus import Corpus
 from transcriptformer.errors import UsageError
 from transcriptformer.model.label_head import LabelHead
@@ -65,7 +65,7 @@ def prepare(config: TrainConfig, corpus: Corpus) -> StartingPoint:
     else:
         folder = Path(training.checkpoint_path)
         model, gene_vocab, aux_vocabs, gene_files = _from_checkpoint(config, folder)
-        known_head = read_label_head(folder)
+        known_head = read_label_head(folder, config.model.model_config.embed_dim)
     labels, label_head = np.zeros(0, np.int64), None
     if known_head is not None and training.label_column is None:
         logger.warning("the checkpoint's head for %r is left behind: no --label-column is given", known_head.column)
@@ -106,13 +106,8 @@ def _from_checkpoint(config: TrainConfig, folder: Path) -> _Start:
     gene_vocab, aux_vocabs = read_vocabs(folder, config)
     path = folder / "model_weights.pt"
     weights = read_weights(path)
-    embedding = weights.get("gene_embeddings.embedding.weight")
-    protein_dim = 1 if embedding is None or embedding.ndim != 2 else embedding.shape[1]
-    with torch.device("meta"):
-        model = TranscriptFormer(
-            config.model.model_config, config.model.loss_config, gene_vocab, aux_vocabs, protein_dim
-        )
-    check_weights(weights, model.state_dict(), path)
+    model = new_model(config, gene_vocab, aux_vocabs, weights, path)
+    check_values(path)
     # Copied where they change; the file is only mapped.
     model.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
     for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from transcriptformer.config import (
+    MOST_INT,
     DataConfig,
     LossConfig,
     ModelConfig,
@@ -23,12 +24,44 @@ from transcriptformer.config import (
     parse_override,
     read_checkpoint_config,
     require,
+    require_gpus,
     require_one_of,
+    require_positive,
+    require_ranges,
 )
 from transcriptformer.errors import UsageError, one_line
 
 MEAN = "mean"
 """What a new value of a metadata column starts from, if not from another value: the mean of those that are known."""
+
+
+MOST_WEIGHT = 1e6
+"""Greatest weight of a loss or of a file."""
+
+_RANGES = {
+    "max_epochs (--max-epochs)": (1, 10**6),
+    "max_steps (--max-steps)": (1, MOST_INT),
+    "patience (--patience)": (1, MOST_INT),
+    "batch_size (--batch-size)": (1, MOST_INT),
+    "tokens_per_batch": (1, MOST_INT),
+    "final_learning_rate_share": (0, 1),
+    "warmup_share": (0, 1),
+    "weight_decay": (0, 1e3),
+    "clip_gradients": (0, 1e30),
+    "gene_loss_weight": (0, MOST_WEIGHT),
+    "count_loss_weight": (0, MOST_WEIGHT),
+    "label_loss_weight": (0, MOST_WEIGHT),
+    "lora_rank (--lora-rank)": (0, 2**16),
+    "lora_alpha": (0, 1e6),
+    "num_nodes (--num-nodes)": (1, 2**16),
+    "seed (--seed)": (0, 2**63 - 1),
+    "streams": (1, 2**16),
+    "block_size": (1, 2**24),
+    "blocks_to_mix": (1, 2**16),
+    "validate_every": (1, MOST_INT),
+    "save_every": (1, MOST_INT),
+    "log_every": (1, MOST_INT),
+}
 
 
 @dataclass
@@ -125,23 +158,16 @@ class TrainingConfig:
             key + "data_weights",
             f"{len(self.data_weights)} weights for {len(self.data_files)} data_files",
         )
-        require(all(weight > 0 for weight in self.data_weights), key + "data_weights", "must be more than 0")
+        is_weight = all(0 < weight <= MOST_WEIGHT for weight in self.data_weights)
+        require(is_weight, key + "data_weights", f"must be more than 0, at most {MOST_WEIGHT:g}")
         require(0 <= self.validation_fraction < 1, key + "validation_fraction", "must be from 0 to less than 1")
-        for name in ("max_epochs", "batch_size", "save_every", "log_every", "streams", "block_size", "blocks_to_mix"):
-            require(getattr(self, name) >= 1, key + name, "must be at least 1")
-        for name in ("max_steps", "patience", "tokens_per_batch", "validate_every"):
-            require(getattr(self, name) is None or getattr(self, name) >= 1, key + name, "must be at least 1")
-        for name in ("weight_decay", "clip_gradients", "count_loss_weight", "label_loss_weight", "lora_rank", "seed"):
-            require(getattr(self, name) >= 0, key + name, "must be 0 or more")
-        require(self.learning_rate > 0, key + "learning_rate (--learning-rate)", "must be more than 0")
+        require_ranges(self, key, _RANGES)
+        require_positive(self, key, {"learning_rate (--learning-rate)": 1e3})
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), key + "betas", "must be two, below 1")
-        for name in ("final_learning_rate_share", "warmup_share"):
-            require(0 <= getattr(self, name) <= 1, key + name, "must be between 0 and 1")
         require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
         require_one_of(self.attention, ("auto", "blockwise", "flex", "plain"), key + "attention")
         require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
-        require(self.num_gpus >= 1 or self.num_gpus == -1, key + "num_gpus (--num-gpus)", "must be at least 1, or -1")
-        require(self.num_nodes >= 1, key + "num_nodes (--num-nodes)", "must be at least 1")
+        require_gpus(self.num_gpus, key)
         require(
             self.checkpoint_path is None or not self.protein_embeddings,
             key + "protein_embeddings (--protein-embedding)",

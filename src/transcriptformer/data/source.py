@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from transcriptformer.config import MOST_INT
 from transcriptformer.data.counts import Matrix, MatrixInMemory, open_matrix, to_canonical_csr
 from transcriptformer.data.metadata import Metadata, MetadataInMemory, open_metadata
 from transcriptformer.data.store import Location, Store, damaged
@@ -137,6 +138,8 @@ def open_source(
     shape = len(found.obs), len(found.var)
     if 0 in shape:
         raise DataError(f"{name}: there are no {'cells' if shape[0] == 0 else 'genes'} in it")
+    if max(shape) > MOST_INT:
+        raise DataError(f"{name}: declares {shape[0]:,} cells and {shape[1]:,} genes; at most {MOST_INT:,} can be read")
     if found.matrix.shape != shape:
         raise DataError(
             f"{name}: damaged: counts of shape {found.matrix.shape} for {shape[0]} cells and {shape[1]} genes"

@@ -45,9 +45,16 @@ class LabelHead(nn.Module):
 
         Raises
         ------
-        KeyError, TypeError, RuntimeError
+        KeyError, TypeError, ValueError, RuntimeError
             If it is something else.
         """
-        head = cls(content["column"], content["labels"], len(content["weights"]["norm.weight"]))
-        head.load_state_dict(content["weights"])
+        column, labels, weights = content["column"], content["labels"], content["weights"]
+        if not all(isinstance(name, str) for name in (column, *labels)) or len(set(labels)) < len(labels):
+            raise ValueError("the column or the labels are not distinct names")
+        if not column or "/" in column:
+            raise ValueError(f"{column!r} cannot be the name of a column")
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("weights are NaN or infinite")
+        head = cls(column, labels, len(weights["norm.weight"]))
+        head.load_state_dict(weights)
         return head

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transcriptformer.config import LossConfig, ModelConfig
+from transcriptformer.errors import UsageError
 from transcriptformer.model.attention import count_bias
 from transcriptformer.model.layers import MLP, CountHead, Encoder, GeneEmbedding
 from transcriptformer.model.losses import gene_cross_entropy, mean_over_genes, zero_truncated_poisson_nll
@@ -67,6 +68,9 @@ class TranscriptFormer(nn.Module):
 
         n_genes, dim, dropout = len(gene_vocab), config.embed_dim, config.dropout
         self.gene_embeddings = GeneEmbedding(n_genes, protein_dim, dim, dropout)
+        for name in aux_vocabs:
+            if hasattr(nn.ModuleDict(), name):
+                raise UsageError(f"model.data_config.aux_cols: {name!r} has a meaning in PyTorch; rename that column")
         self.aux_embeddings = nn.ModuleDict({name: nn.Embedding(len(v), dim) for name, v in aux_vocabs.items()})
         self.transformer_encoder = Encoder(config)
         self.mu = CountHead(n_genes, dim, dropout, config.mu_link_fn)

@@ -190,7 +190,13 @@ class Esm2:
         position = torch.arange(n_tokens, device=self.device)
         is_residue = (position > 0) & (position <= lengths[:, None])  # (proteins, tokens)
         sums = (states.float() * is_residue[:, :, None]).sum(dim=1)  # (proteins, P)
-        return (sums / lengths[:, None]).cpu().numpy()
+        means = (sums / lengths[:, None]).cpu().numpy()
+        if not np.isfinite(means).all():
+            raise TranscriptFormerError(
+                f"embeddings of {len(means)} proteins are not all finite: numbers are too large for this precision, or "
+                "weights are damaged; --precision 32 reaches furthest"
+            )
+        return means
 
 
 def _load(folder: Path) -> "EsmModel":
