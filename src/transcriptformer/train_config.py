@@ -162,7 +162,7 @@ class TrainingConfig:
         require(is_weight, key + "data_weights", f"must be more than 0, at most {MOST_WEIGHT:g}")
         require(0 <= self.validation_fraction < 1, key + "validation_fraction", "must be from 0 to less than 1")
         require_ranges(self, key, _RANGES)
-        require_positive(self, key, {"learning_rate (--learning-rate)": 1e3})
+        require_positive(self, key, {"learning_rate (--learning-rate)": 1e30})
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), key + "betas", "must be two, below 1")
         require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
         require_one_of(self.attention, ("auto", "blockwise", "flex", "plain"), key + "attention")

@@ -91,9 +91,11 @@ def _print_table(report: "Report") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(report.file), title_justify="left", show_header=False)
+    from transcriptformer.cli.reporting import printable
+
+    table = Table(title=Text(printable(report.file)), title_justify="left", show_header=False)
     for name, value in _rows(report):
-        table.add_row(name, Text(value))
+        table.add_row(Text(printable(name)), Text(printable(value)))
     Console(soft_wrap=True).print(table)
 
 

@@ -11,15 +11,15 @@ def demo(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Embed 700 blood cells with a small model, draw them, and classify those it has not seen."""
-    from transcriptformer.cli.reporting import CountProgress, plain_errors
+    from transcriptformer.cli.reporting import CountProgress, plain_errors, say
 
     with plain_errors(debug):
         from transcriptformer.demo.run import run_demo
 
         with CountProgress("cells") as progress:
             made = run_demo(output_path, progress.update)
-        typer.echo(f"{made.n_held_out} held-out cells, classified by their nearest neighbours among the others:")
-        typer.echo("                                  accuracy  macro-F1")
+        say(f"{made.n_held_out} held-out cells, classified by their nearest neighbours among the others:")
+        say("                                  accuracy  macro-F1")
         for name, score in (("embeddings", made.score), ("PCA of log-normalized counts", made.pca_score)):
-            typer.echo(f"  {name:<30}  {score.accuracy:8.3f}  {score.macro_f1:8.3f}")
-        typer.echo(f"{made.embeddings}\n{made.picture}")
+            say(f"  {name:<30}  {score.accuracy:8.3f}  {score.macro_f1:8.3f}")
+        say(f"{made.embeddings}\n{made.picture}")

@@ -33,7 +33,7 @@ def download(
 
     What was fetched when a run ended is kept: the same command goes on from there.
     """
-    from transcriptformer.cli.reporting import ByteProgress, plain_errors, resumable
+    from transcriptformer.cli.reporting import ByteProgress, plain_errors, resumable, say
 
     with plain_errors(debug), resumable():
         from transcriptformer.download import BUCKET, artifacts_of
@@ -44,7 +44,7 @@ def download(
             with ByteProgress() as progress:
                 fetcher = Fetcher(max_retries, connections, progress.advance, progress.found)
                 folder = download_artifact(name, checkpoint_dir, fetcher, bucket or BUCKET, force, progress.expect)
-            typer.echo(f"{folder}: {_describe(folder)}")
+            say(f"{folder}: {_describe(folder)}")
 
 
 def _describe(folder: Path) -> str:

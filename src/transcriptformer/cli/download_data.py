@@ -72,7 +72,7 @@ def download_data(
 
     What was fetched when a run ended is kept: the same command goes on from there. The exit code is 0 if all is there.
     """
-    from transcriptformer.cli.reporting import plain_errors, resumable
+    from transcriptformer.cli.reporting import plain_errors, resumable, say
 
     with plain_errors(debug), resumable():
         from transcriptformer.errors import UsageError
@@ -101,7 +101,7 @@ def download_data(
         fetcher = Fetcher(max_retries)
         datasets = list_datasets(fetcher)
         if test_only:
-            typer.echo(f"{api_address()} answers: {len(datasets):,} datasets")
+            say(f"{api_address()} answers: {len(datasets):,} datasets")
             return
         wanted = Selection(
             **names, disease=_names(disease), collection=tuple(collection or ()), max_datasets=max_datasets
@@ -117,12 +117,13 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _print_selection(datasets: "list[Dataset]") -> None:
+    from transcriptformer.cli.reporting import say
     from transcriptformer.data.bulk_download import asset_or_none
     from transcriptformer.fetch import gigabytes
 
     cells = sum(dataset.get("cell_count") or 0 for dataset in datasets)
     n_bytes = sum(asset.size or 0 for dataset in datasets if (asset := asset_or_none(dataset)))
-    typer.echo(f"{len(datasets):,} datasets with {cells:,} cells, {gigabytes(n_bytes)}")
+    say(f"{len(datasets):,} datasets with {cells:,} cells, {gigabytes(n_bytes)}")
 
 
 def _download(
@@ -145,6 +146,7 @@ def _print_outcomes(outcomes: "list[Outcome]") -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from transcriptformer.cli.reporting import printable
     from transcriptformer.fetch import gigabytes
 
     table = Table("", "datasets", "cells", "size")
@@ -156,7 +158,8 @@ def _print_outcomes(outcomes: "list[Outcome]") -> None:
     console.print(table)
     for outcome in outcomes:
         if outcome.status == "failed":
-            console.print(Text(f"failed: {outcome.dataset_id}: {' '.join(outcome.reason.split())}"))
+            reason = " ".join(outcome.reason.split())
+            console.print(Text(printable(f"failed: {outcome.dataset_id}: {reason}")))
 
 
 def _from_census(
@@ -168,6 +171,7 @@ def _from_census(
     version: str,
     dry_run: bool,
 ) -> None:
+    from transcriptformer.cli.reporting import say
     from transcriptformer.data.census import check_species, download_cells, find_cells, open_census
 
     with open_census(uri, version) as census:
@@ -175,7 +179,7 @@ def _from_census(
         for name in species:
             if dry_run:
                 n_cells = len(find_cells(census, name, cell_filter))
-                typer.echo(f"{name}: {n_cells:,} cells, {-(-n_cells // cells_per_file):,} files")
+                say(f"{name}: {n_cells:,} cells, {-(-n_cells // cells_per_file):,} files")
                 continue
             for file in download_cells(census, name, output_dir, cell_filter, cells_per_file):
-                typer.echo(f"{file.path}: {file.n_cells:,} cells{'' if file.is_new else ', there already'}")
+                say(f"{file.path}: {file.n_cells:,} cells{'' if file.is_new else ', there already'}")

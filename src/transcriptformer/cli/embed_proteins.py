@@ -76,7 +76,7 @@ def embed_proteins(
 
     The result is for inference --pretrained-embedding.
     """
-    from transcriptformer.cli.reporting import CountProgress, plain_errors
+    from transcriptformer.cli.reporting import CountProgress, plain_errors, say
 
     with plain_errors(debug):
         from transcriptformer.errors import UsageError
@@ -109,9 +109,9 @@ def embed_proteins(
             output = embed.result_path(fasta, output_dir)
         with CountProgress("proteins") as progress:
             summary = embed.embed_proteins(fasta, output, settings, progress.update)
-        typer.echo(f"{output}: {_describe(summary, max_length)}")
+        say(f"{output}: {_describe(summary, max_length)}")
         if compare is not None:
-            typer.echo(f"{compare}: {_describe_similarities(embed.compare(output, compare))}")
+            say(f"{compare}: {_describe_similarities(embed.compare(output, compare))}")
 
 
 def _fetch(organism_key: str, folder: Path, max_retries: int) -> Path:

@@ -180,7 +180,7 @@ def inference(
         "model.inference_config.resume": resume,
         "model.inference_config.oom_dataloader": oom_dataloader,
     }
-    from transcriptformer.cli.reporting import CountProgress, plain_errors
+    from transcriptformer.cli.reporting import CountProgress, plain_errors, say
 
     with plain_errors(debug):
         from transcriptformer.config import load_config
@@ -191,4 +191,4 @@ def inference(
         with CountProgress("cells") as progress:
             output = run(data_file, checkpoint_path, config, progress.update)
         if output is not None:
-            typer.echo(f"{describe(output)} in {output}")
+            say(f"{describe(output)} in {output}")

@@ -4,6 +4,7 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -24,31 +25,73 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from transcriptformer.errors import TranscriptFormerError
+from transcriptformer.errors import TranscriptFormerError, one_line
 
 logger = logging.getLogger(__name__)
+
+ISSUES = "https://github.com/czi-ai/transcriptformer/issues"
+
+_NO_ERRORS = (typer.Exit, typer.Abort, BrokenPipeError)
+"""Ways to end, which typer knows."""
 
 SECONDS_BETWEEN_LINES = 30
 """How often progress is logged where there is no terminal for a bar."""
 
 
+def printable(text: str) -> str:
+    r"""One line with what a terminal would act upon, or not show, in the form of an escape such as \x1b.
+
+    Names and texts of a file may hold anything: control characters, marks that reverse the direction, line ends.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a text of one or more lines, each as `printable`."""
+    typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Lines of the log: the level and a message that is `printable`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return f"{record.levelname}: {printable(record.getMessage())}"
+
+
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """Log to stderr, and turn errors into one line and an exit code; with `debug`, leave the traceback."""
+    """Log to stderr, and turn errors into one line and an exit code, with `debug` below the traceback.
+
+    An error that the user cannot put right is a line, too, which says so.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter())
     ours = logging.getLogger("transcriptformer")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     try:
         yield
-    except TranscriptFormerError as error:
+    except _NO_ERRORS:
+        raise
+    except Exception as error:
         if debug:
-            raise
-        typer.echo(f"ERROR: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(error.exit_code) from error
+            say(traceback.format_exc().rstrip(), err=True)
+        say(f"ERROR: {_in_one_line(error)}", err=True)
+        raise typer.Exit(getattr(error, "exit_code", 1)) from error
     finally:
         ours.removeHandler(handler)
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, TranscriptFormerError):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"out of memory ({one_line(error)})"
+    cause = f"{type(error).__name__}: {one_line(error)}"
+    return f"internal error ({cause}); run it with --debug and report what it shows at {ISSUES}"
 
 
 @contextmanager
@@ -58,7 +101,7 @@ def resumable(option: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         with_option = f" with {option}" if option else ""
-        typer.echo(f"Interrupted; the same command{with_option} goes on from here.", err=True)
+        say(f"Interrupted; the same command{with_option} goes on from here.", err=True)
         raise typer.Exit(130) from None
 
 

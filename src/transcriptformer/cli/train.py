@@ -163,7 +163,7 @@ def train(
         "training.seed": seed,
         "training.resume": resume,
     }
-    from transcriptformer.cli.reporting import StepProgress, plain_errors, resumable
+    from transcriptformer.cli.reporting import StepProgress, plain_errors, resumable, say
 
     with plain_errors(debug), resumable("--resume"):
         from transcriptformer.train_config import load_train_config
@@ -173,7 +173,7 @@ def train(
         with StepProgress() as progress:
             trained = fit(checked, progress.update)
         if trained is not None:
-            typer.echo(trained.describe())
+            say(trained.describe())
 
 
 def _new_values(assays: list[str]) -> dict[str, dict[str, str]] | None:
