@@ -22,6 +22,12 @@ def inference_command(*options: object, checkpoint: Path = CHECKPOINT) -> list[s
     return [str(part) for part in (COMMAND, *fixed, *options)]
 
 
+def default_signals() -> None:
+    """Undo what shells and nohup do: they have commands in the background ignore signals."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 def start(command: list[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Run in a process group of its own."""
     return subprocess.Popen(
@@ -30,6 +36,7 @@ def start(command: list[str], env: Mapping[str, str] | None = None) -> subproces
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=default_signals,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},  # threads that wait for a busy core slow it down
     )
 

@@ -11,7 +11,7 @@ LAYERS = [
     {"errors"},
     {"isolated"},
     {"external"},
-    {"checkpoint_files"},
+    {"checkpoint_files", "runtime"},
     {"storage"},
     {"config", "vocab", "device", "fetch"},
     {"train_config"},

@@ -22,6 +22,7 @@ from transcriptformer.inputs import Inputs
 from transcriptformer.output import pooled_to_anndata, provenance_of, write_anndata, write_cells
 from transcriptformer.pooling import POOLS, Pool, PoolWriter, drop_overlapping, read_pools, rows_pooled
 from transcriptformer.recording import Recorder, Recording, layout_of
+from transcriptformer.runtime.signals import RESUME
 from transcriptformer.storage.atomic import check_room
 from transcriptformer.storage.results import Pieces, PieceWriter, drop_damaged
 from transcriptformer.storage.workspace import Workspace, flat
@@ -147,22 +148,19 @@ class FileRun(pl.LightningDataModule):
             return PieceWriter(self.workspace.folder, process, self.layout, self.workspace.run_id)
         return PoolWriter(self.workspace.folder, process, self._new_pool(), self.workspace.run_id)
 
-    def tell_what_is_kept(self) -> None:
-        """Log what a run that ends early leaves behind; a workspace without results goes."""
+    def what_is_kept(self) -> str | None:
+        """Say what a run that ends early leaves behind; a workspace without results goes."""
         if self.survey is None:
-            return
+            return None
         try:
             n_done = int(self._is_done().sum())
         except DamagedError as error:
             logger.warning("%s", error)
-            return
+            return None
         if n_done == 0:
             self.workspace.remove()
-        else:
-            logger.info(
-                "%d of %d cells are kept in %s; the same command with --resume goes on",
-                *(n_done, self.survey.n_kept, self.workspace.folder),
-            )
+            return None
+        return f"{n_done} of {self.survey.n_kept} cells are kept in {self.workspace.folder}; {RESUME}"
 
     def write(self) -> None:
         """Make the result of all pieces, and remove these.

@@ -29,6 +29,7 @@ from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.output import check_writable, pooled_to_anndata, provenance_of, read_provenance, to_anndata
 from transcriptformer.pooling import Pool
 from transcriptformer.recording import MemoryRecorder, OnProgress, Recording, layout_of
+from transcriptformer.runtime.signals import tell
 from transcriptformer.storage.workspace import Workspace, differences
 from transcriptformer.trainer import plain_lightning, quiet_lightning
 
@@ -124,12 +125,12 @@ def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgres
     else:
         group_of_row, groups = inputs.groups(survey)
         results = Pool(group_of_row, len(checkpoint.gene_vocab), checkpoint.width)
-    recording = Recording(on_progress)
+    recording, processes = Recording(on_progress), Processes(1, 1, LightningEnvironment())
     recording.expect(survey.lengths[survey.kept], lambda process: results)
     loader = inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool))
     with ThreadPoolExecutor(1) as background:
         sha256 = background.submit(checkpoint.weights_sha256)
-        trainer = _trainer(checkpoint, Processes(1, 1, LightningEnvironment()), recording)
+        trainer = _trainer(checkpoint, processes.trainer_options(), recording)
         _predict(trainer, make_module(checkpoint), dataloaders=loader)
     inputs.close()
     return Computed(results, groups, provenance_of(sources, checkpoint, sha256.result()))
@@ -160,11 +161,13 @@ def run(
     if checkpoint.device.type == "cpu":
         keep_freed_memory()
     processes = plan_processes(inference, checkpoint.device)
-    workspace, recording = Workspace(output), Recording(on_progress)
-    trainer = _trainer(checkpoint, processes, recording)
+    workspace, watchdog = Workspace(output), processes.watchdog()
+    recording = Recording(on_progress, watchdog)
+    trainer = _trainer(checkpoint, processes.trainer_options(watchdog), recording)
     if not trainer.is_global_zero:  # one process tells what all of them find
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     with (
+        watchdog,
         workspace.locked(inference.resume) if trainer.is_global_zero else nullcontext(),
         ThreadPoolExecutor(1) as background,
     ):
@@ -175,13 +178,15 @@ def run(
             workspace.remove()  # of which a kill may have left something
             return output
         try:
+            watchdog.care_for(processes.launch())
             _predict(trainer, make_module(checkpoint), datamodule=file_run)
             if not trainer.is_global_zero:
                 return None
             file_run.write()
-        except BaseException:
+        except BaseException as error:
+            watchdog.fail(error)
             if trainer.is_global_zero:
-                file_run.tell_what_is_kept()
+                tell(error, file_run.what_is_kept())
             raise
         finally:
             file_run.inputs.close()
@@ -210,11 +215,11 @@ def make_module(checkpoint: Checkpoint) -> EmbeddingModule:
     return TranscriptFormerModule(checkpoint.model, model.inference_config, clip_counts, pad, label_head)
 
 
-def _trainer(checkpoint: Checkpoint, processes: Processes, recording: Recording) -> pl.Trainer:
+def _trainer(checkpoint: Checkpoint, options: Mapping[str, Any], recording: Recording) -> pl.Trainer:
     with quiet_lightning():
         return pl.Trainer(
             accelerator=checkpoint.device.type,
-            **processes.trainer_options(),
+            **options,
             precision="32-true",  # the weights are in the run's precision already
             callbacks=[recording],
             logger=False,

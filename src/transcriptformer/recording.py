@@ -1,10 +1,11 @@
 """Predictions leave the Trainer: into memory, or into parts on disk."""
 
 import logging
-import os
+import signal
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from transcriptformer.config import InferenceConfig
 from transcriptformer.errors import OutputError, TranscriptFormerError
 from transcriptformer.lightning import Prediction
+from transcriptformer.runtime.signals import Ended
+from transcriptformer.runtime.watchdog import Watchdog
 from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, N_GENES, ROWS, Field, Layout
-from transcriptformer.trainer import SIGTERM_EXIT_CODE
 
 logger = logging.getLogger(__name__)
 
@@ -129,14 +131,15 @@ class Recording(pl.Callback):
     ----------
     on_progress
         Called in the first process before the first and after every batch.
+    watchdog
+        Is told how to keep what is there, if there is one.
     """
 
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self.on_progress = on_progress
+    def __init__(self, on_progress: OnProgress | None, watchdog: Watchdog | None = None) -> None:
+        self.on_progress, self.watchdog = on_progress, watchdog
         self.recorder: Recorder | None = None
         self.thread: ThreadPoolExecutor | None = None
         self.waiting: deque[Future[int]] = deque()
-        self.parent = os.getppid()
 
     def expect(self, lengths: np.ndarray, open_recorder: Callable[[int], Recorder], n_done: int = 0) -> None:
         """Say how many genes each cell has (cells,), how many cells are done, and where results go, by process."""
@@ -150,14 +153,15 @@ class Recording(pl.Callback):
             self.on_progress = None
         if self.on_progress is not None:
             self.on_progress(self.n_done, self.n_cells)
+        if self.watchdog is not None:
+            self.watchdog.flush = self._flush
+            self.watchdog.take_signals()  # Lightning's handler speaks to the other processes, which may be gone
 
     def on_predict_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Prediction, *unused: object
     ) -> None:
         assert self.recorder is not None
         assert self.thread is not None
-        if self._is_orphan(trainer):
-            raise SystemExit(SIGTERM_EXIT_CODE)  # the first process was killed; a resumed run may be at work already
         results = {name: value for name, value in outputs._asdict().items() if value is not None}
         on_host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
         arrival = (
@@ -165,8 +169,8 @@ class Recording(pl.Callback):
         )
         self.waiting.append(self.thread.submit(self._record, self.recorder, on_host, arrival))
         self._await_recording(trainer, BATCHES_WAITING)
-        if trainer.received_sigterm:  # as a scheduler sends it some seconds before it kills
-            raise SystemExit(SIGTERM_EXIT_CODE)
+        if trainer.received_sigterm:  # Lightning has handled the signal, where there is no watchdog
+            raise Ended(signal.SIGTERM)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         assert self.recorder is not None
@@ -180,12 +184,18 @@ class Recording(pl.Callback):
         """Keep what is there; a recorder that has failed keeps no more."""
         if self.thread is not None:
             self.thread.shutdown()
-        if self.recorder is not None and not self._is_orphan(trainer):
+        if self.recorder is not None:
             try:
                 self.recorder.flush()
             except OutputError as error:
                 if error is not exception:
                     logger.warning("%s", error)
+
+    def _flush(self) -> None:
+        """Keep what is there, while the main thread cannot."""
+        if self.thread is not None and self.recorder is not None:
+            with suppress(RuntimeError):  # the main thread has ended the thread, and flushes itself
+                self.thread.submit(self.recorder.flush).result()
 
     def _await_recording(self, trainer: pl.Trainer, most_waiting: int) -> None:
         """Let no more than so many batches wait; an error in recording one of them is raised here."""
@@ -218,7 +228,3 @@ class Recording(pl.Callback):
         if N_GENES in values:
             rows_of["cge_embeddings"] = np.repeat(rows, values[N_GENES])
         check_finite(vectors, rows_of)
-
-    def _is_orphan(self, trainer: pl.Trainer) -> bool:
-        """Whether the process that started this one, to work beside it, is gone."""
-        return trainer.local_rank > 0 and os.getppid() != self.parent

@@ -2,16 +2,15 @@
 
 import logging
 import math
-import signal
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 
 from transcriptformer.metrics import MetricsFile
+from transcriptformer.runtime.signals import RESUME
+from transcriptformer.runtime.watchdog import Watchdog
 from transcriptformer.train_config import TrainingConfig
-from transcriptformer.trainer import SIGTERM_EXIT_CODE
 from transcriptformer.training_folder import TrainingFolder
 
 logger = logging.getLogger(__name__)
@@ -31,17 +30,25 @@ class Saving(pl.Callback):
         How often, and after how many validations without a better loss to stop.
     metrics
         Is told from which step a run goes on.
+    watchdog
+        Leaves the handling of signals to the end of a step.
     on_step
         Called in the first process after every step.
     """
 
     def __init__(
-        self, folder: TrainingFolder, training: TrainingConfig, metrics: MetricsFile, on_step: OnStep | None
+        self,
+        folder: TrainingFolder,
+        training: TrainingConfig,
+        metrics: MetricsFile,
+        watchdog: Watchdog,
+        on_step: OnStep | None,
     ) -> None:
         self.folder, self.training, self.metrics, self.on_step = folder, training, metrics, on_step
+        self.watchdog = watchdog
         self.best_loss, self.best_step, self.n_worse = math.inf, 0, 0
-        self.is_done = self.is_told_to_end = False
-        self.n_steps, self.validate_every = 0, 0
+        self.is_done = False
+        self.n_steps, self.validate_every, self.saved_step = 0, 0, 0
 
     def expect(self, n_steps: int, validate_every: int) -> None:
         """Say how many steps there are, and after how many of them a validation comes."""
@@ -59,11 +66,14 @@ class Saving(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         if trainer.global_step:
             logger.info("going on from step %d of %d", trainer.global_step, self.n_steps)
+            self.saved_step = trainer.global_step
         self.metrics.begin(trainer.global_step)
         trainer.should_stop = self.is_done
-        if threading.current_thread() is threading.main_thread():
-            # Lightning's own handler speaks to the other processes at once, which may be in the middle of something.
-            signal.signal(signal.SIGTERM, self._end)
+        self.watchdog.take_signals()  # Lightning's handler speaks to the other processes, which may be gone
+        self.watchdog.is_deferred = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self.watchdog.is_deferred = False
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *unused: object
@@ -75,9 +85,9 @@ class Saving(pl.Callback):
             return  # a validation comes, without which this step is not complete
         ends = self._ends(trainer)
         if ends or step % self.training.save_every == 0:
-            trainer.save_checkpoint(self.folder.last)
+            self._save(trainer)
         if ends:
-            raise SystemExit(SIGTERM_EXIT_CODE)
+            self.watchdog.end()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a validation, and what it has led to."""
@@ -90,13 +100,20 @@ class Saving(pl.Callback):
             self.n_worse += 1
         is_patient = self.training.patience is None or self.n_worse < self.training.patience
         self.is_done = trainer.should_stop = trainer.global_step >= self.n_steps or not is_patient
-        trainer.save_checkpoint(self.folder.last)
+        self._save(trainer)
         if self._ends(trainer):
-            raise SystemExit(SIGTERM_EXIT_CODE)
+            self.watchdog.end()
+
+    def what_is_kept(self) -> str | None:
+        """Say what a run that ends early leaves behind."""
+        if self.saved_step == 0:
+            return None
+        return f"the state of step {self.saved_step} is kept in {self.folder.path}; {RESUME}"
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.folder.last)
+        self.saved_step = trainer.global_step
 
     def _ends(self, trainer: pl.Trainer) -> bool:
-        """Whether one of the processes was told to end, as a scheduler does some seconds before it kills."""
-        return trainer.strategy.reduce_boolean_decision(self.is_told_to_end, all=False)
-
-    def _end(self, *unused: object) -> None:
-        self.is_told_to_end = True
+        """Whether a signal ends one of the processes, as a scheduler sends it some seconds before it kills."""
+        return trainer.strategy.reduce_boolean_decision(self.watchdog.received is not None, all=False)

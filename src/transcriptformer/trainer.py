@@ -1,6 +1,7 @@
 """Lightning's Trainer, without what it has to say, and with its ways of failing put plainly."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,26 +9,29 @@ from contextlib import contextmanager
 import pytorch_lightning as pl
 
 from transcriptformer.errors import TranscriptFormerError
+from transcriptformer.runtime.signals import RESUME
+from transcriptformer.runtime.watchdog import PeerEndedError
 
-SIGTERM_EXIT_CODE = 143
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?")
+"""What PyTorch says of data workers that are gone."""
 
 
 @contextmanager
 def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
-    """Run a Trainer quietly; Ctrl-C, errors of workers and the end of other processes come out as what they are.
+    """Run a Trainer quietly; Ctrl-C, errors and deaths of workers and of other processes come out as what they are.
 
     Raises
     ------
     KeyboardInterrupt
         On Ctrl-C.
     TranscriptFormerError
-        As it was raised, in this process or in a worker; or if another process has ended.
+        As it was raised, in this process or in a worker; or if a worker or another process has ended.
     """
     try:
         with quiet_lightning():
             yield
     except SystemExit as error:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
-        if trainer.interrupted and error.code != SIGTERM_EXIT_CODE:
+        if trainer.interrupted and type(error) is SystemExit:
             raise KeyboardInterrupt from None
         raise
     except TranscriptFormerError as error:
@@ -37,13 +41,14 @@ def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
             raise type(error)(str(error).rpartition(name)[2].strip()) from None
         raise
     except RuntimeError as error:
-        if not any(backend in str(error) for backend in ("gloo", "NCCL")):
-            raise
-        if not trainer.is_global_zero:  # whatever it was, it has been said there
-            raise SystemExit(1) from None
-        raise TranscriptFormerError(
-            "another process of this run has ended; see what it said; the same command with --resume goes on"
-        ) from error
+        if lost := _LOST_WORKER.search(str(error)):
+            how = f"killed ({lost[2].strip()})" if lost[2] else "killed"
+            raise TranscriptFormerError(
+                f"a data worker (process {lost[1]}) was {how}; fewer --n-data-workers take less memory; {RESUME}"
+            ) from error
+        if any(backend in str(error) for backend in ("gloo", "NCCL")):
+            raise PeerEndedError(f"another process of this run has ended; see what it said; {RESUME}") from error
+        raise
 
 
 @contextmanager

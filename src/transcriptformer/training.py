@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -19,11 +20,12 @@ from transcriptformer.checkpoint import LABEL_HEAD
 from transcriptformer.corpus import Corpus
 from transcriptformer.data.fingerprint import identify, identify_file
 from transcriptformer.device import choose_device, compute_dtype, is_out_of_memory, keep_freed_memory
-from transcriptformer.distributed import Processes, plan_processes
+from transcriptformer.distributed import plan_processes
 from transcriptformer.errors import TrainingError
 from transcriptformer.export import write_checkpoint
 from transcriptformer.metrics import MetricsFile, plot_losses, read_metrics
 from transcriptformer.model.lora import merged_state_dict
+from transcriptformer.runtime.signals import Ended, tell
 from transcriptformer.saving import OnStep, Saving
 from transcriptformer.starting_point import StartingPoint, count_parameters, prepare
 from transcriptformer.storage.workspace import flat
@@ -119,43 +121,54 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
     processes = plan_processes(training, device)
     folder = TrainingFolder(Path(training.output_path))
     metrics = MetricsFile(folder.metrics)
-    saving = Saving(folder, training, metrics, on_step)
-    trainer = _trainer(config, device, processes, folder, metrics, saving)
+    watchdog = processes.watchdog()
+    saving = Saving(folder, training, metrics, watchdog, on_step)
+    options = processes.trainer_options(watchdog, backend="nccl" if device.type == "cuda" else "gloo")
+    trainer = _trainer(config, device, options, folder, metrics, saving)
     if not trainer.is_global_zero:  # one process tells what all of them find
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
-    corpus = Corpus(training, config.model.data_config)
-    try:
-        start = prepare(config, corpus)
-        n_learned, n_weights = count_parameters(start.model, start.label_head)
-        logger.info("%s of %s weights are learned", f"{n_learned:,}", f"{n_weights:,}")
-        if n_learned == 0:
-            raise TrainingError("training.freeze: everything is frozen, there is nothing to learn")
-        module = TrainingModule(start.model, start.label_head, config)
-        identity = _identify(config, corpus, count_streams(config, processes.total))
-        yaml = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
-        begin = partial(folder.begin, identity, yaml, training.resume)
-        if training.resume and folder.is_complete:
+    with watchdog, closing(Corpus(training, config.model.data_config)) as corpus:
+        try:
+            start = prepare(config, corpus)
+            n_learned, n_weights = count_parameters(start.model, start.label_head)
+            logger.info("%s of %s weights are learned", f"{n_learned:,}", f"{n_weights:,}")
+            if n_learned == 0:
+                raise TrainingError("training.freeze: everything is frozen, there is nothing to learn")
+            module = TrainingModule(start.model, start.label_head, config)
+            identity = _identify(config, corpus, count_streams(config, processes.total))
+            yaml = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+            begin = partial(folder.begin, identity, yaml, training.resume)
+            if training.resume and folder.is_complete:
+                if trainer.is_global_zero:
+                    begin()
+                logger.info("%s is complete already", folder.path)
+            else:
+                protein_dim = start.model.gene_embeddings.embedding.embedding_dim
+                limits = training_limits(config, device, protein_dim, n_learned, n_weights, processes.per_node)
+                readers = corpus.readers(start.gene_vocab, start.aux_vocabs, config.model.model_config.seq_len)
+                pad, n_tokens, ready = (
+                    start.gene_vocab.pad,
+                    len(start.gene_vocab),
+                    _Ready(start, config, module, saving),
+                )
+                data = TrainingData(
+                    corpus, readers, config, limits, pad, n_tokens, folder, processes.total, begin, ready
+                )
+                watchdog.care_for(processes.launch())
+                _run(trainer, module, data, folder.last if training.resume and folder.last.is_file() else None)
+            return _finish(config, folder, start, module) if trainer.is_global_zero else None
+        except (KeyboardInterrupt, Ended) as error:
+            tell(error, saving.what_is_kept())
+            raise
+        finally:
             if trainer.is_global_zero:
-                begin()
-            logger.info("%s is complete already", folder.path)
-        else:
-            protein_dim = start.model.gene_embeddings.embedding.embedding_dim
-            limits = training_limits(config, device, protein_dim, n_learned, n_weights, processes.per_node)
-            readers = corpus.readers(start.gene_vocab, start.aux_vocabs, config.model.model_config.seq_len)
-            pad, n_tokens, ready = start.gene_vocab.pad, len(start.gene_vocab), _Ready(start, config, module, saving)
-            data = TrainingData(corpus, readers, config, limits, pad, n_tokens, folder, processes.total, begin, ready)
-            _run(trainer, module, data, folder.last if training.resume and folder.last.is_file() else None)
-        return _finish(config, folder, start, module) if trainer.is_global_zero else None
-    finally:
-        corpus.close()
-        if trainer.is_global_zero:
-            folder.end()
+                folder.end()
 
 
 def _trainer(
     config: TrainConfig,
     device: torch.device,
-    processes: Processes,
+    options: Mapping[str, Any],
     folder: TrainingFolder,
     metrics: MetricsFile,
     saving: Saving,
@@ -164,7 +177,6 @@ def _trainer(
     loggers: list[Logger] = [metrics]
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(folder.path, name="tensorboard", version=""))
-    options = processes.trainer_options(backend="nccl" if device.type == "cuda" else "gloo")
     with quiet_lightning():
         return pl.Trainer(
             accelerator=device.type,

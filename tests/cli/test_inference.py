@@ -20,6 +20,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from tests.commands import default_signals
 from tests.golden_cases import CELLS, CHECKPOINT, TOLERANCE, GoldenCase, real_cases, relative_error, synthetic_cases
 from tests.h5ad_files import GENES, make_adata, random_adata
 from transcriptformer.cli.main import app
@@ -373,18 +374,21 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
     assert "no such folder" in done.stderr
 
 
-def let_interrupts_through() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores them for what it runs in the background
-
-
-@pytest.mark.parametrize(("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "exit_code", "how"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "ended by SIGTERM"),
+        (signal.SIGHUP, 129, "ended by SIGHUP"),
+    ],
+)
 def test_ctrl_c_or_a_scheduler_ends_the_run_and_what_there_is_is_kept(
-    sent: signal.Signals, exit_code: int, folder: Path
+    sent: signal.Signals, exit_code: int, how: str, folder: Path
 ) -> None:
     random_adata(5_000).write_h5ad(folder / "cells.h5ad")
     command: list[str | Path] = [COMMAND, "inference", "--checkpoint-path", CHECKPOINT, "--data-file", "cells.h5ad"]
     with subprocess.Popen(
-        [*command, "--batch-size", "1"], stderr=subprocess.PIPE, text=True, preexec_fn=let_interrupts_through
+        [*command, "--batch-size", "1"], stderr=subprocess.PIPE, text=True, preexec_fn=default_signals
     ) as process:
         assert process.stderr is not None
         assert "5000 cells" in process.stderr.readline()
@@ -393,7 +397,9 @@ def test_ctrl_c_or_a_scheduler_ends_the_run_and_what_there_is_is_kept(
         rest = process.stderr.read()
     assert process.returncode == exit_code
     assert "Traceback" not in rest
-    kept = re.search(r"INFO: (\d+) of 5000 cells are kept in .*embeddings\.h5ad\.parts; .*--resume", rest)
+    kept = re.fullmatch(
+        rf"INFO: {how}; (\d+) of 5000 cells are kept in .*embeddings\.h5ad\.parts; .*--resume.*\n", rest
+    )
     assert kept is not None
     assert 0 < int(kept[1]) < 5000
     assert [path.name for path in (folder / "inference_results").iterdir()] == ["embeddings.h5ad.parts"]

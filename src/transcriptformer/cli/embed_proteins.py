@@ -76,9 +76,9 @@ def embed_proteins(
 
     The result is for inference --pretrained-embedding.
     """
-    from transcriptformer.cli.reporting import CountProgress, plain_errors, say
+    from transcriptformer.cli.reporting import CountProgress, plain_errors, resumable, say
 
-    with plain_errors(debug):
+    with plain_errors(debug), resumable("--resume"):
         from transcriptformer.errors import UsageError
 
         if (fasta is None) == (organism_key is None):

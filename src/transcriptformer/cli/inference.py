@@ -180,9 +180,9 @@ def inference(
         "model.inference_config.resume": resume,
         "model.inference_config.oom_dataloader": oom_dataloader,
     }
-    from transcriptformer.cli.reporting import CountProgress, plain_errors, say
+    from transcriptformer.cli.reporting import CountProgress, plain_errors, resumable, say
 
-    with plain_errors(debug):
+    with plain_errors(debug), resumable("--resume"):
         from transcriptformer.config import load_config
         from transcriptformer.inference import run
         from transcriptformer.output import describe

@@ -1,12 +1,13 @@
 """How a command speaks to people: log lines and a progress bar on stderr, errors in one line."""
 
 import logging
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +27,8 @@ from rich.progress import (
 from rich.text import Text
 
 from transcriptformer.errors import TranscriptFormerError, one_line
+from transcriptformer.runtime.parents import end_with_launcher, is_launched
+from transcriptformer.runtime.signals import Ended, handling
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +68,18 @@ class PrintableFormatter(logging.Formatter):
 def plain_errors(debug: bool) -> Iterator[None]:
     """Log to stderr, and turn errors into one line and an exit code, with `debug` below the traceback.
 
-    An error that the user cannot put right is a line, too, which says so.
+    An error that the user cannot put right is a line, too, which says so. SIGTERM and
+    SIGHUP raise Ended.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PrintableFormatter())
     ours = logging.getLogger("transcriptformer")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
+    end_with_launcher()
     try:
-        yield
+        with handling():
+            yield
     except _NO_ERRORS:
         raise
     except Exception as error:
@@ -96,13 +102,17 @@ def _in_one_line(error: Exception) -> str:
 
 @contextmanager
 def resumable(option: str = "") -> Iterator[None]:
-    """Say of what Ctrl-C ended that it is not lost, and which option goes on with it, if one is needed."""
+    """Say in one line what ended a run, what is kept, and which option goes on with it, if one is needed."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended) as error:
+        how = f"ended by {error.signal.name}" if isinstance(error, Ended) else "interrupted"
         with_option = f" with {option}" if option else ""
-        say(f"Interrupted; the same command{with_option} goes on from here.", err=True)
-        raise typer.Exit(130) from None
+        kept = "; ".join(getattr(error, "__notes__", [])) or f"the same command{with_option} goes on"
+        if not is_launched():
+            with suppress(OSError):  # the terminal may be gone
+                say(f"INFO: {how}; {kept}", err=True)
+        raise typer.Exit(128 + (error.signal if isinstance(error, Ended) else signal.SIGINT)) from None
 
 
 class _Bar:

@@ -1,7 +1,9 @@
 """The cells of one or several sources as a stream of batches, of cells of like length, at their own length."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transcriptformer.data.prefetch import prefetch
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.tokenize import Tokens
+from transcriptformer.runtime.parents import serve
 
 BATCHES_AHEAD = 4
 """Batches that are made ready while one is computed."""
@@ -174,7 +177,10 @@ class BatchLoader:
     ) -> None:
         self.limits, self.pad, self.seq_len, self.min_positions = limits, pad, seq_len, min_positions
         self.pin_memory = pin_memory
-        self.blocks = DataLoader(dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers)
+        start = partial(serve, os.getpid())
+        self.blocks = DataLoader(
+            dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers, worker_init_fn=start
+        )
 
     @property
     def lengths(self) -> np.ndarray:

@@ -24,6 +24,8 @@ from transcriptformer.proteins.esm2 import PUBLISHED, choose_layer, find_model, 
 from transcriptformer.proteins.fasta import GENE, read_proteins
 from transcriptformer.proteins.isoforms import FIRST, ISOFORMS, Proteome, choose_isoforms
 from transcriptformer.proteins.workers import EMBEDDINGS, Batch, Job, embed_batches, share_batches
+from transcriptformer.runtime.signals import RESUME, tell
+from transcriptformer.runtime.watchdog import Watchdog
 from transcriptformer.storage.atomic import check_room
 from transcriptformer.storage.results import Pieces, drop_damaged
 from transcriptformer.storage.workspace import Workspace, differences
@@ -153,7 +155,7 @@ def embed_proteins(
     workspace = Workspace(output)
     identity = _identify(fasta, proteome, settings, folder, layer, device)
     n_computed = 0
-    with workspace.locked(settings.resume):
+    with Watchdog(), workspace.locked(settings.resume):
         if settings.resume and not workspace.exists and _is_complete(output, identity):
             logger.info("%s is complete already", output)
         else:
@@ -163,8 +165,8 @@ def embed_proteins(
                 n_computed = _compute(proteome, job, settings, devices, on_progress)
                 _write(output, proteome, job, identity)
                 workspace.remove()
-            except BaseException:
-                _tell_what_is_kept(workspace, job, len(proteome.sequences))
+            except BaseException as error:
+                tell(error, _what_is_kept(workspace, job, len(proteome.sequences)))
                 raise
     return Summary(
         len(proteome.genes),
@@ -300,12 +302,10 @@ def _write(output: Path, proteome: Proteome, job: Job, identity: dict[str, Any])
         file.attrs[PROVENANCE] = json.dumps({"version": version("transcriptformer"), "run": identity})
 
 
-def _tell_what_is_kept(workspace: Workspace, job: Job, total: int) -> None:
-    """Log what a run that ends early leaves behind; a workspace without results goes."""
+def _what_is_kept(workspace: Workspace, job: Job, total: int) -> str | None:
+    """Say what a run that ends early leaves behind; a workspace without results goes."""
     n_done = len(Pieces(job.pieces, job.layout).rows)
     if n_done == 0:
         workspace.remove()
-    else:
-        logger.info(
-            "%d of %d sequences are kept in %s; the same command with --resume goes on", n_done, total, workspace.folder
-        )
+        return None
+    return f"{n_done} of {total} sequences are kept in {workspace.folder}; {RESUME}"

@@ -3,7 +3,9 @@
 import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
+import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,12 +19,14 @@ import torch
 
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.proteins.esm2 import Esm2
+from transcriptformer.runtime.parents import end_with
+from transcriptformer.runtime.signals import RESUME, handling
 from transcriptformer.storage.results import ROWS, Field, PieceWriter
 
 EMBEDDINGS = "embeddings"
 
-SECONDS_TO_END = 30.0
-"""For a process to finish its batch when the run is over."""
+SECONDS_TO_END = 3.0
+"""For a process to keep what it has and to end."""
 
 
 class Batch(NamedTuple):
@@ -102,9 +106,9 @@ def share_batches(batches: Iterable[Batch], job: Job, devices: Sequence[torch.de
                     answer = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     processes[pipe].join(SECONDS_TO_END)
+                    code = processes[pipe].exitcode
                     raise TranscriptFormerError(
-                        f"a process of this run has ended with exit code {processes[pipe].exitcode}, as if killed; the "
-                        "same command with --resume goes on"
+                        f"a process of this run has ended with exit code {code}, as if killed; {RESUME}"
                     ) from None
                 if isinstance(answer, Exception):
                     raise answer
@@ -128,7 +132,8 @@ def _processes(job: Job, devices: Sequence[torch.device]) -> Iterator[dict[Conne
     try:
         for number, device in enumerate(devices):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, job, device, number, len(devices)), daemon=True)
+            args = (theirs, os.getpid(), job, device, number, len(devices))
+            process = context.Process(target=_work, args=args, daemon=True)
             process.start()
             theirs.close()  # else the end of the process would not be noticed here
             processes[ours] = process
@@ -137,19 +142,23 @@ def _processes(job: Job, devices: Sequence[torch.device]) -> Iterator[dict[Conne
         for pipe in processes:
             pipe.close()
         for process in processes.values():
-            process.join(SECONDS_TO_END)
+            process.terminate()
+        until = time.monotonic() + SECONDS_TO_END
+        for process in processes.values():
+            process.join(max(0.0, until - time.monotonic()))
             process.kill()
 
 
-def _work(pipe: Connection, job: Job, device: torch.device, number: int, n_processes: int) -> None:
+def _work(pipe: Connection, parent: int, job: Job, device: torch.device, number: int, n_processes: int) -> None:
     """What such a process does; it ends with the main one, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
+    end_with(parent, patience=SECONDS_TO_END)  # so long it may take to notice that the pipe is closed
     logging.basicConfig(format="%(levelname)s: %(message)s")
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // n_processes))
     answer = None
     try:
-        with closing(embed_batches(_batches_from(pipe), job, device, number)) as embedded:
+        with handling(), closing(embed_batches(_batches_from(pipe), job, device, number)) as embedded:
             for n_sequences in embedded:
                 pipe.send(n_sequences)
     except Exception as error:

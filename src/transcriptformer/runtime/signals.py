@@ -1,0 +1,57 @@
+"""SIGTERM and SIGHUP end a run like Ctrl-C does: by an exception in the main thread."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that end a run; Python itself turns SIGINT into KeyboardInterrupt."""
+
+RESUME = "the same command with --resume goes on"
+
+
+class Ended(SystemExit):
+    """Raised in the main thread of a process that a signal ends."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signal = signal.Signals(signum)
+
+
+def raise_ended(signum: int, frame: FrameType | None) -> None:
+    """Raise Ended: a signal handler."""
+    raise Ended(signum)
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], object] = raise_ended) -> Iterator[None]:
+    """Handle SIGTERM and SIGHUP; those that are ignored, as by nohup, stay ignored.
+
+    In a thread other than the main one, nothing changes.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        before = {signum: old for signum, old in before.items() if old not in (signal.SIG_IGN, None)}
+    try:
+        for signum in before:
+            signal.signal(signum, handler)
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+def tell(error: BaseException, kept: str | None) -> None:
+    """Say what is kept of a run that ends: with the one line that says it was ended, or in one of its own."""
+    if kept is None:
+        return
+    if isinstance(error, KeyboardInterrupt | Ended):
+        error.add_note(kept)
+    else:
+        logger.info("%s", kept)

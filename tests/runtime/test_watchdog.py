@@ -1,0 +1,322 @@
+"""Processes end on signals and with each other: small ones, without a model."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.commands import default_signals
+
+RESUME = "the same command with --resume goes on"
+
+PRELUDE = """
+import ctypes, os, signal, subprocess, sys, time
+from transcriptformer.runtime import parents, signals, watchdog
+from transcriptformer.runtime.watchdog import Watchdog
+
+watchdog.TIME_TO_END = 1.0
+
+def hang():
+    "Wait for a lock in the C library, as in a collective operation: no Python code runs in this thread any more."
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_init(mutex, None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
+def ready():
+    print("ready", flush=True)
+
+def wait():
+    ready()
+    time.sleep(60)
+
+class Broadcast:
+    "The first process of a run tells the others by way of a file."
+    def __init__(self, path):
+        self.path = path
+    def __call__(self, value):
+        if value is not None:
+            with open(self.path + ".tmp", "w") as file:
+                file.write(repr(value))
+            os.rename(self.path + ".tmp", self.path)
+            return value
+        while not os.path.exists(self.path):
+            time.sleep(0.01)
+        return eval(open(self.path).read())
+"""
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a Python process with some code, and waits until it is ready."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str, *arguments: object, wait: bool = True) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=default_signals,
+        )
+        started.append(process)
+        if wait:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n", process.communicate()[1]
+            time.sleep(0.3)  # until it does what comes next
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def end_of(process: subprocess.Popen[str], seconds: float = 5.0) -> tuple[int, str, str]:
+    """Exit code, output and errors of a process that ends in so many seconds."""
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def children_of(process: subprocess.Popen[str], n: int) -> list[psutil.Process]:
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        children = psutil.Process(process.pid).children()
+        if len(children) == n:
+            return children
+        time.sleep(0.02)
+    raise AssertionError(f"there are no {n} children")
+
+
+def assert_end(processes: list[psutil.Process], seconds: float = 5.0) -> None:
+    assert psutil.wait_procs(processes, timeout=seconds)[1] == []
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_raises_and_what_is_computed_is_kept(sent: signal.Signals, code: int, start: Start) -> None:
+    process = start(
+        """
+try:
+    with Watchdog():
+        wait()
+except BaseException as error:
+    print("kept", flush=True)
+    sys.exit(130 if isinstance(error, KeyboardInterrupt) else error.code)
+"""
+    )
+    process.send_signal(sent)
+    assert end_of(process) == (code, "kept\n", "")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(start: Start) -> None:
+    process = start("signal.signal(signal.SIGHUP, signal.SIG_IGN)\nwith Watchdog():\n    ready(); time.sleep(1)")
+    process.send_signal(signal.SIGHUP)
+    assert end_of(process) == (0, "", "")
+
+
+def test_handlers_are_as_before_in_the_end(start: Start) -> None:
+    process = start(
+        """
+with Watchdog():
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+assert signal.set_wakeup_fd(-1) == -1
+ready()
+"""
+    )
+    assert end_of(process) == (0, "", "")
+
+
+def test_a_process_that_hangs_is_flushed_and_ended(start: Start) -> None:
+    process = start("with Watchdog() as dog:\n    dog.flush = lambda: print('kept', flush=True)\n    ready(); hang()")
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == (143, "kept\n", f"INFO: ended by SIGTERM; {RESUME}\n")
+
+
+def test_nor_does_it_wait_for_a_flush_that_hangs(start: Start) -> None:
+    process = start("with Watchdog() as dog:\n    dog.flush = hang\n    ready(); hang()")
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process)[0] == 143
+
+
+def test_a_process_that_hangs_while_it_cleans_up_is_ended(start: Start) -> None:
+    process = start("with Watchdog():\n    try:\n        wait()\n    finally:\n        hang()")
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process)[0] == 143
+
+
+def test_a_process_that_hangs_after_it_was_told_is_ended(start: Start) -> None:
+    process = start("try:\n    with Watchdog():\n        wait()\nexcept SystemExit:\n    hang()")
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == (143, "", "")
+
+
+def test_a_signal_can_be_left_to_a_better_moment(start: Start) -> None:
+    process = start(
+        """
+with Watchdog() as dog:
+    dog.is_deferred = True
+    ready()
+    while dog.received is None:
+        time.sleep(0.01)
+    time.sleep(1.5)
+    print("saved", dog.received.name, flush=True)
+    dog.end()
+"""
+    )
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == (143, "saved SIGTERM\n", "")
+
+
+PEER = """
+rank, path = int(sys.argv[1]), sys.argv[2]
+with Watchdog(rank, 3) as dog:
+    dog.links.connect(rank, 3, Broadcast(path), "127.0.0.1")
+    dog.flush = lambda: print("flushed", flush=True)
+    ready()
+"""
+
+
+def peers(start: Start, folder: Path, *what: str) -> list[subprocess.Popen[str]]:
+    """The processes of a run, each of which does something while it is watched."""
+    codes = [PEER + f"    {code}\n" for code in what]
+    processes = [start(code, rank, folder / "link", wait=False) for rank, code in enumerate(codes)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    time.sleep(0.3)
+    return processes
+
+
+def test_the_others_end_when_one_is_killed_and_the_first_says_so(start: Start, tmp_path: Path) -> None:
+    first, killed, other = peers(start, tmp_path, "time.sleep(60)", "time.sleep(60)", "hang()")
+    killed.kill()
+    code, _, err = end_of(first)
+    assert code == 1
+    assert err.splitlines()[-1].endswith(f"PeerEndedError: process 1 of 3 was killed; {RESUME}")
+    code, out, err = end_of(other)
+    assert (code, out, err) == (1, "flushed\n", "")
+
+
+def test_a_first_process_that_hangs_says_so_too(start: Start, tmp_path: Path) -> None:
+    first, killed, other = peers(start, tmp_path, "hang()", "time.sleep(60)", "time.sleep(60)")
+    killed.kill()
+    assert end_of(first) == (1, "flushed\n", f"ERROR: process 1 of 3 was killed; {RESUME}\n")
+    assert end_of(other)[0] == 1
+
+
+def test_the_others_end_when_the_first_is_killed_and_one_says_so(start: Start, tmp_path: Path) -> None:
+    first, speaker, other = peers(start, tmp_path, "hang()", "hang()", "time.sleep(60)")
+    first.kill()
+    assert end_of(speaker) == (1, "", f"ERROR: process 0 of 3 of this run was killed; {RESUME}\n")
+    assert end_of(other) == (1, "", "")
+
+
+def test_a_process_that_was_told_to_end_is_named_by_the_first(start: Start, tmp_path: Path) -> None:
+    first, told, _ = peers(start, tmp_path, "time.sleep(60)", "time.sleep(60)", "time.sleep(60)")
+    told.send_signal(signal.SIGTERM)
+    assert end_of(told) == (143, "", "")
+    assert end_of(first)[2].splitlines()[-1].endswith(f"process 1 of 3 was ended by SIGTERM; {RESUME}")
+
+
+def test_of_a_process_that_has_said_why_it_failed_the_first_does_not_speak(start: Start, tmp_path: Path) -> None:
+    first, failed, _ = peers(start, tmp_path, "time.sleep(60)", "raise ValueError('bad cell')", "time.sleep(60)")
+    assert end_of(failed)[2].splitlines()[-1] == "ValueError: bad cell"
+    assert end_of(first) == (1, "", "")
+
+
+def test_a_process_that_is_done_does_not_end_the_others(start: Start, tmp_path: Path) -> None:
+    first, done, slow = peers(start, tmp_path, "time.sleep(2)", "pass", "time.sleep(3)")
+    assert [end_of(process) for process in (done, first, slow)] == [(0, "", "")] * 3
+
+
+def test_a_stranger_at_the_port_is_turned_away(start: Start, tmp_path: Path) -> None:
+    stranger = """
+import socket
+port, _ = Broadcast(sys.argv[2])(None)
+socket.create_connection(("127.0.0.1", port)).sendall(b"GET / HTTP/1.1\\r\\nHost: somebody's scanner\\r\\n\\r\\n")
+"""
+    start(stranger, 0, tmp_path / "link", wait=False)
+    processes = peers(start, tmp_path, "time.sleep(1)", "time.sleep(1)", "time.sleep(1)")
+    assert [end_of(process) for process in processes] == [(0, "", "")] * 3
+
+
+PARENT = """
+imports = "import time; from transcriptformer.runtime import parents; "
+child = imports + sys.argv[1] + "; print('ready', flush=True); time.sleep(60)"
+environment = {**os.environ, parents.LAUNCHED_BY: str(os.getpid()), "LOCAL_RANK": "1"}
+with Watchdog(0, 2) as dog:
+    dog.care_for({1: subprocess.Popen([sys.executable, "-c", child], env=environment)})
+    time.sleep(60)
+"""
+
+
+def test_a_launched_process_ends_with_a_killed_launcher_and_says_so(start: Start) -> None:
+    process = start(PARENT, "parents.end_with_launcher()")
+    children = children_of(process, 1)
+    process.kill()
+    assert_end(children)
+    assert end_of(process)[2] == f"ERROR: the first process of this run was killed; {RESUME}\n"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_a_launched_process_ends_with_a_launcher_that_a_signal_ends(sent: signal.Signals, start: Start) -> None:
+    process = start(PARENT, "parents.end_with_launcher()")
+    children = children_of(process, 1)
+    process.send_signal(sent)
+    assert end_of(process) == (128 + sent, "", "")
+    assert_end(children, 1)
+
+
+def test_a_launched_process_that_is_killed_is_named(start: Start) -> None:
+    process = start(PARENT, "pass")
+    (child,) = children_of(process, 1)
+    child.kill()
+    last_line = end_of(process)[2].splitlines()[-1]
+    assert last_line.endswith(f"PeerEndedError: process 1 of 2 ({child.pid}) was ended by SIGKILL; {RESUME}")
+
+
+SERVANTS = """
+import multiprocessing
+def work(parent, stuck):
+    parents.serve(parent)
+    hang() if stuck else time.sleep(60)
+context = multiprocessing.get_context("fork")
+workers = [context.Process(target=work, args=(os.getpid(), stuck), daemon=True) for stuck in (True, False)]
+with Watchdog():
+    for worker in workers:
+        worker.start()
+    wait()
+"""
+
+
+def test_data_workers_end_with_their_parent(start: Start) -> None:
+    process = start(SERVANTS)
+    workers = children_of(process, 2)
+    time.sleep(0.5)
+    process.kill()
+    assert_end(workers, 3)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_data_workers_leave_signals_to_their_parent(sent: signal.Signals, start: Start) -> None:
+    process = start(SERVANTS)
+    workers = children_of(process, 2)
+    time.sleep(0.5)
+    for worker in workers:
+        worker.send_signal(sent)
+    time.sleep(1)
+    assert [worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers] == [True, True]
+    os.kill(process.pid, signal.SIGTERM)
+    assert end_of(process) == (143, "", "")  # which ends them
+    assert_end(workers, 1)
