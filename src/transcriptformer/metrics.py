@@ -1,18 +1,16 @@
 """What training reports: a line in metrics.csv for every so many steps and every validation, and a picture of it."""
 
 import csv
+import io
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-from lightning_fabric.loggers.logger import rank_zero_experiment
-from lightning_utilities.core.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
-from pytorch_lightning.loggers import Logger
+from torch import Tensor
 
 from transcriptformer.storage.atomic import atomic_write, writing
 
@@ -26,65 +24,48 @@ COLUMNS = (
 """Of metrics.csv. Losses are in nats, per gene or per cell with a label; `seconds` from the latest start."""
 
 
-class MetricsFile(Logger):
+class MetricsFile:
     """Appends to a CSV file, which can be read at any time.
+
+    The saved state of training holds all lines up to its step (`text`), from which a resumed run makes the file anew: a
+    write that fails or is cut off cannot lose or tear any of them.
 
     Parameters
     ----------
     path
         The file.
+
+    Attributes
+    ----------
+    text
+        The lines without the header.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path, self.started = path, time.monotonic()
-
-    @property
-    def name(self) -> str:  # noqa: D102
-        return self.path.stem
-
-    @property
-    def version(self) -> str:  # noqa: D102
-        return ""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> None:
-        """There is no other object behind this one."""
-
-    @rank_zero_only
-    def log_hyperparams(self, *unused: Any, **unused_too: Any) -> None:
-        """The configuration has a file of its own."""
-
-    @rank_zero_only
-    def begin(self, step: int) -> None:
-        """Keep only the lines up to a step, from which a run goes on; begin the file where there is none."""
-        rows = (
-            [row for row in read_metrics(self.path) if int(row["step"]) <= step] if step and self.path.exists() else []
-        )
-        with atomic_write(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        self.path, self.text = path, ""
         self.started = time.monotonic()
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a line."""
-        seconds = round(time.monotonic() - self.started, 3)
-        row = {
-            "step": int(step or 0),
-            "seconds": seconds,
-            **{k: f"{v:.7g}" for k, v in metrics.items() if k in COLUMNS},
-        }
-        with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+    def begin(self) -> None:
+        """Write the header and the lines that there are."""
+        with atomic_write(self.path) as temporary:
+            temporary.write_bytes((",".join(COLUMNS) + "\r\n" + self.text).encode())
+        self.started = time.monotonic()
+
+    def append(self, step: int, figures: Mapping[str, float | Tensor]) -> None:
+        """Append a line with the figures that have a column."""
+        values = {name: f"{float(value):.7g}" for name, value in figures.items() if name in COLUMNS}
+        line = io.StringIO(newline="")
+        row = {**values, "step": step, "seconds": round(time.monotonic() - self.started, 3)}
+        csv.DictWriter(line, COLUMNS).writerow(row)
+        with writing(self.path), self.path.open("ab") as file:
+            file.write(line.getvalue().encode())
+        self.text += line.getvalue()
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The whole lines of a metrics file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+    """Read the complete lines of a metrics file."""
+    lines = path.read_bytes().decode().splitlines(keepends=True)
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 def plot_losses(metrics: Path, picture: Path, baseline: float | None) -> None:

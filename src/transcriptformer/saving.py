@@ -29,7 +29,7 @@ class Saving(pl.Callback):
     training
         How often, and after how many validations without a better loss to stop.
     metrics
-        Is told from which step a run goes on.
+        Figures of every so many steps, and of every validation.
     watchdog
         Leaves the handling of signals to the end of a step.
     on_step
@@ -56,18 +56,22 @@ class Saving(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know."""
-        return {name: getattr(self, name) for name in ("best_loss", "best_step", "n_worse", "is_done")}
+        state = {name: getattr(self, name) for name in ("best_loss", "best_step", "n_worse", "is_done")}
+        return {**state, "metrics": self.metrics.text}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what `state_dict` told."""
-        for name, value in state_dict.items():
+        state = dict(state_dict)
+        self.metrics.text = state.pop("metrics")
+        for name, value in state.items():
             setattr(self, name, value)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         if trainer.global_step:
             logger.info("going on from step %d of %d", trainer.global_step, self.n_steps)
             self.saved_step = trainer.global_step
-        self.metrics.begin(trainer.global_step)
+        if trainer.is_global_zero:
+            self.metrics.begin()
         trainer.should_stop = self.is_done
         self.watchdog.take_signals()  # Lightning's handler speaks to the other processes, which may be gone
         self.watchdog.is_deferred = True
@@ -79,6 +83,8 @@ class Saving(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *unused: object
     ) -> None:
         step = trainer.global_step
+        if trainer.is_global_zero and step % self.training.log_every == 0:
+            self._log(trainer, is_validation=False)  # before the state is saved, which holds the line
         if self.on_step is not None and trainer.is_global_zero:
             self.on_step(step, self.n_steps, float(trainer.callback_metrics["loss"]))
         if step % self.validate_every == 0 or step == self.n_steps:
@@ -92,6 +98,8 @@ class Saving(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a validation, and what it has led to."""
         loss = trainer.callback_metrics.get("validation_loss")
+        if trainer.is_global_zero and loss is not None:
+            self._log(trainer, is_validation=True)
         if loss is None or float(loss) < self.best_loss:
             self.best_loss = math.inf if loss is None else float(loss)
             self.best_step, self.n_worse = trainer.global_step, 0
@@ -109,6 +117,11 @@ class Saving(pl.Callback):
         if self.saved_step == 0:
             return None
         return f"the state of step {self.saved_step} is kept in {self.folder.path}; {RESUME}"
+
+    def _log(self, trainer: pl.Trainer, is_validation: bool) -> None:
+        figures = trainer.callback_metrics.items()
+        chosen = {n: v for n, v in figures if n == "epoch" or n.startswith("validation_") == is_validation}
+        self.metrics.append(trainer.global_step, chosen)
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.folder.last)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from transcriptformer.baseline import Baseline, start_from_frequencies
 from transcriptformer.batching import training_limits
@@ -120,11 +120,10 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
         keep_freed_memory()
     processes = plan_processes(training, device)
     folder = TrainingFolder(Path(training.output_path))
-    metrics = MetricsFile(folder.metrics)
     watchdog = processes.watchdog()
-    saving = Saving(folder, training, metrics, watchdog, on_step)
+    saving = Saving(folder, training, MetricsFile(folder.metrics), watchdog, on_step)
     options = processes.trainer_options(watchdog, backend="nccl" if device.type == "cuda" else "gloo")
-    trainer = _trainer(config, device, options, folder, metrics, saving)
+    trainer = _trainer(config, device, options, folder, saving)
     if not trainer.is_global_zero:  # one process tells what all of them find
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     with watchdog, closing(Corpus(training, config.model.data_config)) as corpus:
@@ -170,13 +169,10 @@ def _trainer(
     device: torch.device,
     options: Mapping[str, Any],
     folder: TrainingFolder,
-    metrics: MetricsFile,
     saving: Saving,
 ) -> pl.Trainer:
     training = config.training
-    loggers: list[Logger] = [metrics]
-    if find_spec("tensorboard") is not None:
-        loggers.append(TensorBoardLogger(folder.path, name="tensorboard", version=""))
+    has_tensorboard = find_spec("tensorboard") is not None
     with quiet_lightning():
         return pl.Trainer(
             accelerator=device.type,
@@ -185,7 +181,7 @@ def _trainer(
             max_epochs=-1,
             limit_val_batches=None if training.has_validation else 0,
             callbacks=[saving],
-            logger=loggers,
+            logger=TensorBoardLogger(folder.path, name="tensorboard", version="") if has_tensorboard else False,
             log_every_n_steps=training.log_every,
             num_sanity_val_steps=0,
             enable_checkpointing=False,
