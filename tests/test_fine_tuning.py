@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from tests.golden_cases import CHECKPOINT
+from tests.h5ad_files import make_adata
 from tests.training_runs import config_of, weights, write_cells
 from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.config import load_config
+from transcriptformer.demo.run import CHECKPOINT as DEMO
 from transcriptformer.errors import CheckpointError, DataError, UsageError
 from transcriptformer.inference import embed, run
 from transcriptformer.output import read_provenance
 from transcriptformer.training import fit
+from transcriptformer.vocab import read_gene_ids
 
 TYPES = np.array(["B", "T", "NK"])[np.arange(40) % 3]
 
@@ -47,6 +50,23 @@ def test_weights_move_from_those_of_the_checkpoint_and_protein_embeddings_stay(c
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert set(before) - set(moved) == {protein}
     assert all((before[name] - after[name]).abs().max() < 0.2 for name in moved)
+
+
+def test_the_model_of_the_demo_is_trained_on(tmp_path: Path) -> None:
+    """A checkpoint without columns of metadata, whose protein embeddings have a width of their own."""
+    genes = read_gene_ids(DEMO / "vocabs" / "pbmc_coexpression.h5")
+    counts = np.random.default_rng(0).poisson(0.3, (60, len(genes)))
+    make_adata(counts, genes).write_h5ad(tmp_path / "cells.h5ad")
+    trained = fit(config_of(tmp_path / "run", tmp_path / "cells.h5ad", start=DEMO, max_steps=3, batch_size=4))
+    assert trained is not None
+    before, after = torch.load(DEMO / "model_weights.pt", weights_only=True), weights(tmp_path / "run")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(before) - {
+        "gene_embeddings.embedding.weight"
+    }
+    told = [json.loads((folder / "config.json").read_text())["model"] for folder in (DEMO, trained.checkpoint)]
+    assert told[0]["model_config"] == told[1]["model_config"]
+    result = embed([tmp_path / "cells.h5ad"], load_checkpoint(trained.checkpoint, load_config(trained.checkpoint)))
+    assert result.obsm["embeddings"].shape == (60, 96)
 
 
 def test_what_is_named_stays_frozen(cells: Path, tmp_path: Path) -> None:

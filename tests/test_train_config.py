@@ -1,5 +1,6 @@
 """How the configuration of training is layered, and what it refuses."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from omegaconf import OmegaConf
 
 from tests.golden_cases import CHECKPOINT
 from tests.training_runs import GENE_FILE
-from transcriptformer.config import conf_dir
+from transcriptformer.config import conf_dir, load_config
 from transcriptformer.errors import CheckpointError, UsageError
 from transcriptformer.train_config import TrainConfig, load_train_config
 
@@ -39,6 +40,69 @@ def test_a_checkpoint_brings_its_architecture_and_vocabularies_but_not_how_its_c
     assert config.model.data_config.esm2_mappings == ["homo_sapiens_gene.h5"]
     assert config.model.data_config.n_data_workers == 0
     assert config.model.data_config.randomize_genes
+
+
+def edit_config(checkpoint: Path, section: str, **values: object) -> dict[str, object]:
+    """Options to train on from a checkpoint of which these values are changed."""
+    path = checkpoint / "config.json"
+    published = json.loads(path.read_text())
+    published["model"][section] |= values
+    path.write_text(json.dumps(published))
+    return {**TUNED, "training.checkpoint_path": str(checkpoint)}
+
+
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_a_checkpoint_without_metadata_columns_has_none(nothing: object, checkpoint_copy: Path) -> None:
+    edit_config(checkpoint_copy, "model_config", aux_len=0)
+    config = load_train_config(edit_config(checkpoint_copy, "data_config", aux_cols=nothing))
+    assert config.model.data_config.aux_cols == []
+
+
+@pytest.mark.parametrize("name", ["gene_head_hidden_dim", "aux_len", "softcap", "log_counts_eps", "mu_link_fn"])
+def test_what_a_checkpoint_leaves_out_is_what_inference_takes_it_for(name: str, checkpoint_copy: Path) -> None:
+    """Not what a model from scratch has."""
+    options = edit_config(checkpoint_copy, "model_config", **{name: None})
+    trained, embedded = (
+        getattr(config.model.model_config, name)
+        for config in (load_train_config(options), load_config(checkpoint_copy))
+    )
+    assert trained == embedded
+
+
+def test_a_checkpoint_that_leaves_out_a_needed_key_is_named(checkpoint_copy: Path) -> None:
+    options = edit_config(checkpoint_copy, "model_config", num_layers=None)
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: the needed key 'model\.model_config\.num_layers' is missing"
+    ):
+        load_train_config(options)
+
+
+def test_counts_are_treated_as_the_checkpoint_says(checkpoint_copy: Path) -> None:
+    as_trained = {"clip_counts": 12, "normalize_to_scale": 10_000, "sort_genes": True}
+    options = edit_config(checkpoint_copy, "data_config", **as_trained, min_expressed_genes=200, gene_col_name="index")
+    data = load_train_config(options).model.data_config
+    assert {name: getattr(data, name) for name in as_trained} == as_trained
+    assert not data.randomize_genes
+    assert (data.min_expressed_genes, data.gene_col_name) == (0, "ensembl_id")  # of these cells, not of the model
+    assert load_train_config(options, ["model.data_config.clip_counts=7"]).model.data_config.clip_counts == 7
+    assert load_train_config(TUNED).model.data_config.clip_counts == 30  # where it says nothing
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("aux_cols=[]", r"model\.data_config\.aux_cols: is \[\], but the checkpoint was trained with \['assay'\]"),
+        (
+            "special_tokens=[unknown]",
+            r"special_tokens: is \['unknown'\], but the checkpoint was trained with \['unknown'",
+        ),
+        ("esm2_mappings=[x.h5]", r"esm2_mappings: is \['x\.h5'\], but the checkpoint was trained with \['homo_sap"),
+        ("aux_pad_token=none", r"aux_pad_token: is none, but the checkpoint was trained with unknown; leave it out"),
+    ],
+)
+def test_vocabularies_of_a_checkpoint_cannot_be_replaced(override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_train_config(TUNED, [f"model.data_config.{override}"])
 
 
 def test_a_checkpoint_may_be_named_by_an_override_too() -> None:

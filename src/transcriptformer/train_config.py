@@ -1,7 +1,8 @@
 """What can be set for `transcriptformer train`: `model`, which goes into the checkpoint's config.json, and `training`.
 
-Values are layered, later ones winning: the defaults below, `conf/train_config.yaml`, the architecture and the
-vocabularies of the checkpoint that is trained on, if any, a recipe (`--config`), options, overrides.
+Values are layered, later ones winning: the defaults below, `conf/train_config.yaml`, a recipe (`--config`), options,
+overrides. A checkpoint that is trained on brings its architecture, losses, vocabularies and treatment of counts, in
+place of what the YAML says of a model from scratch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -253,20 +254,22 @@ def load_train_config(
     """
     options = options or {}
     own = _read_recipe(recipe) if recipe else OmegaConf.create()
-    config = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(conf_dir() / "train_config.yaml"))
+    defaults: Any = OmegaConf.load(conf_dir() / "train_config.yaml")
     given = dict(map(parse_override, overrides))
     start = (
         given.get("training.checkpoint_path")
         or options.get("training.checkpoint_path")
         or OmegaConf.select(own, "training.checkpoint_path")
     )
-    if start is not None:
+    if start is None:
+        config = OmegaConf.merge(OmegaConf.structured(TrainConfig), defaults)
+    else:
         folder = Path(str(start))
         if not folder.is_dir():
             raise UsageError(f"--checkpoint-path {folder}: no such folder")
         with faults_of(folder / "config.json"):
-            config = OmegaConf.merge(config, _what_was_trained(folder))
-            OmegaConf.to_object(config)
+            config = OmegaConf.merge(OmegaConf.structured(TrainConfig), _without_model(defaults), _trained(folder))
+            trained = OmegaConf.to_object(config)
     try:
         config = OmegaConf.merge(config, own)
     except OmegaConfBaseException as error:
@@ -274,6 +277,8 @@ def load_train_config(
     assert isinstance(config, DictConfig)
     checked = finish_config(config, options, overrides)
     assert isinstance(checked, TrainConfig)
+    if start is not None:
+        _check_vocabularies(checked, trained)
     return _complete(checked)
 
 
@@ -291,14 +296,35 @@ def _read_recipe(path: Path) -> Any:
         raise UsageError(f"--config {path}: not readable as YAML ({one_line(error)})") from error
 
 
-_OF_THE_VOCABULARY = ("aux_cols", "esm2_mappings", "special_tokens", "gene_pad_token", "aux_pad_token")
+_VOCABULARIES = ("aux_cols", "esm2_mappings", "special_tokens", "gene_pad_token", "aux_pad_token")
+_COUNTS = ("clip_counts", "normalize_to_scale", "sort_genes")
+"""Settings of data that a model is trained for. Which cells, and where files hold what, is asked anew."""
 
 
-def _what_was_trained(folder: Path) -> dict[str, Any]:
-    """Of a checkpoint the architecture, the losses and the vocabularies; how its counts were read is not asked."""
+def _without_model(defaults: DictConfig) -> DictConfig:
+    """The YAML without what it says of a model from scratch; not even where a checkpoint says nothing does it hold."""
+    model = {"data_config": {key: v for key, v in defaults.model.data_config.items() if key not in _VOCABULARIES}}
+    return OmegaConf.create({"model": model, "training": defaults.training})
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says it was trained for."""
     sections = read_checkpoint_config(folder)["model"]
-    data = {key: value for key, value in sections["data_config"].items() if key in _OF_THE_VOCABULARY}
+    data = {key: value for key, value in sections["data_config"].items() if key in (*_VOCABULARIES, *_COUNTS)}
+    if data.get("sort_genes"):
+        data["randomize_genes"] = False
     return {"model": {**sections, "data_config": data}}
+
+
+def _check_vocabularies(config: TrainConfig, trained: Any) -> None:
+    """Raise UsageError where a recipe, an option or an override would replace a vocabulary of the checkpoint."""
+    for name in _VOCABULARIES:
+        wanted, there = (getattr(of.model.data_config, name) for of in (config, trained))
+        require(
+            wanted == there,
+            f"model.data_config.{name}",
+            f"is {wanted}, but the checkpoint was trained with {there}; leave it out",
+        )
 
 
 def _complete(config: TrainConfig) -> TrainConfig:
