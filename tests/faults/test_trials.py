@@ -50,7 +50,7 @@ def test_temporary_names_are_noticed_at_any_depth(tmp_path: Path) -> None:
 
 
 def test_states_differ_by_content_but_not_by_random_names_and_times(tmp_path: Path) -> None:
-    states = []
+    states: list[object] = []
     for run, step, content in (("0123abcd", "1,0,0.5,7", "a"), ("4567cdef", "1,0,0.6,7", "a"), ("4567cdef", "2", "a")):
         folder = tmp_path / str(len(states))
         folder.mkdir()
