@@ -105,7 +105,7 @@ def test_results_that_were_damaged_are_computed_again(
     damage(pieces[0], how)
     result = resume(folder, kind)
     assert result.exit_code == 0, result.output
-    assert (f"{pieces[0]}: truncated or damaged" in result.stderr) == (how != "deleted")
+    assert (f"{pieces[0]}: truncated" in result.stderr) == (how != "deleted")
     assert_same(read_result(folder / "embeddings.h5ad"), expected)
     assert [path.name for path in folder.iterdir()] == ["embeddings.h5ad"]
 
@@ -132,8 +132,23 @@ def test_where_it_is_not_known_what_was_computed_nothing_is_believed(
     assert result.exit_code == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
     assert len(errors) == 1
-    assert "run.json: truncated or damaged" in errors[0]
+    assert "run.json: truncated" in errors[0]
     assert "delete" in errors[0]
+
+
+@pytest.mark.parametrize("with_resume", [False, True])
+def test_results_of_which_nothing_says_what_they_are_are_refused_and_stay(
+    with_resume: bool, ended: Callable[[str], tuple[Path, anndata.AnnData]]
+) -> None:
+    kept, _ = ended("cell")
+    folder = shutil.copytree(kept, kept.with_name(f"unknown {with_resume}"))
+    parts = folder / "embeddings.h5ad.parts"
+    (parts / "run.json").unlink()
+    before = {path: path.read_bytes() for path in parts.iterdir()}
+    config = load_config(CHECKPOINT, {**options_for(folder, "cell"), "model.inference_config.resume": with_resume})
+    with pytest.raises(UsageError, match=r"holds results of an earlier run, but run\.json, .* is missing; delete"):
+        run([folder.parent / "cells.h5ad"], CHECKPOINT, config)
+    assert {path: path.read_bytes() for path in parts.iterdir()} == before
 
 
 def test_pieces_of_another_run_of_the_same_kind_are_not_believed(
@@ -211,7 +226,7 @@ def test_a_training_state_that_cannot_be_relied_on_is_refused(
     cells, ended_run, _ = trained
     folder = shutil.copytree(ended_run, tmp_path / "run")
     damage(folder / "state" / name, how)
-    with pytest.raises(TranscriptFormerError, match=rf"{name}: (truncated or damaged|cannot be read)"):
+    with pytest.raises(TranscriptFormerError, match=rf"{name}: (truncated|missing)"):
         fit(config_of(folder, cells, save_every=1, resume=True))
 
 

@@ -13,7 +13,7 @@ from tests.golden_cases import CELLS, CHECKPOINT, relative_error
 from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.config import Config, load_config
 from transcriptformer.inference import embed, run
-from transcriptformer.pooling import NO_GROUP, Pool, PoolWriter, drop_overlapping, read_pools, rows_pooled
+from transcriptformer.pooling import NO_GROUP, Pool, PoolWriter, read_pools, rows_pooled
 from transcriptformer.storage.atomic import temporary_path
 from transcriptformer.vocab import read_gene_ids
 
@@ -134,7 +134,7 @@ def test_saved_pools_of_all_attempts_and_processes_add_up_to_the_whole(tmp_path:
     first.add(batch([0, 2]))
     first.flush()
     first.add(batch([1]))  # lost: the process is killed before it saves
-    assert rows_pooled(tmp_path, 8).nonzero()[0].tolist() == [0, 2]
+    assert rows_pooled(tmp_path, "run", 8).nonzero()[0].tolist() == [0, 2]
     temporary_path(first.path).write_bytes(b"half a file")  # by a kill while it saved
     before = first.path.read_bytes()
     for process, rows in ((0, [1, 7]), (1, [3, 4]), (0, [5, 6])):
@@ -142,28 +142,45 @@ def test_saved_pools_of_all_attempts_and_processes_add_up_to_the_whole(tmp_path:
         for row in rows:
             again.add(batch([row]))
             again.flush()
-    assert rows_pooled(tmp_path, 8).all()
+    assert rows_pooled(tmp_path, "run", 8).all()
     assert first.path.read_bytes() == before
-    drop_overlapping(tmp_path, 8)
     whole, saved = new_pool(), new_pool()
     whole.add(batch(list(range(8))))
-    read_pools(tmp_path, saved)
+    read_pools(tmp_path, "run", saved)
     (table, means), (saved_table, saved_means) = table_of(whole), table_of(saved)
     pd.testing.assert_frame_equal(table, saved_table)
     np.testing.assert_allclose(means, saved_means, rtol=0, atol=1e-6)
 
 
-def test_cells_that_two_saved_pools_hold_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("can_be_deleted", [True, False])
+def test_cells_that_two_saved_pools_hold_count_once(
+    can_be_deleted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups = np.zeros(6, np.int32)
     for rows in ([0, 1], [1, 2], [3]):
         writer = PoolWriter(tmp_path, len(rows), Pool(groups, N_TOKENS, WIDTH), "run")
         writer.add(batch(rows))
         writer.flush()
-    drop_overlapping(tmp_path, 6)
-    assert "holds cells that another file holds too" in caplog.text
-    done = rows_pooled(tmp_path, 6)
-    assert done.nonzero()[0].tolist() in ([0, 1, 3], [1, 2, 3])
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError
+
+    if not can_be_deleted:
+        monkeypatch.setattr(Path, "unlink", refuse)
     saved, expected = Pool(groups, N_TOKENS, WIDTH), Pool(groups, N_TOKENS, WIDTH)
-    read_pools(tmp_path, saved)
+    done = read_pools(tmp_path, "run", saved)
+    assert "holds cells that another file holds too" in caplog.text
+    assert done.nonzero()[0].tolist() in ([0, 1, 3], [1, 2, 3])
     expected.add(batch(done.nonzero()[0].tolist()))
     np.testing.assert_allclose(table_of(saved)[1], table_of(expected)[1], rtol=0, atol=1e-6)
+
+
+def test_a_pool_that_could_not_take_a_batch_is_not_saved(tmp_path: Path) -> None:
+    writer = PoolWriter(tmp_path, 0, Pool(np.zeros(6, np.int32), N_TOKENS, WIDTH), "run")
+    writer.add(batch([0]))
+    writer.flush()
+    with pytest.raises(ValueError, match="broadcast"):
+        writer.add({**batch([1]), "cge_embeddings": np.zeros((len(batch([1])["genes"]), WIDTH + 1), np.float32)})
+    with pytest.raises(ValueError, match="broadcast"):
+        writer.flush()
+    assert rows_pooled(tmp_path, "run", 6).nonzero()[0].tolist() == [0]

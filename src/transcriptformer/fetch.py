@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import filelock
 import tenacity
 
-from transcriptformer.errors import DamagedError, DownloadError, OutputError
+from transcriptformer.errors import DownloadError, OutputError
 from transcriptformer.storage.atomic import atomic_write, remove, temporary_path
 from transcriptformer.storage.sealed import read_json, sealed_json
 
@@ -272,10 +272,13 @@ class Stretch:
     def is_as_written(self, path: Path) -> bool:
         """Whether the bytes on disk are those that arrived."""
         crc, left = 0, self.next - self.start
-        with path.open("rb") as file:
-            file.seek(self.start)
-            while left > 0 and (block := file.read(min(left, 2**20))):
-                crc, left = zlib.crc32(block, crc), left - len(block)
+        try:
+            with path.open("rb") as file:
+                file.seek(self.start)
+                while left > 0 and (block := file.read(min(left, 2**20))):
+                    crc, left = zlib.crc32(block, crc), left - len(block)
+        except OSError:
+            return False
         return left == 0 and crc == self.crc
 
     @property
@@ -356,6 +359,8 @@ class PartialFile:
     def _left_over(self) -> list[Stretch]:
         """Stretches of an earlier try, if they are of the same version and undamaged; else none."""
         found = _read_journal(self.target)
+        if found is None and self.journal.exists():
+            logger.warning("%s: damaged; the file is fetched from its beginning", self.journal)
         if not (self.version and found and (found.version, found.size) == (self.version, self.size)):
             return []
         for stretch in found.stretches:
@@ -385,7 +390,7 @@ def _read_journal(target: Path) -> _Journal | None:
         furthest = max(stretch.next if stretch.next > stretch.start else 0 for stretch in stretches)
         is_there = part_of(target).stat().st_size >= furthest
         return _Journal(found["version"], found["size"], stretches) if is_there else None
-    except (DamagedError, OSError, ValueError, KeyError, TypeError):
+    except (OutputError, OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -20,11 +20,11 @@ from transcriptformer.device import compute_dtype
 from transcriptformer.errors import DamagedError, OutputError
 from transcriptformer.inputs import Inputs
 from transcriptformer.output import pooled_to_anndata, provenance_of, write_anndata, write_cells
-from transcriptformer.pooling import POOLS, Pool, PoolWriter, drop_overlapping, read_pools, rows_pooled
+from transcriptformer.pooling import Pool, PoolWriter, read_pools, rows_pooled, rows_saved
 from transcriptformer.recording import Recorder, Recording, layout_of
 from transcriptformer.runtime.signals import RESUME
 from transcriptformer.storage.atomic import check_room
-from transcriptformer.storage.results import Pieces, PieceWriter, drop_damaged
+from transcriptformer.storage.results import Pieces, PieceWriter, kept_pieces, open_pieces
 from transcriptformer.storage.workspace import Workspace, flat
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class FileRun(pl.LightningDataModule):
         self.locations, self.checkpoint, self.workspace = locations, checkpoint, workspace
         self.weights_sha256, self.recording, self.processes_per_node = weights_sha256, recording, processes_per_node
         self.inference = checkpoint.config.model.inference_config
+        self.inputs_at_first = self._identify_inputs()  # before they are opened
         self.inputs = Inputs(locations, checkpoint)
         self.layout = layout_of(self.inference, checkpoint.width, checkpoint.label_head is not None)
         self.survey: Survey | None = None
@@ -87,16 +88,12 @@ class FileRun(pl.LightningDataModule):
                 **{key: value for key, value in flat(asdict(self.checkpoint.config)) if key not in _FREE_TO_CHANGE},
                 "type of matrix products": str(compute_dtype(self.inference.precision, self.checkpoint.device)),
             },
-            "inputs": self._inputs_at_first,
+            "inputs": self.inputs_at_first,
             "pretrained embeddings": [identify_file(Path(file)) for file in self.inference.pretrained_embedding],
             "checkpoint": {"weights": self.weights_sha256(), **self.checkpoint.identify_vocabularies()},
         }
 
-    @cached_property
-    def _inputs_at_first(self) -> list[dict[str, str]]:
-        return self._inputs()
-
-    def _inputs(self) -> list[dict[str, str]]:
+    def _identify_inputs(self) -> list[dict[str, str]]:
         return [identify(location) for location in self.locations]
 
     def prepare_data(self) -> None:
@@ -104,14 +101,13 @@ class FileRun(pl.LightningDataModule):
         if self.workspace.exists:
             self.workspace.check_same(self.identity)
             self.survey = self._kept_survey()
-            self._drop_unusable()
         else:
-            assert self._inputs_at_first  # before they are read
+            self.workspace.refuse_unknown()
             self.inputs.check_obs(as_zarr=self.workspace.output.suffix == ".zarr")
             self.survey = self._new_survey()
             with self.workspace.create(self.identity):
                 self.survey.save(self._survey_file)
-        self.workspace.note_done(self._is_done())
+        self.workspace.note_done(self._is_done(self.survey.n_kept))
 
     def _kept_survey(self) -> Survey:
         try:
@@ -153,8 +149,8 @@ class FileRun(pl.LightningDataModule):
         if self.survey is None:
             return None
         try:
-            n_done = int(self._is_done().sum())
-        except DamagedError as error:
+            n_done = self._count_kept(self.survey.n_kept)
+        except OutputError as error:
             logger.warning("%s", error)
             return None
         if n_done == 0:
@@ -172,28 +168,22 @@ class FileRun(pl.LightningDataModule):
         """
         assert self.survey is not None
         survey = self.survey
-        self._drop_unusable()
-        missing = survey.n_kept - int(self._is_done().sum())
-        if missing:
+        if self._identify_inputs() != self.inputs_at_first:
+            self.workspace.remove()  # lest a resumed run believes it, once the input is as it was
             raise OutputError(
-                f"{self.workspace.folder}: {missing} of {survey.n_kept} cells are missing: another process was "
-                "killed, or what was kept is damaged; run the same command with --resume"
+                f"an input was changed while it was read ({', '.join(map(str, self.locations))}); what was computed is "
+                "deleted; run the command again"
             )
-        if self._inputs() != self._inputs_at_first:
-            raise OutputError(
-                f"an input was changed while it was read ({', '.join(map(str, self.locations))}); "
-                f"delete {self.workspace.folder} and run the command again"
-            )
-        sha256 = self.weights_sha256()
-        provenance = provenance_of(self.locations, self.checkpoint, sha256, self.identity)
+        provenance = provenance_of(self.locations, self.checkpoint, self.weights_sha256(), self.identity)
         names, output = self.checkpoint.gene_vocab.names(), self.workspace.output
         if self.inference.cge_pool is not None:
             pool = self._new_pool()
-            read_pools(self.workspace.folder, pool)
+            self._refuse_gaps(read_pools(self.workspace.folder, self.workspace.run_id, pool))
             table = pool.table(names, self.inputs.groups(survey)[1], self.inputs.group_column)
             write_anndata(pooled_to_anndata(*table, provenance), output)
         else:
-            pieces = Pieces(self.workspace.folder, self.layout)
+            pieces = Pieces(kept_pieces(self.workspace.folder, self.workspace.run_id), self.layout)
+            self._refuse_gaps(pieces.is_done(survey.n_kept))
             advice = "; everything is computed and kept: make room, then run the same command with --resume"
             check_room(output, pieces.n_bytes, advice)
             obs_blocks, label_head = partial(self.inputs.obs_blocks, survey), self.checkpoint.label_head
@@ -204,23 +194,26 @@ class FileRun(pl.LightningDataModule):
     def _survey_file(self) -> Path:
         return self.workspace.folder / "survey.safetensors"
 
-    def _drop_unusable(self) -> None:
-        """Delete what is kept and cannot be relied on."""
-        assert self.survey is not None
+    def _is_done(self, n_cells: int) -> np.ndarray:
+        """Mask of the kept cells (cells,) whose results are safely on disk and as they were written."""
         folder, run = self.workspace.folder, self.workspace.run_id
-        if self.inference.cge_pool is None:
-            drop_damaged(folder, Pieces.PATTERN, run)
-        else:
-            drop_damaged(folder, POOLS, run)
-            drop_overlapping(folder, self.survey.n_kept)
-
-    def _is_done(self) -> np.ndarray:
-        """Mask of the kept cells whose results are safely on disk."""
-        assert self.survey is not None
-        n_cells = self.survey.n_kept
         if self.inference.cge_pool is not None:
-            return rows_pooled(self.workspace.folder, n_cells)
-        return Pieces(self.workspace.folder, self.layout).is_done(n_cells)
+            return rows_pooled(folder, run, n_cells)
+        return Pieces(kept_pieces(folder, run), self.layout).is_done(n_cells)
+
+    def _count_kept(self, n_cells: int) -> int:
+        """Cells whose results are on disk, without reading them."""
+        if self.inference.cge_pool is not None:
+            return int(rows_saved(self.workspace.folder, n_cells).sum())
+        return len(Pieces(open_pieces(self.workspace.folder), self.layout).rows)
+
+    def _refuse_gaps(self, is_done: np.ndarray) -> None:
+        n_missing = len(is_done) - int(is_done.sum())
+        if n_missing:
+            raise OutputError(
+                f"{self.workspace.folder}: {n_missing} of {len(is_done)} cells are missing: another process was "
+                "killed, or what was kept is damaged; run the same command with --resume"
+            )
 
     def _new_pool(self) -> Pool:
         assert self.survey is not None

@@ -1,21 +1,17 @@
 """Contextual gene embeddings pooled as they come: a mean vector and a count per gene, or per gene and group."""
 
-import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from transcriptformer.errors import OutputError
+from transcriptformer.errors import DamagedError, OutputError
 from transcriptformer.output import GENE_COLUMN, N_CELLS_COLUMN
-from transcriptformer.storage.atomic import remove
-from transcriptformer.storage.results import RUN, SECONDS_AT_RISK, cannot_keep
+from transcriptformer.storage.results import RUN, SECONDS_AT_RISK, cannot_keep, drop, open_of_run
 from transcriptformer.storage.sealed import SealedFile, write_sealed
-
-logger = logging.getLogger(__name__)
 
 NO_GROUP = -1
 """Cells of this group are left out."""
@@ -61,11 +57,12 @@ class Pool:
 
     def add_sums(self, keys: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
         """Take what has been summed elsewhere, each key once."""
-        slots = np.array([self.slots.setdefault(key, len(self.slots)) for key in keys.tolist()], np.int64)
-        if len(self.slots) > len(self.counts):
-            room = max(len(self.slots), 3 * len(self.counts) // 2)
+        n_slots = len(self.slots) + sum(key not in self.slots for key in keys.tolist())
+        if n_slots > len(self.counts):  # first, for memory may not suffice
+            room = max(n_slots, 3 * len(self.counts) // 2)
             self.sums = np.concatenate([self.sums, np.zeros((room - len(self.sums), self.sums.shape[1]))])
             self.counts = np.concatenate([self.counts, np.zeros(room - len(self.counts), np.int64)])
+        slots = np.array([self.slots.setdefault(key, len(self.slots)) for key in keys.tolist()], np.int64)
         self.sums[slots] += sums
         self.counts[slots] += counts
 
@@ -136,7 +133,7 @@ class PoolWriter:
         self.path, self.run = folder / f"pool-{process:05}-{secrets.token_hex(4)}.safetensors", run
         self.pool, self.rows = pool, np.zeros(len(pool.group_of_row), bool)
         self.last_saved, self.seconds_to_save, self.n_unsaved = time.monotonic(), 0.0, 0
-        self.failure: OutputError | None = None
+        self.failure: Exception | None = None
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
         """Take the results of a batch; saving takes at most about a twentieth of the time.
@@ -148,7 +145,11 @@ class PoolWriter:
         """
         if self.failure is not None:
             raise self.failure
-        self.pool.add(values)
+        try:
+            self.pool.add(values)
+        except Exception as error:  # such as a lack of memory, which leaves a part of them added
+            self.failure = error
+            raise
         self.rows[values["rows"]] = True
         self.n_unsaved += len(values["rows"])
         if time.monotonic() - self.last_saved > max(SECONDS_AT_RISK, 20 * self.seconds_to_save):
@@ -181,28 +182,44 @@ class PoolWriter:
         self.last_saved = time.monotonic()
 
 
-def drop_overlapping(folder: Path, n_rows: int) -> None:
-    """Delete saved pools with a row that another one has too, as a process that outlived its run may leave them."""
-    taken = np.zeros(n_rows, bool)
-    for path in sorted(folder.glob(POOLS)):
-        rows = np.unpackbits(SealedFile(path).read("rows"), count=n_rows).astype(bool)
-        if (taken & rows).any():
-            logger.warning("%s: holds cells that another file holds too; its results are computed again", path)
-            remove(path)
-        else:
-            taken |= rows
-
-
-def rows_pooled(folder: Path, n_rows: int) -> np.ndarray:
-    """Mask (n_rows,) of the rows that the saved pools in a folder have taken."""
+def rows_saved(folder: Path, n_rows: int) -> np.ndarray:
+    """Mask (n_rows,) of the rows in saved pools, unverified: enough to count them."""
     done = np.zeros(n_rows, bool)
     for path in folder.glob(POOLS):
         done |= np.unpackbits(SealedFile(path).read("rows"), count=n_rows).astype(bool)
     return done
 
 
-def read_pools(folder: Path, pool: Pool) -> None:
-    """Add all saved pools in a folder to `pool`."""
+def rows_pooled(folder: Path, run: str, n_rows: int) -> np.ndarray:
+    """Mask (n_rows,) of the rows in the saved pools of a run that can be used."""
+    done = np.zeros(n_rows, bool)
+    for _ in _usable_pools(folder, run, done):
+        pass
+    return done
+
+
+def read_pools(folder: Path, run: str, pool: Pool) -> np.ndarray:
+    """Add the saved pools of a run to `pool`; the mask of the rows that it has taken."""
+    done = np.zeros(len(pool.group_of_row), bool)
+    for saved in _usable_pools(folder, run, done):
+        pool.add_sums(saved["keys"], saved["sums"], saved["counts"])
+    return done
+
+
+def _usable_pools(folder: Path, run: str, done: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """Saved pools, whose rows are noted in `done` (rows,); unusable ones are told of and deleted, if they can be.
+
+    A process that outlives its run may save a pool at any time, with rows that another process has computed again.
+    """
     for path in sorted(folder.glob(POOLS)):
-        saved = SealedFile(path)
-        pool.add_sums(saved.read("keys"), saved.read("sums"), saved.read("counts"))
+        try:
+            saved = open_of_run(path, run).read_verified()
+        except DamagedError as error:
+            drop(path, str(error))
+            continue
+        rows = np.unpackbits(saved["rows"], count=len(done)).astype(bool)
+        if (done & rows).any():
+            drop(path, f"{path}: holds cells that another file holds too")
+            continue
+        done |= rows
+        yield saved

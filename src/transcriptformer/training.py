@@ -249,7 +249,9 @@ def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, 
     start = [Path(file) for file in training.protein_embeddings]
     if training.checkpoint_path is not None:
         folder = Path(training.checkpoint_path)
-        start += [folder / "model_weights.pt", *sorted((folder / "vocabs").iterdir()), *folder.glob(LABEL_HEAD)]
+        data = config.model.data_config
+        vocabularies = [*data.esm2_mappings, *(f"{column}_vocab.json" for column in data.aux_cols)]
+        start += [folder / "model_weights.pt", *folder.glob(LABEL_HEAD), *(folder / "vocabs" / v for v in vocabularies)]
     return {
         "settings": {key: value for key, value in flat(asdict(config)) if key not in _FREE_TO_CHANGE},
         "streams": n_streams,

@@ -66,7 +66,7 @@ class TrainingFolder:
             try:
                 check_same(read_json(self.run), identity, self.path)
             except DamagedError as error:
-                raise DamagedError(f"{error}; delete {self.path} to begin anew") from error
+                raise DamagedError(f"{error}; name another folder by --output-path to begin anew") from error
             return
         if resume and self.run.is_file():
             logger.warning("%s: missing; training begins anew", self.last)

@@ -15,7 +15,7 @@ import pytest
 from transcriptformer.errors import OutputError
 from transcriptformer.output import write_cells
 from transcriptformer.storage.hdf5 import new_hdf5
-from transcriptformer.storage.results import Field, Pieces, PieceWriter
+from transcriptformer.storage.results import Field, Pieces, PieceWriter, kept_pieces
 
 N_CELLS, WIDTH = 3000, 24
 
@@ -55,7 +55,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
 
     def write_result() -> None:
         blocks = [obs.iloc[start : start + 500] for start in range(0, N_CELLS, 500)]
-        results = Pieces(tmp_path, layout)
+        results = Pieces(kept_pieces(tmp_path, "run"), layout)
         write_cells(tmp_path / "out" / "x.h5ad", N_CELLS, lambda: iter(blocks), results, np.array([]), {"made": "here"})
 
     return write_result

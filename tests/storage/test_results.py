@@ -13,7 +13,7 @@ from tests.golden_cases import CHECKPOINT
 from transcriptformer.config import load_config
 from transcriptformer.errors import OutputError
 from transcriptformer.recording import layout_of
-from transcriptformer.storage.results import Field, Pieces, PieceWriter, drop_damaged
+from transcriptformer.storage.results import N_GENES, Field, Layout, Pieces, PieceWriter, kept_pieces
 from transcriptformer.storage.sealed import SealedFile
 
 PER_CELL = {"embeddings": Field("float32", 3), "llh": Field("float32")}
@@ -53,6 +53,10 @@ def write_pieces(
     return writer
 
 
+def read(folder: Path, layout: Layout) -> Pieces:
+    return Pieces(kept_pieces(folder, RUN), layout)
+
+
 def assert_reads(pieces: Pieces, start: int, stop: int) -> None:
     expected = results(pieces.rows[start:stop].tolist())
     for name, field in pieces.layout.items():
@@ -90,7 +94,7 @@ def test_cells_come_in_their_order_from_any_parts(
         patch.setattr("transcriptformer.storage.results._GAP", gap)
         for process, batches in parts:
             write_pieces(Path(folder), *batches, layout=layout, process=process)
-        table = Pieces(Path(folder), layout)
+        table = read(Path(folder), layout)
         assert table.rows.tolist() == list(range(n_rows))
         assert table.is_done(n_rows + 2).tolist() == [True] * n_rows + [False] * 2
         stored = [SealedFile(path).read(name) for path in Path(folder).iterdir() for name in layout]
@@ -111,12 +115,48 @@ def test_a_damaged_or_foreign_piece_is_dropped_and_told_and_the_others_stay(
     flipped = content[:-1] + bytes([content[-1] ^ 1])
     damaged = {"flip": flipped, "cut": content[:-9], "empty": b"", "not ours": b"\xff" * 100}
     path.write_bytes(damaged.get(damage, content))
-    drop_damaged(tmp_path, Pieces.PATTERN, RUN)
+    pieces = read(tmp_path, PER_GENE)
     assert f"{path}: " in caplog.text
     assert "computed again" in caplog.text
-    pieces = Pieces(tmp_path, PER_GENE)
     assert pieces.rows.tolist() == [3, 14]
     assert_reads(pieces, 0, 2)
+
+
+def test_a_damaged_piece_is_not_used_even_if_it_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = write_pieces(tmp_path, [3, 14], [7])
+    path = tmp_path / f"{writer.stem}-000000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert read(tmp_path, PER_GENE).rows.tolist() == [7]
+
+
+def test_a_piece_that_cannot_be_read_now_is_not_deleted(tmp_path: Path) -> None:
+    write_pieces(tmp_path, [3, 14])
+    path = next(tmp_path.iterdir())
+    path.rename(tmp_path / "piece")
+    path.symlink_to(path.name)  # which the operating system follows for a while
+    with pytest.raises(OutputError, match=r"cannot be read \(Too many levels of symbolic links\)"):
+        read(tmp_path, PER_GENE)
+    assert path.is_symlink()
+
+
+@pytest.mark.parametrize("broken", ["embeddings", "genes", N_GENES])
+def test_a_batch_that_cannot_be_taken_ends_the_writing(broken: str, tmp_path: Path) -> None:
+    """None of its fields may be taken for those of the next batch."""
+    layout = {**PER_GENE, "embeddings": Field("float32", 3)}
+    writer = write_pieces(tmp_path, [1, 2], layout=layout)
+    with pytest.raises((ValueError, AssertionError)):
+        writer.add({**results([3, 4]), broken: results([3])[broken] if broken != N_GENES else ["many", "few"]})  # type: ignore[dict-item]
+    for go_on in (lambda: writer.add(results([5, 6])), writer.flush):
+        with pytest.raises((ValueError, AssertionError)):
+            go_on()
+    assert read(tmp_path, layout).rows.tolist() == [1, 2]
 
 
 def test_a_writer_that_has_failed_takes_nothing_more(tmp_path: Path) -> None:
@@ -132,7 +172,7 @@ def test_a_writer_that_has_failed_takes_nothing_more(tmp_path: Path) -> None:
         writer.add(results([4]))
     with pytest.raises(OutputError, match="results cannot be written"):
         writer.flush()
-    assert Pieces(folder, PER_GENE).rows.tolist() == [1, 2]
+    assert read(folder, PER_GENE).rows.tolist() == [1, 2]
 
 
 def test_a_new_attempt_leaves_older_pieces_as_they_are(tmp_path: Path) -> None:
@@ -145,19 +185,19 @@ def test_a_new_attempt_leaves_older_pieces_as_they_are(tmp_path: Path) -> None:
     after = contents(tmp_path)
     assert {name: after[name] for name in before} == before
     assert len(after) == 4
-    assert Pieces(tmp_path, PER_GENE).rows.tolist() == [1, 2, 3, 4, 5]
+    assert read(tmp_path, PER_GENE).rows.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_row_that_two_attempts_have_comes_once(tmp_path: Path) -> None:
     write_pieces(tmp_path, [1, 2, 3])
     write_pieces(tmp_path, [3, 2, 14])
-    pieces = Pieces(tmp_path, PER_GENE)
+    pieces = read(tmp_path, PER_GENE)
     assert pieces.rows.tolist() == [1, 2, 3, 14]
     assert_reads(pieces, 0, 4)
 
 
 def test_a_folder_without_pieces_has_no_rows(tmp_path: Path) -> None:
-    pieces = Pieces(tmp_path, PER_GENE)
+    pieces = read(tmp_path, PER_GENE)
     assert (len(pieces.rows), pieces.n_bytes) == (0, 0)
     assert not pieces.is_done(3).any()
 
@@ -168,10 +208,10 @@ def test_results_wait_in_memory_neither_long_nor_in_great_number(
 ) -> None:
     writer = PieceWriter(tmp_path, 0, PER_CELL, RUN)
     writer.add(results([1, 2, 3]))
-    assert len(Pieces(tmp_path, PER_CELL).rows) == 0
+    assert len(read(tmp_path, PER_CELL).rows) == 0
     monkeypatch.setattr(f"transcriptformer.storage.results.{limit}", value)
     writer.add(results([4, 5]))
-    assert Pieces(tmp_path, PER_CELL).rows.tolist() == [1, 2, 3, 4, 5]
+    assert read(tmp_path, PER_CELL).rows.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_folder_that_went_away_is_an_error(tmp_path: Path) -> None:

@@ -47,20 +47,20 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
     for place in range(len(whole)):
         for bit in range(8):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
-            with pytest.raises(DamagedError, match=f"{path}: truncated or damaged"):
+            with pytest.raises(DamagedError, match=f"{path}: truncated, damaged"):
                 read_sealed(path)
         path.write_bytes(whole[:place])
-        with pytest.raises(DamagedError, match=f"{path}: truncated or damaged"):
+        with pytest.raises(DamagedError, match=f"{path}: truncated, damaged"):
             read_sealed(path)
     path.write_bytes(whole + b"\0")
-    with pytest.raises(DamagedError, match=f"{path}: truncated or damaged"):
+    with pytest.raises(DamagedError, match=f"{path}: truncated, damaged"):
         read_sealed(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DamagedError, match=r"x: cannot be read \(No such file or directory\)"):
+    with pytest.raises(DamagedError, match=r"x: missing"):
         read_sealed(tmp_path / "x")
-    with pytest.raises(DamagedError, match=r"x: cannot be read \(No such file or directory\)"):
+    with pytest.raises(DamagedError, match=r"x: missing"):
         read_json(tmp_path / "x")
 
 
@@ -80,5 +80,5 @@ def test_json_comes_back_and_every_change_is_noticed(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for change in (text.replace("2.5", "2.6"), text[:-2], "", "[]", "[" * 100_000):
         path.write_text(change, encoding="utf-8")
-        with pytest.raises(DamagedError, match=r"x\.json: truncated or damaged"):
+        with pytest.raises(DamagedError, match=r"x\.json: truncated, damaged"):
             read_json(path)

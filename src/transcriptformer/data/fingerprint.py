@@ -75,18 +75,13 @@ def fingerprint(location: Location) -> str:
 
 
 def identify(location: Location) -> dict[str, str]:
-    """What tells one input from another: its name, for messages, and the fingerprint of its cells."""
-    name = str(location) if is_url(location) else _file_name(Path(location))
-    return {"name": name, "content": fingerprint(location)}
+    """What tells one input from another: its content, under any name."""
+    return {"content": fingerprint(location)}
 
 
 def identify_file(path: Path) -> dict[str, str]:
     """The same for a file of any other kind."""
-    return {"name": _file_name(path), "content": fingerprint_file(path)}
-
-
-def _file_name(path: Path) -> str:
-    return path.name.encode(errors="replace").decode()  # a path may hold bytes that are not text
+    return {"content": fingerprint_file(path)}
 
 
 def fingerprint_file(path: Path) -> str:

@@ -27,7 +27,7 @@ from transcriptformer.proteins.workers import EMBEDDINGS, Batch, Job, embed_batc
 from transcriptformer.runtime.signals import RESUME, tell
 from transcriptformer.runtime.watchdog import Watchdog
 from transcriptformer.storage.atomic import check_room
-from transcriptformer.storage.results import Pieces, drop_damaged
+from transcriptformer.storage.results import Pieces, kept_pieces, open_pieces
 from transcriptformer.storage.workspace import Workspace, differences
 from transcriptformer.vocab import read_protein_embeddings, write_protein_embeddings
 
@@ -230,7 +230,7 @@ def _identify(
         "proteins": proteins.hexdigest(),
         "model": {
             "name": folder.resolve().name if Path(settings.model).is_dir() else settings.model,
-            "weights": [identify_file(path) for path in weight_files(folder)],
+            "files": [identify_file(path) for path in (folder / "config.json", *weight_files(folder))],
             "layer": layer,
         },
         "settings": {
@@ -256,8 +256,8 @@ def _open(workspace: Workspace, identity: dict[str, Any]) -> None:
     """Make the folder of the results, or see that what is there is of this very run."""
     if workspace.exists:
         workspace.check_same(identity)
-        drop_damaged(workspace.folder, Pieces.PATTERN, workspace.run_id)
     else:
+        workspace.refuse_unknown()
         with workspace.create(identity):
             pass
 
@@ -271,7 +271,7 @@ def _compute(
 ) -> int:
     """Embed every sequence that is not kept yet, and tell how many there were."""
     total = len(proteome.sequences)
-    is_done = Pieces(job.pieces, job.layout).is_done(total)
+    is_done = Pieces(kept_pieces(job.pieces, job.run), job.layout).is_done(total)
     tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[devices[0].type]
     batches = plan_batches(proteome, tokens_per_batch, settings.max_length)
     batches = [batch for batch in batches if not is_done[batch.rows].all()]
@@ -290,8 +290,7 @@ def _compute(
 
 
 def _write(output: Path, proteome: Proteome, job: Job, identity: dict[str, Any]) -> None:
-    drop_damaged(job.pieces, Pieces.PATTERN, job.run)
-    pieces, total = Pieces(job.pieces, job.layout), len(proteome.sequences)
+    pieces, total = Pieces(kept_pieces(job.pieces, job.run), job.layout), len(proteome.sequences)
     n_missing = total - len(pieces.rows)
     if n_missing:
         raise OutputError(f"{job.pieces}: {n_missing} of {total} sequences are missing; run the same with --resume")
@@ -304,7 +303,11 @@ def _write(output: Path, proteome: Proteome, job: Job, identity: dict[str, Any])
 
 def _what_is_kept(workspace: Workspace, job: Job, total: int) -> str | None:
     """Say what a run that ends early leaves behind; a workspace without results goes."""
-    n_done = len(Pieces(job.pieces, job.layout).rows)
+    try:
+        n_done = len(Pieces(open_pieces(job.pieces), job.layout).rows)
+    except OutputError as error:
+        logger.warning("%s", error)
+        return None
     if n_done == 0:
         workspace.remove()
         return None

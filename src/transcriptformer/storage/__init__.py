@@ -1,1 +1,1 @@
-"""What is on disk is whole: atomic files, sealed files, results on their way, and whose run a folder holds."""
+"""Files on disk: atomic writes, checksums, intermediate results, and the lock of a run."""

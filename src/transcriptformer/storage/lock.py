@@ -1,5 +1,6 @@
-"""One run at a time in a folder, and which one it is."""
+"""A lock that keeps a second run out of a folder and names the first one."""
 
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,10 @@ PATIENCE = 15.0
 """Seconds to wait for the processes of a killed run, which notice its end within some seconds."""
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+"""Errors of file systems without locks."""
+
+
 class RunLock:
     """A lock file that names the process that holds it; it goes when the run ends, however it ends.
 
@@ -30,7 +35,7 @@ class RunLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._lock = path, filelock.FileLock(path)
+        self.path, self._lock = path, filelock.FileLock(path, fallback_to_soft=False)
 
     def acquire(self, place: Path) -> None:
         """Keep other runs out of `place` until `release`, or until this process ends.
@@ -45,7 +50,9 @@ class RunLock:
         with writing(self.path):
             try:
                 self._acquire(place)
-            except NotImplementedError:
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
                 logger.warning("%s: files cannot be locked here; do not start a second run of the same", place)
                 return
         with suppress(OSError):
@@ -53,7 +60,7 @@ class RunLock:
             self.path.write_text(json.dumps(holder), encoding="utf-8")
 
     def release(self) -> None:
-        """Let other runs in."""
+        """Release the lock and delete its file."""
         if self._lock.is_locked:
             with suppress(OSError):  # Windows deletes no open file
                 self.path.unlink(missing_ok=True)  # while it is held: whoever gets a lock on it then tries again

@@ -1,4 +1,4 @@
-"""Results on their way: sealed, immutable pieces, so that a killed run loses a few seconds of work and nothing else.
+"""Intermediate results: sealed, immutable pieces, so that a killed run loses a few seconds of work and nothing else.
 
 Each flush writes one file with some rows and all their fields. A piece is whole or not there: pieces depend neither on
 each other nor on their order.
@@ -7,7 +7,7 @@ each other nor on their order.
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 ROWS, N_GENES, LABEL, LABEL_PROBABILITY = "rows", "n_genes", "label", "label_probability"
 """Names of results that more than one place knows."""
+
+PIECES = "piece-*.safetensors"
+"""Names of the pieces in a folder."""
 
 RUN = "run"
 """Metadata of a piece: the run that it belongs to."""
@@ -89,7 +92,7 @@ class PieceWriter:
         self.stem, self.n_pieces = f"piece-{process:05}-{secrets.token_hex(4)}", 0
         self.waiting: dict[str, list[np.ndarray]] = {name: [] for name in self.layout}
         self.n_bytes, self.last_flush = 0, time.monotonic()
-        self.failure: OutputError | None = None
+        self.failure: Exception | None = None
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
         """Take the results of a batch, by name of the field.
@@ -101,8 +104,13 @@ class PieceWriter:
         """
         if self.failure is not None:
             raise self.failure
-        for name, field in self.layout.items():
-            array = np.ascontiguousarray(values[name], dtype=field.dtype)
+        try:
+            arrays = {name: np.ascontiguousarray(values[name], field.dtype) for name, field in self.layout.items()}
+            _check_lengths(arrays, self.layout)
+        except Exception as error:  # such as a lack of memory: batches that come later must not take its place
+            self.failure = error
+            raise
+        for name, array in arrays.items():
             self.waiting[name].append(array)
             self.n_bytes += array.nbytes
         if self.n_bytes > BYTES_AT_RISK or time.monotonic() - self.last_flush > SECONDS_AT_RISK:
@@ -131,6 +139,14 @@ class PieceWriter:
         self.n_bytes, self.last_flush = 0, time.monotonic()
 
 
+def _check_lengths(arrays: Mapping[str, np.ndarray], layout: Layout) -> None:
+    n_rows = len(arrays[ROWS])
+    n_genes = int(arrays[N_GENES].sum()) if N_GENES in arrays else 0
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if lengths != {name: n_genes if field.per_gene else n_rows for name, field in layout.items()}:
+        raise AssertionError(f"results of {n_rows} cells and {n_genes} genes have lengths {lengths}")
+
+
 def cannot_keep(folder: Path, error: OutputError) -> OutputError:
     """What to say where results cannot be written."""
     return OutputError(
@@ -145,28 +161,51 @@ def cause_of(error: OutputError) -> str:
     return str((isinstance(cause, OSError) and cause.strerror) or error)
 
 
-def drop_damaged(folder: Path, pattern: str, run: str) -> None:
-    """Delete files that are not whole or not of this run; what they held is computed again."""
-    for path in sorted(folder.glob(pattern)):
+def kept_pieces(folder: Path, run: str) -> list[SealedFile]:
+    """Pieces of this run, each verified; others are told of and deleted, if they can be.
+
+    Raises
+    ------
+    OutputError
+        If one cannot be read, which does not say that it is damaged.
+    """
+    files = []
+    for path in sorted(folder.glob(PIECES)):
         try:
-            file = SealedFile(path)
+            file = open_of_run(path, run)
             file.verify()
-            if file.metadata.get(RUN) == run:
-                continue
-            problem = f"{path}: of another run"
+            files.append(file)
         except DamagedError as error:
-            problem = str(error)
-        logger.warning("%s; its results are computed again", problem)
-        remove(path)
+            drop(path, str(error))
+    return files
+
+
+def open_pieces(folder: Path) -> list[SealedFile]:
+    """All pieces, unverified: enough to count what is there."""
+    return [SealedFile(path) for path in sorted(folder.glob(PIECES))]
+
+
+def open_of_run(path: Path, run: str) -> SealedFile:
+    """Open what a run has kept; DamagedError if it is of another run."""
+    file = SealedFile(path)
+    if file.metadata.get(RUN) != run:
+        raise DamagedError(f"{path}: of another run")
+    return file
+
+
+def drop(path: Path, problem: str) -> None:
+    """Say that a file is not used, and why, and delete it, if that is possible."""
+    logger.warning("%s; its results are computed again", problem)
+    remove(path)
 
 
 class Pieces:
-    """Reads the pieces in a folder as one table, in the order of rows.
+    """Reads pieces as one table, in the order of rows.
 
     Parameters
     ----------
-    folder
-        Of the pieces.
+    files
+        The pieces; see `kept_pieces`.
     layout
         The results there are.
 
@@ -176,18 +215,10 @@ class Pieces:
         Rows that are there, ascending, each once.
     n_genes
         Genes of each of them with a record of their own (rows,).
-
-    Raises
-    ------
-    DamagedError
-        If a piece is damaged such that it cannot be opened; see `drop_damaged`.
     """
 
-    PATTERN = "piece-*.safetensors"
-
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        self.layout = layout
-        self.files = [SealedFile(path) for path in sorted(folder.glob(self.PATTERN))]
+    def __init__(self, files: Sequence[SealedFile], layout: Layout) -> None:
+        self.files, self.layout = files, layout
         rows = [file.read(ROWS) for file in self.files]
         lengths = [len(part) for part in rows]
         piece = np.repeat(np.arange(len(rows), dtype=np.int32), lengths)

@@ -6,14 +6,16 @@ large ones must neither be copied in memory to be written nor mapped to be read 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from transcriptformer.errors import DamagedError, one_line
+from transcriptformer.errors import DamagedError, OutputError, one_line
 from transcriptformer.storage.atomic import atomic_write
 
 Arrays = Mapping[str, np.ndarray | Sequence[np.ndarray]]
@@ -34,12 +36,25 @@ _MOST_HEADER = 2**20
 _CHUNK = 2**20
 
 
+_NOT_AS_WRITTEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 class Stored(NamedTuple):
     """Where an array lies in a sealed file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def n_items(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size."""
+        return self.n_items * self.dtype.itemsize
 
 
 def write_sealed(path: Path, arrays: Arrays, metadata: Mapping[str, str] | None = None) -> None:
@@ -95,38 +110,37 @@ class SealedFile:
     Raises
     ------
     DamagedError
-        If it cannot be read, or is not a sealed file.
+        If it is missing or not a sealed file.
+    OutputError
+        If it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self._header = file.read(length) if length <= _MOST_HEADER else b""
+        with _reading(path), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header = file.read(length) if length <= _MOST_HEADER else b""
+            self.size = os.fstat(file.fileno()).st_size
             header = json.loads(self._header)
             self.metadata: dict[str, str] = header.pop(_METADATA)
-            self._seal = self.metadata.pop(_SEAL)
-            self.arrays = {
-                name: Stored(_DTYPES[a["dtype"]], tuple(a["shape"]), 8 + length + int(a["data_offsets"][0]))
-                for name, a in header.items()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise damaged(path, error) from error
+            self._seal = self.metadata.pop(_SEAL).encode()
+            self.arrays = {name: self._stored(8 + length, **array) for name, array in header.items()}
+
+    def _stored(self, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
+        first, last = data_offsets
+        stored = Stored(_DTYPES[dtype], tuple(map(int, shape)), start + first)
+        if stored.n_bytes != last - first or not start <= stored.offset <= start + last <= self.size:
+            raise ValueError("an array lies outside of it")
+        return stored
 
     def verify(self) -> None:
         """Read all of it and raise DamagedError where a single bit differs from what was written."""
-        digest = hashlib.sha256(len(self._header).to_bytes(8, "little"))
-        digest.update(self._header.replace(self._seal.encode(), _NO_SEAL.encode(), 1))
-        try:
-            with self.path.open("rb") as file:
-                file.seek(8 + len(self._header))
-                while block := file.read(_CHUNK):
-                    digest.update(block)
-        except OSError as error:
-            raise damaged(self.path, error) from error
-        if digest.hexdigest() != self._seal:
-            raise damaged(self.path)
+        digest = self._digest()
+        with _reading(self.path), self.path.open("rb") as file:
+            file.seek(8 + len(self._header))
+            while block := file.read(_CHUNK):
+                digest.update(block)
+        self._compare(digest)
 
     def read(self, name: str) -> np.ndarray:
         """A whole array.
@@ -134,26 +148,51 @@ class SealedFile:
         Raises
         ------
         DamagedError
+            If the file is missing or too short.
+        OutputError
             If it cannot be read.
         """
         array = self.arrays[name]
-        n_items = int(np.prod(array.shape, dtype=np.int64))
-        try:
-            values = np.fromfile(self.path, array.dtype, n_items, offset=array.offset)
-            return values.reshape(array.shape)
-        except (OSError, ValueError) as error:
-            raise damaged(self.path, error) from error
+        with _reading(self.path):
+            return np.fromfile(self.path, array.dtype, array.n_items, offset=array.offset).reshape(array.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of an array from `start` to before `stop`; errors as for `read`."""
         array = self.arrays[name]
-        width = int(np.prod(array.shape[1:], dtype=np.int64))
+        width = array.n_items // max(1, array.shape[0])
         offset = array.offset + start * width * array.dtype.itemsize
-        try:
+        with _reading(self.path):
             values = np.fromfile(self.path, array.dtype, (stop - start) * width, offset=offset)
             return values.reshape(stop - start, *array.shape[1:])
-        except (OSError, ValueError) as error:
-            raise damaged(self.path, error) from error
+
+    def read_verified(self) -> dict[str, np.ndarray]:
+        """All arrays, if what is read is as it was written, even where the file is replaced meanwhile.
+
+        Raises
+        ------
+        DamagedError
+            If it is not.
+        OutputError
+            If the file cannot be read.
+        """
+        digest, values = self._digest(), {}
+        with _reading(self.path), self.path.open("rb") as file:
+            file.seek(8 + len(self._header))
+            for name, array in self.arrays.items():
+                values[name] = np.fromfile(file, array.dtype, array.n_items).reshape(array.shape)
+                digest.update(values[name].reshape(-1).view(np.uint8).data)
+            digest.update(file.read(1))
+        self._compare(digest)
+        return values
+
+    def _digest(self) -> Any:
+        digest = hashlib.sha256(len(self._header).to_bytes(8, "little"))
+        digest.update(self._header.replace(self._seal, _NO_SEAL.encode(), 1))
+        return digest
+
+    def _compare(self, digest: Any) -> None:
+        if digest.hexdigest().encode() != self._seal:
+            raise damaged(self.path)
 
 
 def read_sealed(path: Path) -> dict[str, np.ndarray]:
@@ -164,9 +203,7 @@ def read_sealed(path: Path) -> dict[str, np.ndarray]:
     DamagedError
         If it is missing, truncated or altered.
     """
-    file = SealedFile(path)
-    file.verify()
-    return {name: file.read(name) for name in file.arrays}
+    return SealedFile(path).read_verified()
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -194,22 +231,30 @@ def read_json(path: Path) -> Any:
     DamagedError
         If it is missing, truncated or altered.
     """
-    try:
+    with _reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
-        values = content["values"]
-        if content[_SEAL] == _json_seal(values):
-            return values
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise damaged(path, error) from error
-    raise damaged(path)
+        values, seal = content["values"], content[_SEAL]
+    if seal != _json_seal(values):
+        raise damaged(path)
+    return values
 
 
 def _json_seal(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def damaged(path: Path, error: Exception | None = None) -> DamagedError:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path}: missing") from error
+    except OSError as error:  # which says nothing of what the file holds
+        raise OutputError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from error
+    except _NOT_AS_WRITTEN as error:
+        raise damaged(path) from error
+
+
+def damaged(path: Path) -> DamagedError:
     """What to say of a file that is not as it was written."""
-    if isinstance(error, OSError):
-        return DamagedError(f"{path}: cannot be read ({error.strerror or os.strerror(error.errno or 0)})")
-    return DamagedError(f"{path}: truncated or damaged ({one_line(error) if error else 'its checksum differs'})")
+    return DamagedError(f"{path}: truncated, damaged or written by another version")

@@ -4,14 +4,14 @@ import json
 import logging
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from transcriptformer.errors import DamagedError, OutputError, UsageError
-from transcriptformer.storage.atomic import remove, sync_folder, writing
+from transcriptformer.storage.atomic import remove, sync_folder, temporary_path, writing
 from transcriptformer.storage.lock import RunLock
 from transcriptformer.storage.results import cannot_keep
 from transcriptformer.storage.sealed import read_json, read_sealed, write_json, write_sealed
@@ -63,12 +63,21 @@ class Workspace:
         """Whether an earlier run left something to go on with."""
         return self._run_json.is_file()
 
+    def refuse_unknown(self) -> None:
+        """Raise UsageError where there are results, and nothing says of what."""
+        if any(self.folder.glob("p*-*.safetensors")):
+            raise UsageError(
+                f"{self.folder}: holds results of an earlier run, but {self._run_json.name}, which says of what, is "
+                "missing; delete that folder to begin anew"
+            )
+
     @contextmanager
     def create(self, identity: Mapping[str, Any]) -> Iterator[None]:
         """Begin anew; what is to be known of the run from the start is written within."""
         try:
             with writing(self.folder):
                 remove(self.folder)
+                remove(temporary_path(self.folder))
                 self.folder.mkdir()
                 sync_folder(self.folder.parent)
             yield
@@ -78,7 +87,7 @@ class Workspace:
 
     @property
     def run_id(self) -> str:
-        """Tells this run from every other, also of the same."""
+        """Random id of the run that the folder was made for."""
         return str(self._run()["id"])
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
@@ -98,7 +107,11 @@ class Workspace:
 
     def remove(self) -> None:
         """Delete it all; the result is whole."""
-        remove(self._run_json)  # first: what a kill leaves of the rest is no run
+        leaving = temporary_path(self.folder)
+        remove(leaving)
+        with suppress(OSError):
+            self.folder.rename(leaving)  # at once: a kill must not leave a part of it
+        remove(leaving)
         remove(self.folder)
         if self.folder.exists():
             logger.warning("%s: cannot be deleted; it is not needed any more", self.folder)
