@@ -74,8 +74,8 @@ INFERENCE: dict[str, tuple[str, ...]] = {
 
 NAMES = (*INFERENCE, "train", "download", "embed-proteins")
 
-EVERY = {"zarr": 8}
-"""Commands with so many calls that by default only every so many-th of them fails."""
+EVERY = {"cge": 2, "llh": 4, "train": 4, "embed-proteins": 2, "zarr": 16}
+"""Commands of which by default only every so many-th call fails in the same way."""
 
 
 @contextmanager
