@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import anndata
@@ -16,6 +16,7 @@ from tests.h5ad_files import random_adata
 from transcriptformer.api import embed, load
 from transcriptformer.checkpoint import load_checkpoint
 from transcriptformer.config import load_config
+from transcriptformer.data.fingerprint import WHOLE_BYTES, fingerprint
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.errors import CheckpointError, DataError, UsageError
 from transcriptformer.external import OPTION
@@ -310,29 +311,29 @@ def test_a_vocabulary_outside_of_the_checkpoint_is_refused(checkpoint_copy: Path
     load_checkpoint(checkpoint_copy, load_config(checkpoint_copy, options))
 
 
-def endless() -> Iterator[None]:
+def endless() -> Generator[None]:
     while True:
         pass
     yield
 
 
-def crash() -> Iterator[None]:
+def crash() -> Generator[None]:
     os.kill(os.getpid(), signal.SIGSEGV)
     yield
 
 
 @pytest.mark.parametrize(("steps", "message"), [(endless, "never ends"), (crash, "crashes")])
-def test_reading_that_crashes_or_never_ends_is_an_error(steps: Callable[[], Iterator[None]], message: str) -> None:
+def test_reading_that_crashes_or_never_ends_is_an_error(steps: Callable[[], Generator[None]], message: str) -> None:
     with pytest.raises(CrashedError, match=message):
         run_isolated(steps)
 
 
 def test_errors_of_isolated_reading_come_back() -> None:
-    def refuse() -> Iterator[None]:
+    def refuse() -> Generator[None]:
         yield
         raise DataError("no")
 
-    def fail() -> Iterator[None]:
+    def fail() -> Generator[None]:
         yield
         raise KeyError("lost")
 
@@ -340,4 +341,38 @@ def test_errors_of_isolated_reading_come_back() -> None:
         run_isolated(refuse)
     with pytest.raises(RuntimeError, match="'lost'"):
         run_isolated(fail)
-    run_isolated(lambda: iter([None, None]))
+
+
+def test_what_isolated_reading_finds_comes_back() -> None:
+    def find() -> Generator[None, None, list[int]]:
+        yield
+        return [os.getpid()]
+
+    assert run_isolated(find) != [os.getpid()]
+
+
+def test_damage_of_what_is_not_read_is_a_sign_of_more(folder: Path) -> None:
+    with h5py.File(folder / "cells.h5ad", "r+") as file:
+        place = h5py.h5o.get_info(file.create_group("uns/more").id).addr
+    with (folder / "cells.h5ad").open("r+b") as opened:
+        opened.seek(place)
+        opened.write(b"\xff" * 8)
+    with pytest.raises(DataError, match=r"cells\.h5ad: cannot be read: truncated or damaged"):
+        read_all(folder)
+
+
+@pytest.mark.slow
+def test_a_damaged_heap_that_is_not_read_does_no_harm(folder: Path) -> None:
+    """A file that is too large to be hashed whole; HDF5 never ends reading an attribute of it that nobody needs."""
+    path = folder / "cells.h5ad"
+    with h5py.File(path, "r+") as file:
+        file["uns"].create_dataset("large", (WHOLE_BYTES,), "u1")[-1] = 1
+        file["uns"].attrs["note"] = "x" * 100
+    with path.open("r+b") as opened:
+        content = opened.read()
+        heap = content.rindex(b"GCOL")
+        assert content.index(b"x" * 100, heap) == heap + 32
+        opened.seek(heap + 16)
+        opened.write(bytes(120))
+    assert fingerprint(path) != fingerprint(folder / "other.h5ad")
+    assert len(read_all(folder)) == N_CELLS

@@ -5,7 +5,7 @@ zarr follows symbolic links. A file from a stranger could have other files of it
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, suppress
 from math import prod
 from pathlib import Path
@@ -37,18 +37,45 @@ def check_hdf5(path: Path, keys: Sequence[str], allow_external: bool) -> None:
     RuntimeError
         If it is damaged otherwise.
     """
+    _run(path, lambda file: Guard(str(path), allow_external).steps_of(file, keys))
 
-    def steps() -> Iterator[None]:
-        guard = Guard(str(path), allow_external)
+
+def check_structure(path: Path) -> None:
+    """Open every object of an HDF5 file, in a process that may crash; none is read, and no link is followed.
+
+    Damage in one place is a sign of more, which cannot be seen in numbers.
+
+    Raises
+    ------
+    DataError, RuntimeError
+        As `check_hdf5`.
+    """
+    _run(path, _open_all)
+
+
+def _run(path: Path, steps: Callable[[h5py.File], Generator[None]]) -> None:
+    def steps_of_file() -> Generator[None]:
         with h5py.File(path, locking="best-effort") as file:
-            for key in keys:
-                if guard.contains(file, key):
-                    yield from guard.steps(guard.open(file, key), key)
+            yield from steps(file)
 
     try:
-        run_isolated(steps)
+        run_isolated(steps_of_file)
     except CrashedError as error:
-        raise DataError(f"{path}: damaged: {error} (in {', '.join(keys)}); write the file anew") from error
+        raise DataError(f"{path}: damaged: {error}; write the file anew") from error
+
+
+def _open_all(file: h5py.File) -> Generator[None]:
+    waiting, seen = [file["/"]], set[int]()
+    while waiting:
+        group = waiting.pop()
+        for name in group:
+            if isinstance(group.get(name, getlink=True), h5py.HardLink):
+                element = group[name]
+                address = h5py.h5o.get_info(element.id).addr
+                if isinstance(element, h5py.Group) and address not in seen:
+                    waiting.append(element)
+                seen.add(address)
+            yield
 
 
 class Guard:
@@ -106,7 +133,13 @@ class Guard:
             element = element[part]
         return element
 
-    def steps(self, element: Any, place: str) -> Iterator[None]:
+    def steps_of(self, file: h5py.File, keys: Sequence[str]) -> Generator[None]:
+        """Look at all that lies under these keys, as far as they are there."""
+        for key in keys:
+            if self.contains(file, key):
+                yield from self.steps(self.open(file, key), key)
+
+    def steps(self, element: Any, place: str) -> Generator[None]:
         """Look at an element and all below it, a little at each step."""
         waiting = [(element, place)]
         with ExitStack() as files:
@@ -195,7 +228,7 @@ def _covers(source: h5py.Dataset, mapping: Any) -> bool:
     return len(last) == source.ndim and all(end < size for end, size in zip(last, source.shape, strict=True))
 
 
-def _read_texts(dataset: h5py.Dataset) -> Iterator[None]:
+def _read_texts(dataset: h5py.Dataset) -> Generator[None]:
     """Read what lies in HDF5's heaps, where damage may make it run in circles, and the first and last of the rest."""
     if dataset.ndim == 0 or dataset.size == 0:
         dataset[()]

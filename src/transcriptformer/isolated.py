@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from transcriptformer.errors import TranscriptFormerError, one_line
 
@@ -20,8 +20,15 @@ class CrashedError(Exception):
     """The process was ended by a signal."""
 
 
-def run_isolated(steps: Callable[[], Iterable[None]]) -> None:
+T = TypeVar("T")
+
+
+def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step: int = SECONDS_PER_STEP) -> T:
     """Exhaust `steps` in a fork of this process; on systems without a safe fork, in this one.
+
+    Returns
+    -------
+    What `steps` return, pickled on its way.
 
     Raises
     ------
@@ -33,54 +40,73 @@ def run_isolated(steps: Callable[[], Iterable[None]]) -> None:
         If they brought the process down, or one of them did not end.
     """
     if not hasattr(os, "fork") or sys.platform == "darwin":
-        for _ in steps():
-            pass
-        return
+        return exhaust(steps())
     ours, theirs = multiprocessing.Pipe(duplex=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, whose locks the child does not take
         child = os.fork()
     if child == 0:
-        _exhaust(steps, theirs)
+        _answer(steps, seconds_per_step, theirs)
     theirs.close()
+    value: Any = None
+    error: BaseException | None = None
     try:
-        error = ours.recv()
+        value, error = ours.recv()
     except EOFError:
-        error = CrashedError
+        has_crashed = True
+    else:
+        has_crashed = False
     finally:
         ours.close()
         os.kill(child, signal.SIGKILL)  # which is over, unless waiting for it was interrupted
         _, status = os.waitpid(child, 0)
-    if error is CrashedError:
+    if has_crashed:
         endless = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
         raise CrashedError("reading it never ends" if endless else "reading it crashes HDF5")
     if error is not None:
         raise error
+    return value
 
 
-def _exhaust(steps: Callable[[], Iterable[None]], answer: Connection) -> NoReturn:
+def exhaust(steps: Generator[None, None, T]) -> T:
+    """Run a generator to its end, for what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def _answer(steps: Callable[[], Generator[None, None, Any]], seconds_per_step: int, answer: Connection) -> NoReturn:
     """What the child does: never return into the code that it was forked from."""
     try:
         faulthandler.disable()  # the parent says what happened
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        _extend_deadline()
-        for _ in steps():
-            _extend_deadline()
-        answer.send(None)
+        answer.send((exhaust(_with_deadlines(steps(), seconds_per_step)), None))
     except TranscriptFormerError as error:
-        answer.send(error)
+        answer.send((None, error))
     except BaseException as error:
-        answer.send(RuntimeError(one_line(error)))
+        answer.send((None, RuntimeError(one_line(error))))
     finally:
         os._exit(0)
 
 
-def _extend_deadline() -> None:
+def _with_deadlines(steps: Generator[None, None, T], seconds: int) -> Generator[None, None, T]:
+    while True:
+        _extend_deadline(seconds)
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        yield
+
+
+def _extend_deadline(seconds: int) -> None:
     import resource  # there is none on Windows
 
     used = sum(os.times()[:2])
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    deadline = int(used) + 1 + SECONDS_PER_STEP
+    deadline = int(used) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (deadline if hard == resource.RLIM_INFINITY else min(deadline, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -7,7 +7,7 @@ change of a few values, in place and between these blocks, escapes it.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ import numpy as np
 import zarr
 
 from transcriptformer.data.store import Location, Store, damaged, is_url
+from transcriptformer.isolated import CrashedError, exhaust, run_isolated
 
 Hierarchy: TypeAlias = h5py.File | zarr.Group
 
@@ -31,6 +32,9 @@ BLOCK_BYTES = 2**16
 
 N_BLOCKS, N_REMOTE_BLOCKS = 128, 8
 """Sampled blocks of an array or a file, and of an array behind a URL, where each costs a request."""
+
+SECONDS_PER_STEP = 5
+"""Processor time after which hashing a block, or listing the objects of a file, counts as endless."""
 
 MAX_CHUNKS = 2**20
 """The chunks of an HDF5 array are not listed where there are more."""
@@ -119,19 +123,26 @@ def _of_file(path: Path) -> str:
     size = path.stat().st_size
     if not h5py.is_hdf5(path):
         return fingerprint_file(path)
-    digest = _Digest()
-    digest.add(size)
-    try:
+
+    def steps() -> Generator[None, None, str]:
+        digest = _Digest()
+        digest.add(size)
         with h5py.File(path, locking="best-effort") as file:
             for linked in _linked_files(file):  # whose contents the file shows as its own
                 digest.add(fingerprint_file(linked))
+                yield
             if size > WHOLE_BYTES:
-                _add_hierarchy(digest, file, N_BLOCKS)
+                yield from _add_hierarchy(digest, file, N_BLOCKS)
                 return digest.hexdigest()
-    except (OSError, RuntimeError):  # damaged: where the run reads it, it says so
-        digest.add("damaged")
-    digest.add(fingerprint_file(path))
-    return digest.hexdigest()
+        digest.add(fingerprint_file(path))
+        return digest.hexdigest()
+
+    try:
+        return run_isolated(steps, SECONDS_PER_STEP)
+    except (CrashedError, RuntimeError):  # damaged: where the run reads it, it says so
+        digest = _Digest()
+        digest.add(size, "damaged", fingerprint_file(path))
+        return digest.hexdigest()
 
 
 def _of_folder(folder: Path) -> str:
@@ -143,7 +154,7 @@ def _of_folder(folder: Path) -> str:
         digest.add(path.relative_to(folder).as_posix(), size)
     root = None if sum(sizes) <= WHOLE_BYTES else _open_zarr(folder)
     if root is not None:
-        _add_hierarchy(digest, root, N_BLOCKS)
+        exhaust(_add_hierarchy(digest, root, N_BLOCKS))
     else:
         digest.add(*map(fingerprint_file, files))
     return digest.hexdigest()
@@ -164,7 +175,7 @@ def _of_url(url: str) -> str:
         return digest.hexdigest()
     root = Store(url, allow_external=True).root  # what is not allowed was refused when it was opened
     try:
-        _add_hierarchy(digest, root, N_REMOTE_BLOCKS)
+        exhaust(_add_hierarchy(digest, root, N_REMOTE_BLOCKS))
     except Exception as error:  # zarr and its stores raise whatever the other side answers
         raise damaged(url, error) from error
     return digest.hexdigest()
@@ -191,8 +202,8 @@ def _list_hashes(url: str) -> list[str]:
     return lines
 
 
-def _add_hierarchy(digest: _Digest, root: Hierarchy, n_blocks: int) -> None:
-    """Add names, attributes, shapes and types of all objects, and blocks of all arrays."""
+def _add_hierarchy(digest: _Digest, root: Hierarchy, n_blocks: int) -> Generator[None]:
+    """Add names, attributes, shapes and types of all objects, and blocks of all arrays, one at each step."""
     objects = list(_objects(root))
     _add_attributes(digest, root)
     frames = {path: _text(element.attrs.get("_index")) for path, element in objects if not hasattr(element, "shape")}
@@ -205,7 +216,8 @@ def _add_hierarchy(digest: _Digest, root: Hierarchy, n_blocks: int) -> None:
             parent, _, name = path.rpartition("/")
             is_index = name == "indptr" or name == frames.get(parent)
             whole = is_small or _n_bytes(element) <= (WHOLE_BYTES if is_index else SMALL_ARRAY_BYTES)
-            _add_array(digest, element, whole, n_blocks)
+            yield from _add_array(digest, element, whole, n_blocks)
+        yield
 
 
 def _objects(root: Hierarchy) -> Iterator[tuple[str, Any]]:
@@ -241,8 +253,8 @@ def _add_attributes(digest: _Digest, element: Any) -> None:
             digest.add("unreadable")
 
 
-def _add_array(digest: _Digest, array: Any, whole: bool, n_blocks: int) -> None:
-    """Add an array: all of it, or the stored sizes of its chunks and evenly spaced blocks of rows."""
+def _add_array(digest: _Digest, array: Any, whole: bool, n_blocks: int) -> Generator[None]:
+    """Add an array: all of it, or the stored sizes of its chunks and evenly spaced blocks of rows, one at each step."""
     if array.shape is None or 0 in array.shape:
         return
     try:
@@ -259,6 +271,7 @@ def _add_array(digest: _Digest, array: Any, whole: bool, n_blocks: int) -> None:
             starts = _starts(n_rows, rows_per_read, n_blocks)
         for start in starts:
             digest.add(_values(array[start : start + rows_per_read]))
+            yield
     except (OSError, TypeError, ValueError, RuntimeError):  # such as a filter that is not installed
         digest.add("unreadable")
 

@@ -19,6 +19,7 @@ from transcriptformer.data.metadata import Metadata, MetadataInMemory, open_meta
 from transcriptformer.data.store import Location, Store, damaged
 from transcriptformer.errors import DataError, UsageError
 from transcriptformer.external import Guard
+from transcriptformer.isolated import exhaust
 
 logger = logging.getLogger(__name__)
 
@@ -194,8 +195,7 @@ def _check_backed(adata: anndata.AnnData, name: str, allow_external: bool) -> No
     guard = Guard(name, allow_external)
     for key in ("X", "raw/X"):
         if guard.contains(adata.file["/"], key):
-            for _ in guard.steps(guard.open(adata.file["/"], key), key):
-                pass
+            exhaust(guard.steps(guard.open(adata.file["/"], key), key))
 
 
 def _in_memory(values: Any, read_in_blocks: bool, name: str) -> MatrixInMemory:

@@ -10,7 +10,7 @@ import h5py
 import zarr
 
 from transcriptformer.errors import DataError, TranscriptFormerError, UsageError, one_line
-from transcriptformer.external import OPTION, Guard, check_folder, check_hdf5
+from transcriptformer.external import OPTION, Guard, check_folder, check_hdf5, check_structure
 
 Location: TypeAlias = str | Path
 """A path, or a URL such as s3://bucket/cells.zarr."""
@@ -64,6 +64,8 @@ class Store:
                 raise UsageError(f"--data-file {self.name}: leads on to other files; to follow it, add {OPTION}")
         elif not is_zarr(self.location):
             _check_h5ad(Path(self.location))
+            with self.reading():
+                check_structure(Path(self.location))
         elif os.path.isdir(self.location):  # noqa: PTH112
             check_folder(Path(self.location), self.allow_external)
 
