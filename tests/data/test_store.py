@@ -53,6 +53,10 @@ def write_zarr(adata: anndata.AnnData, path: Path, zarr_format: int) -> None:
         adata.write_zarr(path)
 
 
+OPEN_SESSIONS: list[object] = []
+"""File systems whose sessions nothing closes: kept, lest they are collected with a warning."""
+
+
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *unused: object) -> None:
         pass
@@ -100,6 +104,7 @@ def places(stores: Path) -> Iterator[dict[str, str]]:
         client.close()
         yield {"folder": str(stores), "http": web, "s3": "s3://cells"}
     moto.stop()
+    OPEN_SESSIONS.extend(S3FileSystem._cache.values())
     S3FileSystem.clear_instance_cache()  # which would go on asking this server
 
 
