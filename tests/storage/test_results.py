@@ -151,11 +151,13 @@ def test_a_batch_that_cannot_be_taken_ends_the_writing(broken: str, tmp_path: Pa
     """None of its fields may be taken for those of the next batch."""
     layout = {**PER_GENE, "embeddings": Field("float32", 3)}
     writer = write_pieces(tmp_path, [1, 2], layout=layout)
+    wrong = np.array(["many", "few"]) if broken == N_GENES else results([3])[broken]
     with pytest.raises((ValueError, AssertionError)):
-        writer.add({**results([3, 4]), broken: results([3])[broken] if broken != N_GENES else ["many", "few"]})  # type: ignore[dict-item]
-    for go_on in (lambda: writer.add(results([5, 6])), writer.flush):
-        with pytest.raises((ValueError, AssertionError)):
-            go_on()
+        writer.add({**results([3, 4]), broken: wrong})
+    with pytest.raises((ValueError, AssertionError)):
+        writer.add(results([5, 6]))
+    with pytest.raises((ValueError, AssertionError)):
+        writer.flush()
     assert read(tmp_path, layout).rows.tolist() == [1, 2]
 
 
