@@ -17,6 +17,7 @@ from transcriptformer.config import load_config
 from transcriptformer.data.joined import JoinedMetadata
 from transcriptformer.data.metadata import Metadata, MetadataInMemory, StoredMetadata, open_metadata
 from transcriptformer.data.store import Store
+from transcriptformer.errors import DataError
 from transcriptformer.inference import run
 
 pytestmark = [
@@ -302,3 +303,22 @@ def test_files_with_other_columns_make_one_file(ending: str, tmp_path: Path, mon
 def test_numbers_are_widened_by_their_types_and_not_by_the_first_rows() -> None:
     column = joined(in_memory(x=np.array([np.nan, 0.5, 1])), in_memory(x=[1, 2, 3]))["x"]
     assert without_gaps(column) == [None, 0.5, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("is_categorical", [False, True])
+def test_large_whole_numbers_in_categories_are_not_rounded_beside_fractions(is_categorical: bool) -> None:
+    large, other = 2**53 + 1, pd.Series([0.5, 2.0])
+    tables = [
+        pd.DataFrame({"id": pd.Categorical([large, 3])}),
+        pd.DataFrame({"id": pd.Categorical(other) if is_categorical else other}),
+    ]
+    parts = [MetadataInMemory(table.set_axis(["a", "b"])) for table in tables]
+    joined = JoinedMetadata(parts)
+    assert str(joined.rows(0, 0, 2)["id"].iloc[0]) == str(large)
+
+
+def test_numbers_out_of_the_joined_range_are_an_error_in_one_line() -> None:
+    tables = [pd.DataFrame({"id": pd.Categorical(np.array([2**63, 1], np.uint64))}), pd.DataFrame({"id": [-1, 2]})]
+    parts = [MetadataInMemory(table.set_axis(["a", "b"])) for table in tables]
+    with pytest.raises(DataError, match="the inputs' tables cannot be joined"):
+        JoinedMetadata(parts).rows(0, 0, 2)

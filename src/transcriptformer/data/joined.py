@@ -77,7 +77,10 @@ class JoinedMetadata:
         block = self.parts[part].rows(start, stop, present)
         texts = {column: _as_text(block[column]) for column in present if column in self.as_text}
         block = block.assign(**texts).reindex(columns=self.columns)
-        return block.astype(self.dtypes).rename_axis(index=self.index_name)
+        try:
+            return block.astype(self.dtypes).rename_axis(index=self.index_name)
+        except Exception as error:  # pandas raises whatever values out of range lead it to
+            raise DataError(f"obs: the inputs' tables cannot be joined ({one_line(error)})") from error
 
     def _join_dtypes(self) -> None:
         first_rows = []
@@ -108,9 +111,12 @@ class JoinedMetadata:
             logger.warning("obs: column %r has no common order of categories; it loses its order", column)
         categoricals = [kind for kind in dtypes if isinstance(kind, pd.CategoricalDtype)]
         is_categorical = len(categoricals) == len(dtypes)
-        if is_categorical and isinstance(dtype, pd.CategoricalDtype):
-            return dtype
         (kind,) = kinds
+        if is_categorical and isinstance(dtype, pd.CategoricalDtype):
+            plain = [kind.categories.dtype for kind in categoricals]
+            if kind == NUMBER and len(set(plain)) > 1 and self._largest(column, plain) > EXACT_IN_FLOAT:
+                return self._text_dtype(column, "holds whole numbers that a float would round")
+            return dtype
         if kind == TEXT:
             return self._joined_text(column, dtypes)
         if is_categorical:
@@ -155,6 +161,7 @@ class JoinedMetadata:
         largest = 0
         for block in self._blocks(column):
             values = block.dropna().unique()
+            values = np.asarray(values) if isinstance(values, pd.Categorical) else values
             if len(values) and is_integer_dtype(pd.Index(values).dtype):
                 largest = max(largest, abs(int(values.min())), abs(int(values.max())))
         return largest
