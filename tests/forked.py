@@ -1,11 +1,9 @@
-"""Functions that may crash or hang, each in a fork of this process, which has everything imported already."""
+"""Functions that may crash or hang, each in a fork of a process that has everything imported already."""
 
 import faulthandler
 import multiprocessing
 import os
 import resource
-import signal
-import sys
 import tempfile
 import traceback
 import warnings
@@ -23,19 +21,20 @@ class Outcome(NamedTuple):
     trouble: str = ""
 
 
+SERVER = multiprocessing.get_context("forkserver")
+"""A process without threads to fork from: a fork of this one might wait for ever for threads that it does not have."""
+
+SERVER.set_forkserver_preload(["transcriptformer.inference", "tests.test_mutated_files"])
+
+
 def run_forked(function: Callable[[], Any], seconds: float) -> Outcome:
-    """Call a function in a fork, for so many seconds at most; what it returns is pickled.
+    """Call a function, which is pickled, in a process of its own, for so many seconds at most.
 
     The seconds are of the processor, so that a busy machine makes no difference; who waits gets some more.
     """
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, none of which holds a lock now
-        child = os.fork()
-    if child == 0:
-        _call(function, theirs, round(seconds))
+    ours, theirs = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=_call, args=(function, theirs, round(seconds)))
+    process.start()
     theirs.close()
     try:
         if not ours.poll(10 * seconds):
@@ -45,8 +44,8 @@ def run_forked(function: Callable[[], Any], seconds: float) -> Outcome:
         return Outcome(trouble=f"crashed, or no end after {seconds} s")
     finally:
         ours.close()
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        process.kill()
+        process.join()
 
 
 def _call(function: Callable[[], Any], answer: Any, seconds: int) -> NoReturn:

@@ -102,7 +102,7 @@ _MODEL_RANGES = {
 }
 """Some orders of magnitude above the largest published model."""
 
-_INFERENCE_RANGES = {"tokens_per_batch": (1, MOST_INT), "num_nodes (--num-nodes)": (1, 2**16)}
+_INFERENCE_RANGES = {"tokens_per_batch": (1, 2**62), "num_nodes (--num-nodes)": (1, 2**16)}
 
 
 @dataclass

@@ -12,6 +12,9 @@ from typing import Any, NoReturn, TypeVar
 
 from transcriptformer.errors import TranscriptFormerError, one_line
 
+SECONDS_TO_ANSWER = 600.0
+"""Wall time after which the work is done in this process after all."""
+
 SECONDS_PER_STEP = 2
 """Processor time after which a step counts as endless; each takes milliseconds. Waiting for a slow disk takes none."""
 
@@ -50,16 +53,19 @@ def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step
     theirs.close()
     value: Any = None
     error: BaseException | None = None
+    is_stuck = has_crashed = False
     try:
-        value, error = ours.recv()
+        is_stuck = not ours.poll(SECONDS_TO_ANSWER)
+        if not is_stuck:
+            value, error = ours.recv()
     except EOFError:
         has_crashed = True
-    else:
-        has_crashed = False
     finally:
         ours.close()
         os.kill(child, signal.SIGKILL)  # which is over, unless waiting for it was interrupted
         _, status = os.waitpid(child, 0)
+    if is_stuck:  # by a lock that another thread held when it was forked, or a very slow disk
+        return exhaust(steps())
     if has_crashed:
         endless = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
         raise CrashedError("reading it never ends" if endless else "reading it crashes HDF5")

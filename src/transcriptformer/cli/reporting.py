@@ -108,7 +108,7 @@ def resumable(option: str = "") -> Iterator[None]:
     except (KeyboardInterrupt, Ended) as error:
         how = f"ended by {error.signal.name}" if isinstance(error, Ended) else "interrupted"
         with_option = f" with {option}" if option else ""
-        kept = "; ".join(getattr(error, "__notes__", [])) or f"the same command{with_option} goes on"
+        kept = "; ".join(getattr(error, "__notes__", [])) or f"the same command{with_option} goes on from here"
         if not is_launched():
             with suppress(OSError):  # the terminal may be gone
                 say(f"INFO: {how}; {kept}", err=True)

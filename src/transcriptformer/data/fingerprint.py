@@ -7,6 +7,7 @@ change of a few values, in place and between these blocks, escapes it.
 
 import hashlib
 import math
+import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import zarr
 
 from transcriptformer.data.store import Location, Store, damaged, is_url
+from transcriptformer.errors import UsageError
 from transcriptformer.isolated import CrashedError, exhaust, run_isolated
 
 Hierarchy: TypeAlias = h5py.File | zarr.Group
@@ -71,6 +73,8 @@ def fingerprint(location: Location) -> str:
     """
     if is_url(location):
         return _of_url(str(location))
+    if not os.path.exists(location):  # noqa: PTH110  (which answers False for an impossible name, where Path raises)
+        raise UsageError(f"--data-file {location}: no such file or folder")
     path = Path(location)
     try:
         return _of_folder(path) if path.is_dir() else _of_file(path)

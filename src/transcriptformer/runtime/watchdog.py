@@ -186,7 +186,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._is_closed.is_set():
-            ready, _, _ = select.select([self._wakeup, *self.links.ranks], [], [], POLL_INTERVAL)
+            try:
+                ready, _, _ = select.select([self._wakeup, *self.links.ranks], [], [], POLL_INTERVAL)
+            except (OSError, ValueError):  # the main thread has closed a link in the meantime
+                ready = []
             if self._wakeup in ready:
                 for signum in self._wakeup.recv(4096):
                     if signum in (*SIGNALS, signal.SIGINT):
