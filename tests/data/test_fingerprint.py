@@ -223,6 +223,21 @@ def test_a_large_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert fingerprint_file(path) != before
 
 
+def test_where_a_link_leads_counts(size: str, tmp_path: Path) -> None:
+    path = write(cells(), tmp_path / "cells.h5ad")
+    found = set()
+    for target in ("/layers/first", "/layers/other"):
+        with h5py.File(path, "r+") as file:
+            if "layers/first" not in file:
+                file["layers/first"] = file["X/data"][:]
+                file["layers/other"] = file["X/data"][:][::-1]
+            if "layers/counts" in file:
+                del file["layers/counts"]
+            file["layers/counts"] = h5py.SoftLink(target)
+        found.add(fingerprint(path))
+    assert len(found) == 2
+
+
 def test_linked_files_count(tmp_path: Path) -> None:
     other, path = tmp_path / "other.h5", tmp_path / "cells.h5ad"
     found = set()

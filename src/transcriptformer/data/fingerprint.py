@@ -210,6 +210,12 @@ def _add_hierarchy(digest: _Digest, root: Hierarchy, n_blocks: int) -> Generator
     """Add names, attributes, shapes and types of all objects, and blocks of all arrays, one at each step."""
     objects = list(_objects(root))
     _add_attributes(digest, root)
+    if isinstance(root, h5py.File):
+        soft_links: list[str] = []
+        root.visititems_links(
+            lambda name, link: soft_links.append(f"{name} → {link.path}") if isinstance(link, h5py.SoftLink) else None
+        )
+        digest.add(*soft_links)
     frames = {path: _text(element.attrs.get("_index")) for path, element in objects if not hasattr(element, "shape")}
     is_small = sum(_n_bytes(element) for _, element in objects if hasattr(element, "shape")) <= WHOLE_BYTES
     for path, element in objects:
