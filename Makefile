@@ -8,7 +8,7 @@ DEMO := build/demo
 PYTEST := $(BIN)/python -m pytest
 AT_ONCE := -n 2 --dist worksteal  # two tests at a time, more than which memory may not allow
 
-.PHONY: test test-all test-faults test-gpu lint types unit demo demo-model clean
+.PHONY: test test-all test-faults test-kills test-gpu lint types unit demo demo-model clean
 
 ## lint, types and all tests but the slow ones
 test: lint types unit
@@ -20,6 +20,10 @@ test-all: lint types
 ## every call that writes below an output folder fails in turn; needs Linux and a C compiler
 test-faults: $(INSTALLED)
 	$(PYTEST) $(AT_ONCE) tests/faults
+
+## processes of all kinds of runs, killed at 1,200 random moments: half a day
+test-kills: $(INSTALLED)
+	TRANSCRIPTFORMER_KILL_ROUNDS=50 $(PYTEST) tests/test_kills.py
 
 ## the tests that need a CUDA device
 test-gpu: $(INSTALLED)

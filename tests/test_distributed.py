@@ -1,17 +1,13 @@
 """Several processes, whoever starts them, write the one file that one process writes."""
 
-import os
 import re
-import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
-import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -122,33 +118,6 @@ def test_bad_data_ends_all_processes_with_one_line(tmp_path: Path) -> None:
     assert re.search("counts are negative", errors[0])
     assert "Traceback" not in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def processes_of(group: int) -> list[psutil.Process]:
-    members = [process for process in psutil.process_iter() if os.getpgid(process.pid) == group]
-    return sorted((process for process in members if process.status() != psutil.STATUS_ZOMBIE), key=lambda p: p.pid)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
-def test_a_process_that_is_killed_does_not_leave_the_others_waiting(which: int, tmp_path: Path) -> None:
-    random_adata(4000, density=0.3).write_h5ad(tmp_path / "cells.h5ad")
-    options = ["--data-file", tmp_path / "cells.h5ad", "--output-path", tmp_path, "--batch-size", 1, "--num-gpus", 2]
-    process, folder = start(inference_command(*options)), tmp_path / "embeddings.h5ad.parts"
-    while process.poll() is None and not any(path.stat().st_size for path in folder.glob("*.rows")):
-        time.sleep(0.1)
-    processes_of(process.pid)[which].send_signal(signal.SIGKILL)
-    ended = time.monotonic() + 60
-    while processes_of(process.pid) and time.monotonic() < ended:
-        time.sleep(0.1)
-    left, done = processes_of(process.pid), finish(process)
-    assert left == [], done.stderr
-    assert done.returncode != 0
-    assert not (tmp_path / "embeddings.h5ad").exists()
-    again = run_command(*options, "--resume")
-    assert again.returncode == 0, again.stderr
-    assert re.search(r"\d+ of them are done already", again.stderr)
-    assert read_result(tmp_path / "embeddings.h5ad").n_obs == 4000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")

@@ -10,9 +10,9 @@ import pytorch_lightning as pl
 
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.runtime.signals import RESUME
-from transcriptformer.runtime.watchdog import PeerEndedError
+from transcriptformer.runtime.watchdog import ProcessEndedError
 
-_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?")
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly")
 """What PyTorch says of data workers that are gone."""
 
 
@@ -42,12 +42,11 @@ def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
         raise
     except RuntimeError as error:
         if lost := _LOST_WORKER.search(str(error)):
-            how = f"killed ({lost[2].strip()})" if lost[2] else "killed"
-            raise TranscriptFormerError(
-                f"a data worker (process {lost[1]}) was {how}; fewer --n-data-workers take less memory; {RESUME}"
+            raise ProcessEndedError(
+                f"a data worker (process {lost[1]}) was killed; fewer --n-data-workers take less memory; {RESUME}"
             ) from error
         if any(backend in str(error) for backend in ("gloo", "NCCL")):
-            raise PeerEndedError(f"another process of this run has ended; see what it said; {RESUME}") from error
+            raise ProcessEndedError(f"another process of this run has ended; see what it said; {RESUME}") from error
         raise
 
 

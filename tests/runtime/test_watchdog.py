@@ -203,7 +203,7 @@ def test_the_others_end_when_one_is_killed_and_the_first_says_so(start: Start, t
     killed.kill()
     code, _, err = end_of(first)
     assert code == 1
-    assert err.splitlines()[-1].endswith(f"PeerEndedError: process 1 of 3 was killed; {RESUME}")
+    assert err.splitlines()[-1].endswith(f"ProcessEndedError: process 1 of 3 was killed; {RESUME}")
     code, out, err = end_of(other)
     assert (code, out, err) == (1, "flushed\n", "")
 
@@ -283,15 +283,16 @@ def test_a_launched_process_that_is_killed_is_named(start: Start) -> None:
     (child,) = children_of(process, 1)
     child.kill()
     last_line = end_of(process)[2].splitlines()[-1]
-    assert last_line.endswith(f"PeerEndedError: process 1 of 2 ({child.pid}) was ended by SIGKILL; {RESUME}")
+    assert last_line.endswith(f"ProcessEndedError: process 1 of 2 ({child.pid}) was ended by SIGKILL; {RESUME}")
 
 
 SERVANTS = """
 import multiprocessing
 def work(parent, stuck):
-    parents.serve(parent)
+    parents.serve(parent, started, 0)
     hang() if stuck else time.sleep(60)
 context = multiprocessing.get_context("fork")
+started = context.Semaphore(0)
 workers = [context.Process(target=work, args=(os.getpid(), stuck), daemon=True) for stuck in (True, False)]
 with Watchdog():
     for worker in workers:
@@ -306,6 +307,19 @@ def test_data_workers_end_with_their_parent(start: Start) -> None:
     time.sleep(0.5)
     process.kill()
     assert_end(workers, 3)
+
+
+@pytest.mark.parametrize("does", ["time.sleep(60)", "hang()"])
+def test_a_killed_data_worker_is_named(does: str, start: Start) -> None:
+    process = start(SERVANTS.replace("Watchdog()", "Watchdog(has_workers=True)").replace("wait()", f"ready(); {does}"))
+    workers = children_of(process, 2)
+    time.sleep(1)
+    workers[0].kill()
+    code, _, err = end_of(process)
+    assert code == 1
+    words = f"a data worker (process {workers[0].pid}) was ended by SIGKILL; fewer --n-data-workers take less memory"
+    assert err.splitlines()[-1].endswith(f"{words}; {RESUME}")
+    assert_end(workers, 1)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -1,9 +1,7 @@
 """The cells of one or several sources as a stream of batches, of cells of like length, at their own length."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transcriptformer.data.prefetch import prefetch
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.tokenize import Tokens
-from transcriptformer.runtime.parents import serve
+from transcriptformer.data.workers import start_workers
 
 BATCHES_AHEAD = 4
 """Batches that are made ready while one is computed."""
@@ -177,10 +175,7 @@ class BatchLoader:
     ) -> None:
         self.limits, self.pad, self.seq_len, self.min_positions = limits, pad, seq_len, min_positions
         self.pin_memory = pin_memory
-        start = partial(serve, os.getpid())
-        self.blocks = DataLoader(
-            dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers, worker_init_fn=start
-        )
+        self.blocks = DataLoader(dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -189,7 +184,7 @@ class BatchLoader:
         return dataset.lengths[~dataset.is_done][:: dataset.n_processes]
 
     def __iter__(self) -> Iterator[Batch]:
-        blocks = iter(self.blocks)  # here, for it may start processes, which a thread should not
+        blocks = start_workers(self.blocks)  # here, for it may start processes, which a thread should not
         return prefetch(self._batches(blocks), BATCHES_AHEAD)
 
     def _batches(self, blocks: Iterator[CellBlock]) -> Iterator[Batch]:

@@ -1,8 +1,6 @@
 """The cells of a training run as a stream of steps, each a list of batches of cells of like length."""
 
-import os
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +11,7 @@ from transcriptformer.data.epochs import Epochs, Piece
 from transcriptformer.data.prefetch import prefetch
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.tokenize import Tokens
-from transcriptformer.runtime.parents import serve
+from transcriptformer.data.workers import start_workers
 
 STEPS_AHEAD = 4
 """Steps that are made ready while one is computed."""
@@ -126,15 +124,11 @@ class StepLoader:
         self.limits, self.pad, self.seq_len, self.pin_memory = limits, pad, seq_len, pin_memory
         self.n_parts = max(1, n_workers)
         self.parts: DataLoader[CellBlock] = DataLoader(
-            dataset,
-            batch_size=None,
-            collate_fn=as_is,
-            num_workers=n_workers,
-            worker_init_fn=partial(serve, os.getpid()),
+            dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers
         )
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        parts = iter(self.parts)  # here, for it may start processes, which a thread should not
+        parts = start_workers(self.parts)  # here, for it may start processes, which a thread should not
         return prefetch(self._steps(parts), STEPS_AHEAD)
 
     def _steps(self, parts: Iterator[CellBlock]) -> Iterator[list[Batch]]:

@@ -70,11 +70,16 @@ class Links:
         link.close()
         return said[0] if said else KILLED
 
-    def close(self, exit_code: int) -> None:
-        """Say goodbye."""
+    def say(self, exit_code: int) -> None:
+        """Say that this process ends, or is going to."""
         for link in list(self.ranks):
             with suppress(OSError):
                 link.sendall(bytes([exit_code]))
+
+    def close(self, exit_code: int) -> None:
+        """Say so, if not yet, and close the sockets."""
+        self.say(exit_code)
+        for link in list(self.ranks):
             link.close()
         self.ranks.clear()
 

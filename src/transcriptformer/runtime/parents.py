@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Semaphore
 from typing import NoReturn
 
 import psutil
@@ -18,6 +20,9 @@ POLL_INTERVAL = 0.5
 
 LAUNCHED_BY = "TRANSCRIPTFORMER_LAUNCHED_BY"
 """Environment variable: the process that launched this one to work beside it."""
+
+dismissed: set[int] = set()
+"""Data workers whose end means nothing."""
 
 _speaking = threading.Lock()
 
@@ -58,15 +63,17 @@ def end_with(parent: int, last_words: str = "", patience: float = 0.0) -> None:
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
 
 
-def serve(parent: int, number: int = 0) -> None:
+def serve(parent: int, started: Semaphore, number: int) -> None:
     """Let a data worker end with its parent, or when the parent says so, and on no signal to the whole group.
 
-    The parent may need it to keep what is computed.
+    The parent may need it to keep what is computed. It was forked with signals held back.
 
     Parameters
     ----------
     parent
         Process whose data worker this is.
+    started
+        Is released when this is done.
     number
         Of the worker.
     """
@@ -74,10 +81,18 @@ def serve(parent: int, number: int = 0) -> None:
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if not hasattr(signal, "sigtimedwait"):  # macOS
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
+        _wait_for(parent)
+    else:  # macOS
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         end_with(parent)
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    started.release()
+
+
+def _wait_for(parent: int) -> None:
+    """End this process when its parent is gone, or sends SIGTERM."""
     is_gone = _watch(parent)
 
     def wait() -> None:
@@ -89,13 +104,26 @@ def serve(parent: int, number: int = 0) -> None:
     threading.Thread(target=wait, name="serve-parent", daemon=True).start()
 
 
+def dismiss(worker: BaseProcess) -> None:
+    """Kill a data worker that is not needed."""
+    if worker.pid is not None:
+        dismissed.add(worker.pid)
+    worker.kill()
+    worker.join()
+
+
 def exit_now(code: int, last_words: str = "") -> NoReturn:
     """End this process at once, from any thread; one thread gets to say why."""
     _speaking.acquire()
-    if last_words:
-        with suppress(OSError, ValueError):
-            os.write(sys.stderr.fileno(), f"{last_words}\n".encode())
+    say(last_words)
     os._exit(code)
+
+
+def say(words: str) -> None:
+    """Write a line, if any, to stderr from any thread."""
+    if words:
+        with suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), f"{words}\n".encode())
 
 
 def _watch(parent: int) -> Callable[[], bool]:

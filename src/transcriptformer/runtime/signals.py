@@ -47,6 +47,19 @@ def handling(handler: Callable[[int, FrameType | None], object] = raise_ended) -
             signal.signal(signum, old)
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold signals back in this thread, and in processes that it forks until they do otherwise."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def tell(error: BaseException, kept: str | None) -> None:
     """Say what is kept of a run that ends: with the one line that says it was ended, or in one of its own."""
     if kept is None:

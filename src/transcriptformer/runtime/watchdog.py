@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.runtime.links import KILLED, Links
-from transcriptformer.runtime.parents import POLL_INTERVAL, exit_now
+from transcriptformer.runtime.parents import POLL_INTERVAL, dismissed, exit_now, say
 from transcriptformer.runtime.signals import RESUME, SIGNALS, Ended, handling
 
 TIME_TO_END = 7.0
@@ -29,11 +31,11 @@ TIME_TO_FINISH = 30.0
 """Seconds that they have when all is done."""
 
 
-class PeerEndedError(TranscriptFormerError):
-    """Another process of the run has ended before it was done."""
+class ProcessEndedError(TranscriptFormerError):
+    """Another process of the run, or a data worker, has ended before it was done."""
 
 
-class _PeerEnded(SystemExit):
+class _Lost(SystemExit):
     """Raised in the main thread then; nothing but the watchdog shall catch it."""
 
 
@@ -47,6 +49,8 @@ class Watchdog:
     ----------
     rank, n_processes
         Which process of how many this is.
+    has_workers
+        Whether child processes of `multiprocessing` are data workers, without which it cannot go on.
 
     Attributes
     ----------
@@ -58,14 +62,15 @@ class Watchdog:
         The signal that ends the process, if there was one.
     """
 
-    def __init__(self, rank: int = 0, n_processes: int = 1) -> None:
-        self.rank, self.n_processes = rank, n_processes
+    def __init__(self, rank: int = 0, n_processes: int = 1, has_workers: bool = False) -> None:
+        self.rank, self.n_processes, self.has_workers = rank, n_processes, has_workers
         self.flush: Callable[[], object] = lambda: None
         self.is_deferred = False
         self.received: signal.Signals | None = None
         self.links = Links()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
-        self._lost: tuple[int, int] | None = None  # rank and exit code of the first process that ended too early
+        self._workers: dict[int, BaseProcess] = {}
+        self._lost: str | None = None  # what is to be said of a process that ended too early
         self._finished: set[int] = set()
         self._has_raised = self._is_failing = self._has_left = False
         self._deadline: float | None = None
@@ -86,7 +91,7 @@ class Watchdog:
 
         Raises
         ------
-        PeerEndedError
+        ProcessEndedError
             In the first process, if another one was killed.
         """
         if error is None:
@@ -104,12 +109,12 @@ class Watchdog:
         self.links.close(_exit_code(error))
         if error is None:
             return
-        if self.rank > 0 and isinstance(error, KeyboardInterrupt | SystemExit | PeerEndedError):
-            raise SystemExit(_exit_code(error)) from None  # the first process says it
-        if self._lost is not None and isinstance(error, SystemExit | PeerEndedError):
-            if self._lost[1] in (1, 2):  # it has said why
+        if self.rank > 0 and isinstance(error, KeyboardInterrupt | SystemExit | ProcessEndedError):
+            raise SystemExit(_exit_code(error)) from None  # it is said elsewhere
+        if self._lost is not None and isinstance(error, SystemExit | ProcessEndedError):
+            if self._lost == "":  # somebody has said why
                 raise SystemExit(1) from None
-            raise PeerEndedError(self._describe_lost()) from None
+            raise ProcessEndedError(self._lost) from None
 
     def take_signals(self) -> None:
         """Handle signals again, where another handler has been set in between."""
@@ -124,7 +129,7 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> None:
         """End child processes, since an error ends this one; they keep what they have computed."""
-        if isinstance(error, PeerEndedError):
+        if isinstance(error, ProcessEndedError):
             self._is_lost.wait(2)  # the main thread may be the first to notice; the watching thread knows more
         self._is_failing = True
         for rank, child in self._children.items():
@@ -135,7 +140,7 @@ class Watchdog:
     def end(self) -> NoReturn:
         """Raise what was deferred, in this process or in another one."""
         self.is_deferred, self._has_raised = False, True
-        self._start_clock()
+        self._start_clock(128 + (self.received or signal.SIGTERM))
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise Ended(self.received or signal.SIGTERM)
@@ -170,7 +175,7 @@ class Watchdog:
             return
         self._has_raised = True
         if self._lost is not None:
-            raise _PeerEnded(1)
+            raise _Lost(1)
         raise Ended(signum)
 
     def _note(self, signum: int) -> None:
@@ -178,11 +183,13 @@ class Watchdog:
             self.received = signal.Signals(signum)
             # Ctrl-C, which raises in any case, must not end the kernel of a notebook.
             if self.n_processes > 1 if signum == signal.SIGINT else not self.is_deferred:
-                self._start_clock()
+                self._start_clock(128 + signum)
 
-    def _start_clock(self) -> None:
+    def _start_clock(self, exit_code: int) -> None:
+        """Let the main thread have so much time; the others begin to end, too."""
         if self._deadline is None:
             self._deadline = time.monotonic() + TIME_TO_END
+            self.links.say(exit_code)
 
     def _watch(self) -> None:
         while not self._is_closed.is_set():
@@ -201,6 +208,8 @@ class Watchdog:
             for rank, child in self._children.items():
                 if child.poll() is not None:
                     self._ended(rank, child.returncode)
+            if self.has_workers:
+                self._look_at_workers()
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end_by_force()
 
@@ -215,9 +224,31 @@ class Watchdog:
         if self.rank > 0 and exit_code == KILLED:
             words = f"ERROR: process 0 of {self.n_processes} of this run was killed; {RESUME}"
             exit_now(1, words if self.rank == 1 else "")  # a resumed run may be at work already
-        self._lost = (rank, exit_code)
+        self._lose("" if exit_code in (1, 2) else self._describe(rank, exit_code))
+
+    def _look_at_workers(self) -> None:
+        """Notice that a data worker was killed, which may leave whoever waits for its data in the lurch."""
+        self._workers |= {worker.pid: worker for worker in active_children() if worker.pid is not None}
+        ended = [worker for worker in self._workers.values() if worker.exitcode is not None]
+        normal = (0, -signal.SIGTERM)  # by which loaders end them
+        dead = [worker for worker in ended if worker.exitcode not in normal and worker.pid not in dismissed]
+        self._workers = {pid: worker for pid, worker in self._workers.items() if worker not in ended}
+        if not dead or self._is_failing or self._lost is not None or self._deadline is not None:
+            return
+        how = _named_signal(-(dead[0].exitcode or 0)) or "killed"
+        words = f"a data worker (process {dead[0].pid}) was {how}; fewer --n-data-workers take less memory; {RESUME}"
+        for worker in self._workers.values():
+            worker.kill()  # they may wait for each other, and who ends waits for them
+        if self.rank > 0:
+            say(f"ERROR: {words}")  # before the first process ends this one
+            words = ""
+        self._lose(words)
+
+    def _lose(self, words: str) -> None:
+        """End, in the watching thread, because another process has ended; `words` say which."""
+        self._lost = words
         self._is_lost.set()
-        self._start_clock()
+        self._start_clock(1)
         main = threading.main_thread().ident
         if main is not None and hasattr(signal, "pthread_kill"):
             signal.pthread_kill(main, signal.SIGTERM)
@@ -229,25 +260,28 @@ class Watchdog:
         for child in self._children.values():
             child.kill()
         words, code = "", 1
-        if self._lost is not None and self._lost[1] not in (1, 2):
-            words = f"ERROR: {self._describe_lost()}"
-        elif self.received is not None:
+        if self._lost:
+            words = f"ERROR: {self._lost}"
+        elif self._lost is None and self.received is not None:
             words, code = f"INFO: ended by {self.received.name}; {RESUME}", 128 + self.received
         self.links.close(code)
         exit_now(code, words if self.rank == 0 and not self._has_left else "")
 
-    def _describe_lost(self) -> str:
-        assert self._lost is not None
-        rank, code = self._lost
+    def _describe(self, rank: int, code: int) -> str:
         child = self._children.get(rank)
         if code == KILLED and child is not None:
             with suppress(subprocess.TimeoutExpired):
                 code = child.wait(TIME_TO_JOIN)
         who = f"process {rank} of {self.n_processes}" + (f" ({child.pid})" if child is not None else "")
-        signum = -code if code < 0 and child is not None else code - 128
-        names = {s.value: s.name for s in signal.Signals}
-        how = f"was ended by {names[signum]}" if signum in names else "was killed"
-        return f"{who} {how}; {RESUME}"
+        how = _named_signal(-code if code < 0 and child is not None else code - 128) or "killed"
+        return f"{who} was {how}; {RESUME}"
+
+
+def _named_signal(signum: int) -> str | None:
+    """Say that a signal ended something, if there is such a signal."""
+    with suppress(ValueError):
+        return f"ended by {signal.Signals(signum).name}"
+    return None
 
 
 def _exit_code(error: BaseException | None) -> int:

@@ -1,0 +1,63 @@
+"""Data workers that start for certain, and end with the process that they read for."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import TypeVar
+
+from torch.utils.data import DataLoader
+
+from transcriptformer.errors import TranscriptFormerError
+from transcriptformer.runtime.parents import dismiss, serve
+from transcriptformer.runtime.signals import held_back
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+TIME_TO_START = 10.0
+"""Seconds for all workers to start; twice as many at each further attempt."""
+
+MOST_STARTS = 4
+"""Attempts to start them."""
+
+
+def start_workers(loader: "DataLoader[T]") -> Iterator[T]:
+    """Iterate over what a DataLoader reads; its workers start here.
+
+    A fork may hang for ever in an interpreter with other threads (in Python 3.11, when one of PyTorch's asks for the
+    interpreter at that moment): workers that do not start are replaced. Whoever asks for the next item is told when a
+    worker has been killed; PyTorch would also raise that in the main thread, wherever it is.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If workers do not start.
+    """
+    if loader.num_workers == 0:
+        return iter(loader)
+    others = set(multiprocessing.active_children())
+    for seconds in (TIME_TO_START * 2**attempt for attempt in range(MOST_STARTS)):
+        started = multiprocessing.Semaphore(0)
+        loader.worker_init_fn = partial(serve, os.getpid(), started)
+        items = _fork(loader)
+        if all(started.acquire(timeout=seconds) for _ in range(loader.num_workers)):
+            return items
+        logger.warning("data workers did not start within %.0f s; starting others", seconds)
+        for worker in set(multiprocessing.active_children()) - others:
+            dismiss(worker)
+    raise TranscriptFormerError("data workers do not start; try again with --n-data-workers 0")
+
+
+def _fork(loader: "DataLoader[T]") -> Iterator[T]:
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    with held_back():
+        items = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    return items

@@ -1,0 +1,46 @@
+"""Data workers start, whatever other threads do while they are forked."""
+
+import subprocess
+import sys
+
+import pytest
+
+PRELUDE = """
+import os, time
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transcriptformer.data import workers
+
+workers.TIME_TO_START = 1.0
+n_forks = 0
+
+def count():
+    global n_forks
+    n_forks += 1
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        worker = get_worker_info()
+        return iter(range(worker.id, 10, worker.num_workers))
+
+def hang_in(forks):
+    "Children of these forks never come to run, as when a lock is held that only another thread would release."
+    os.register_at_fork(before=count, after_in_child=lambda: n_forks in forks and time.sleep(1000))
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("hanging", [(), (1,), (2,), (1, 2, 3)])
+def test_workers_that_do_not_start_are_replaced(hanging: tuple[int, ...]) -> None:
+    done = run(f"hang_in({hanging}); print(sorted(workers.start_workers(DataLoader(Numbers(), None, num_workers=2))))")
+    assert done.stdout == "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\n", done.stderr
+    assert done.stderr.count("data workers did not start within") == -(-len(hanging) // 2)
+
+
+def test_workers_that_never_start_end_the_run() -> None:
+    done = run("hang_in(range(100)); workers.start_workers(DataLoader(Numbers(), None, num_workers=2))")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("data workers do not start; try again with --n-data-workers 0")
