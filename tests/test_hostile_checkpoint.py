@@ -212,7 +212,7 @@ def test_a_label_head_fits_the_embeddings_and_is_finite(checkpoint_copy: Path) -
         "model.data_config.normalize_to_scale=nan",
         f"model.data_config.filter_outliers={'9' * 400}",
         f"model.inference_config.batch_size={10**12}",
-        f"model.inference_config.tokens_per_batch={10**12}",
+        f"model.inference_config.tokens_per_batch={10**20}",
         f"model.inference_config.num_gpus={10**9}",
         f"model.data_config.seed={10**30}",
         f"model.data_config.block_size={10**12}",

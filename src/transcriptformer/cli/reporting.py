@@ -107,8 +107,8 @@ def resumable(option: str = "") -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Ended) as error:
         how = f"ended by {error.signal.name}" if isinstance(error, Ended) else "interrupted"
-        with_option = f" with {option}" if option else ""
-        kept = "; ".join(getattr(error, "__notes__", [])) or f"the same command{with_option} goes on from here"
+        to_go_on = f"the same command with {option} goes on" if option else "the same command goes on from here"
+        kept = "; ".join(getattr(error, "__notes__", [])) or to_go_on
         if not is_launched():
             with suppress(OSError):  # the terminal may be gone
                 say(f"INFO: {how}; {kept}", err=True)
