@@ -59,7 +59,7 @@ class Processes:
 
     def watchdog(self) -> Watchdog:
         """Return what ends this process together with the others."""
-        return Watchdog(self.rank, self.total, has_workers=True)
+        return Watchdog(self.rank, self.total)
 
     def launch(self) -> dict[int, subprocess.Popen[bytes]]:
         """Start the other processes on this machine, unless somebody else does: the same command; by rank."""

@@ -44,3 +44,17 @@ def test_workers_that_never_start_end_the_run() -> None:
     done = run("hang_in(range(100)); workers.start_workers(DataLoader(Numbers(), None, num_workers=2))")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("data workers do not start; try again with --n-data-workers 0")
+
+
+def test_one_that_is_killed_while_it_starts_is_named() -> None:
+    code = """
+import signal
+from transcriptformer.runtime.watchdog import Watchdog
+os.register_at_fork(before=count, after_in_child=lambda: n_forks == 2 and os.kill(os.getpid(), signal.SIGKILL))
+with Watchdog():
+    list(workers.start_workers(DataLoader(Numbers(), None, num_workers=2)))
+"""
+    done = run(code)
+    assert done.returncode == 1
+    assert "was ended by SIGKILL; fewer --n-data-workers take less memory" in done.stderr.splitlines()[-1]
+    assert "did not start" not in done.stderr

@@ -218,7 +218,7 @@ def test_a_first_process_that_hangs_says_so_too(start: Start, tmp_path: Path) ->
 def test_the_others_end_when_the_first_is_killed_and_one_says_so(start: Start, tmp_path: Path) -> None:
     first, speaker, other = peers(start, tmp_path, "hang()", "hang()", "time.sleep(60)")
     first.kill()
-    assert end_of(speaker) == (1, "", f"ERROR: process 0 of 3 of this run was killed; {RESUME}\n")
+    assert end_of(speaker) == (1, "", f"ERROR: the first process of this run was killed; {RESUME}\n")
     assert end_of(other) == (1, "", "")
 
 
@@ -297,6 +297,7 @@ workers = [context.Process(target=work, args=(os.getpid(), stuck), daemon=True) 
 with Watchdog():
     for worker in workers:
         worker.start()
+        parents.workers[worker.pid] = worker
     wait()
 """
 
@@ -311,7 +312,7 @@ def test_data_workers_end_with_their_parent(start: Start) -> None:
 
 @pytest.mark.parametrize("does", ["time.sleep(60)", "hang()"])
 def test_a_killed_data_worker_is_named(does: str, start: Start) -> None:
-    process = start(SERVANTS.replace("Watchdog()", "Watchdog(has_workers=True)").replace("wait()", f"ready(); {does}"))
+    process = start(SERVANTS.replace("wait()", f"ready(); {does}"))
     workers = children_of(process, 2)
     time.sleep(1)
     workers[0].kill()

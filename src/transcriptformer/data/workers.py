@@ -5,14 +5,17 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Semaphore
 from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
 from transcriptformer.errors import TranscriptFormerError
-from transcriptformer.runtime.parents import dismiss, serve
+from transcriptformer.runtime.parents import POLL_INTERVAL, dismiss, serve, workers
 from transcriptformer.runtime.signals import held_back
 
 T = TypeVar("T")
@@ -40,17 +43,31 @@ def start_workers(loader: "DataLoader[T]") -> Iterator[T]:
     """
     if loader.num_workers == 0:
         return iter(loader)
-    others = set(multiprocessing.active_children())
     for seconds in (TIME_TO_START * 2**attempt for attempt in range(MOST_STARTS)):
+        others = set(multiprocessing.active_children())
         started = multiprocessing.Semaphore(0)
         loader.worker_init_fn = partial(serve, os.getpid(), started)
         items = _fork(loader)
-        if all(started.acquire(timeout=seconds) for _ in range(loader.num_workers)):
+        forked = set(multiprocessing.active_children()) - others
+        workers.update({worker.pid: worker for worker in forked if worker.pid is not None})
+        if _have_started(forked, started, seconds):
             return items
         logger.warning("data workers did not start within %.0f s; starting others", seconds)
-        for worker in set(multiprocessing.active_children()) - others:
+        for worker in forked:
             dismiss(worker)
     raise TranscriptFormerError("data workers do not start; try again with --n-data-workers 0")
+
+
+def _have_started(forked: set[BaseProcess], started: Semaphore, seconds: float) -> bool:
+    """Wait for workers to start; not for one that has ended, which is for the watchdog and for who reads to notice."""
+    until = time.monotonic() + seconds
+    for _ in forked:
+        while not started.acquire(timeout=POLL_INTERVAL):
+            if any(worker.exitcode not in (None, 0) for worker in forked):
+                return True
+            if time.monotonic() > until:
+                return False
+    return True
 
 
 def _fork(loader: "DataLoader[T]") -> Iterator[T]:

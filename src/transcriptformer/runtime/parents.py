@@ -21,8 +21,10 @@ POLL_INTERVAL = 0.5
 LAUNCHED_BY = "TRANSCRIPTFORMER_LAUNCHED_BY"
 """Environment variable: the process that launched this one to work beside it."""
 
-dismissed: set[int] = set()
-"""Data workers whose end means nothing."""
+FIRST_KILLED = f"ERROR: the first process of this run was killed; {RESUME}"
+
+workers: dict[int, BaseProcess] = {}
+"""Data workers without which this process cannot go on, by process."""
 
 _speaking = threading.Lock()
 
@@ -36,8 +38,7 @@ def end_with_launcher() -> None:
     """End this process when the process that launched it is gone, if there is one."""
     if is_launched():
         is_speaker = os.environ.get("LOCAL_RANK") == "1"
-        words = f"ERROR: the first process of this run was killed; {RESUME}" if is_speaker else ""
-        end_with(int(os.environ[LAUNCHED_BY]), words)
+        end_with(int(os.environ[LAUNCHED_BY]), FIRST_KILLED if is_speaker else "")
 
 
 def end_with(parent: int, last_words: str = "", patience: float = 0.0) -> None:
@@ -106,8 +107,7 @@ def _wait_for(parent: int) -> None:
 
 def dismiss(worker: BaseProcess) -> None:
     """Kill a data worker that is not needed."""
-    if worker.pid is not None:
-        dismissed.add(worker.pid)
+    workers.pop(worker.pid or 0, None)
     worker.kill()
     worker.join()
 

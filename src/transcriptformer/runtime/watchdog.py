@@ -8,14 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from multiprocessing import active_children
-from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.runtime.links import KILLED, Links
-from transcriptformer.runtime.parents import POLL_INTERVAL, dismissed, exit_now, say
+from transcriptformer.runtime.parents import FIRST_KILLED, POLL_INTERVAL, exit_now, say, workers
 from transcriptformer.runtime.signals import RESUME, SIGNALS, Ended, handling
 
 TIME_TO_END = 7.0
@@ -49,8 +47,6 @@ class Watchdog:
     ----------
     rank, n_processes
         Which process of how many this is.
-    has_workers
-        Whether child processes of `multiprocessing` are data workers, without which it cannot go on.
 
     Attributes
     ----------
@@ -62,14 +58,13 @@ class Watchdog:
         The signal that ends the process, if there was one.
     """
 
-    def __init__(self, rank: int = 0, n_processes: int = 1, has_workers: bool = False) -> None:
-        self.rank, self.n_processes, self.has_workers = rank, n_processes, has_workers
+    def __init__(self, rank: int = 0, n_processes: int = 1) -> None:
+        self.rank, self.n_processes = rank, n_processes
         self.flush: Callable[[], object] = lambda: None
         self.is_deferred = False
         self.received: signal.Signals | None = None
         self.links = Links()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
-        self._workers: dict[int, BaseProcess] = {}
         self._lost: str | None = None  # what is to be said of a process that ended too early
         self._finished: set[int] = set()
         self._has_raised = self._is_failing = self._has_left = False
@@ -208,8 +203,7 @@ class Watchdog:
             for rank, child in self._children.items():
                 if child.poll() is not None:
                     self._ended(rank, child.returncode)
-            if self.has_workers:
-                self._look_at_workers()
+            self._look_at_workers()
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end_by_force()
 
@@ -222,22 +216,18 @@ class Watchdog:
         if exit_code == 0 or self._lost is not None or is_ending:
             return
         if self.rank > 0 and exit_code == KILLED:
-            words = f"ERROR: process 0 of {self.n_processes} of this run was killed; {RESUME}"
-            exit_now(1, words if self.rank == 1 else "")  # a resumed run may be at work already
+            exit_now(1, FIRST_KILLED if self.rank == 1 else "")  # a resumed run may be at work already
         self._lose("" if exit_code in (1, 2) else self._describe(rank, exit_code))
 
     def _look_at_workers(self) -> None:
         """Notice that a data worker was killed, which may leave whoever waits for its data in the lurch."""
-        self._workers |= {worker.pid: worker for worker in active_children() if worker.pid is not None}
-        ended = [worker for worker in self._workers.values() if worker.exitcode is not None]
-        normal = (0, -signal.SIGTERM)  # by which loaders end them
-        dead = [worker for worker in ended if worker.exitcode not in normal and worker.pid not in dismissed]
-        self._workers = {pid: worker for pid, worker in self._workers.items() if worker not in ended}
+        ended = [workers.pop(pid) for pid, worker in list(workers.items()) if worker.exitcode is not None]
+        dead = [worker for worker in ended if worker.exitcode not in (0, -signal.SIGTERM)]  # as loaders end them
         if not dead or self._is_failing or self._lost is not None or self._deadline is not None:
             return
         how = _named_signal(-(dead[0].exitcode or 0)) or "killed"
         words = f"a data worker (process {dead[0].pid}) was {how}; fewer --n-data-workers take less memory; {RESUME}"
-        for worker in self._workers.values():
+        for worker in workers.values():
             worker.kill()  # they may wait for each other, and who ends waits for them
         if self.rank > 0:
             say(f"ERROR: {words}")  # before the first process ends this one
