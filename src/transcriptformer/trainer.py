@@ -12,7 +12,7 @@ from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.runtime.signals import RESUME
 from transcriptformer.runtime.watchdog import ProcessEndedError
 
-_LOST_WORKER = re.compile(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly")
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited unexpectedly|is killed)")
 """What PyTorch says of data workers that are gone."""
 
 
@@ -31,7 +31,7 @@ def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
         with quiet_lightning():
             yield
     except SystemExit as error:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
-        if trainer.interrupted and type(error) is SystemExit:
+        if type(error) is SystemExit and trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
     except TranscriptFormerError as error:

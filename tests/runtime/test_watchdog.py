@@ -297,7 +297,7 @@ workers = [context.Process(target=work, args=(os.getpid(), stuck), daemon=True) 
 with Watchdog():
     for worker in workers:
         worker.start()
-        parents.workers[worker.pid] = worker
+        parents.workers.add(worker)
     wait()
 """
 

@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Semaphore
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 
@@ -44,12 +46,10 @@ def start_workers(loader: "DataLoader[T]") -> Iterator[T]:
     if loader.num_workers == 0:
         return iter(loader)
     for seconds in (TIME_TO_START * 2**attempt for attempt in range(MOST_STARTS)):
-        others = set(multiprocessing.active_children())
-        started = multiprocessing.Semaphore(0)
+        started, forked = multiprocessing.Semaphore(0), list[BaseProcess]()
         loader.worker_init_fn = partial(serve, os.getpid(), started)
+        loader.multiprocessing_context = _recording(forked)
         items = _fork(loader)
-        forked = set(multiprocessing.active_children()) - others
-        workers.update({worker.pid: worker for worker in forked if worker.pid is not None})
         if _have_started(forked, started, seconds):
             return items
         logger.warning("data workers did not start within %.0f s; starting others", seconds)
@@ -58,7 +58,22 @@ def start_workers(loader: "DataLoader[T]") -> Iterator[T]:
     raise TranscriptFormerError("data workers do not start; try again with --n-data-workers 0")
 
 
-def _have_started(forked: set[BaseProcess], started: Semaphore, seconds: float) -> bool:
+def _recording(processes: list[BaseProcess]) -> BaseContext:
+    """Return a context whose processes are added to a list, and watched, before they start."""
+    context = copy(multiprocessing.get_context())
+    make = context.Process
+
+    def record(*args: Any, **options: Any) -> BaseProcess:
+        process = make(*args, **options)
+        processes.append(process)
+        workers.add(process)
+        return process
+
+    context.Process = record  # type: ignore[assignment, misc]
+    return context
+
+
+def _have_started(forked: list[BaseProcess], started: Semaphore, seconds: float) -> bool:
     """Wait for workers to start; not for one that has ended, which is for the watchdog and for who reads to notice."""
     until = time.monotonic() + seconds
     for _ in forked:
@@ -75,6 +90,7 @@ def _fork(loader: "DataLoader[T]") -> Iterator[T]:
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
     with held_back():
-        items = iter(loader)
-    signal.signal(signal.SIGCHLD, before)
-    return items
+        try:
+            return iter(loader)
+        finally:
+            signal.signal(signal.SIGCHLD, before)

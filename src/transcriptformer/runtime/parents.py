@@ -23,8 +23,8 @@ LAUNCHED_BY = "TRANSCRIPTFORMER_LAUNCHED_BY"
 
 FIRST_KILLED = f"ERROR: the first process of this run was killed; {RESUME}"
 
-workers: dict[int, BaseProcess] = {}
-"""Data workers without which this process cannot go on, by process."""
+workers: set[BaseProcess] = set()
+"""Data workers without which this process cannot go on."""
 
 _speaking = threading.Lock()
 
@@ -107,7 +107,7 @@ def _wait_for(parent: int) -> None:
 
 def dismiss(worker: BaseProcess) -> None:
     """Kill a data worker that is not needed."""
-    workers.pop(worker.pid or 0, None)
+    workers.discard(worker)
     worker.kill()
     worker.join()
 

@@ -98,6 +98,7 @@ class Watchdog:
         self._exit.close()
         if self._deadline is None:  # else the thread stays, lest something hangs until the interpreter is gone
             self._is_closed.set()
+            self._signalled.send(b"\0")  # wakes the thread
             self._thread.join()
             self._wakeup.close()
             self._signalled.close()
@@ -124,6 +125,7 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> None:
         """End child processes, since an error ends this one; they keep what they have computed."""
+        self._has_raised = True  # else what is noticed in the meantime would raise here, and nobody would say it
         if isinstance(error, ProcessEndedError):
             self._is_lost.wait(2)  # the main thread may be the first to notice; the watching thread knows more
         self._is_failing = True
@@ -221,13 +223,14 @@ class Watchdog:
 
     def _look_at_workers(self) -> None:
         """Notice that a data worker was killed, which may leave whoever waits for its data in the lurch."""
-        ended = [workers.pop(pid) for pid, worker in list(workers.items()) if worker.exitcode is not None]
+        ended = [worker for worker in list(workers) if worker.exitcode is not None]
+        workers.difference_update(ended)
         dead = [worker for worker in ended if worker.exitcode not in (0, -signal.SIGTERM)]  # as loaders end them
         if not dead or self._is_failing or self._lost is not None or self._deadline is not None:
             return
         how = _named_signal(-(dead[0].exitcode or 0)) or "killed"
         words = f"a data worker (process {dead[0].pid}) was {how}; fewer --n-data-workers take less memory; {RESUME}"
-        for worker in workers.values():
+        for worker in list(workers):
             worker.kill()  # they may wait for each other, and who ends waits for them
         if self.rank > 0:
             say(f"ERROR: {words}")  # before the first process ends this one
