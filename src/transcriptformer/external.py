@@ -40,17 +40,23 @@ def check_hdf5(path: Path, keys: Sequence[str], allow_external: bool) -> None:
     _run(path, lambda file: Guard(str(path), allow_external).steps_of(file, keys))
 
 
-def check_structure(path: Path) -> None:
-    """Open every object of an HDF5 file, in a process that may crash; none is read, and no link is followed.
+def check_structure(path: Path, keys: Sequence[str], allow_external: bool) -> None:
+    """Open every object of an HDF5 file, in a process that may crash, then do as `check_hdf5`.
 
-    Damage in one place is a sign of more, which cannot be seen in numbers.
+    Of the other objects none is read, and no link is followed. Damage in one place is a sign of more, which cannot be
+    seen in numbers.
 
     Raises
     ------
     DataError, RuntimeError
         As `check_hdf5`.
     """
-    _run(path, _open_all)
+
+    def steps(file: h5py.File) -> Generator[None]:
+        yield from _open_all(file)
+        yield from Guard(str(path), allow_external).steps_of(file, keys)
+
+    _run(path, steps)
 
 
 def _run(path: Path, steps: Callable[[h5py.File], Generator[None]]) -> None:

@@ -15,6 +15,8 @@ from transcriptformer.external import OPTION, Guard, check_folder, check_hdf5, c
 Location: TypeAlias = str | Path
 """A path, or a URL such as s3://bucket/cells.zarr."""
 
+_NEEDED = ("obs", "var")
+
 
 def is_url(location: Location) -> bool:
     """Whether a location is a URL rather than a path."""
@@ -53,8 +55,7 @@ class Store:
         self._process = -1
         self._checked: set[str] = set()
         self._check_place()
-        self.check("obs", "var")
-        if not all(key in self for key in ("obs", "var")):  # a web server may not tell what there is
+        if not all(key in self for key in _NEEDED):  # a web server may not tell what there is
             raise DataError(f"{self.name}: not an AnnData (h5ad or zarr): 'obs' and 'var' are not in it")
 
     def _check_place(self) -> None:
@@ -65,7 +66,8 @@ class Store:
         elif not is_zarr(self.location):
             _check_h5ad(Path(self.location))
             with self.reading():
-                check_structure(Path(self.location))
+                check_structure(Path(self.location), _NEEDED, self.allow_external)
+            self._checked.update(_NEEDED)
         elif os.path.isdir(self.location):  # noqa: PTH112
             check_folder(Path(self.location), self.allow_external)
 
