@@ -91,7 +91,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("kind", ["cell", "cge", "pooled"])
+@pytest.mark.parametrize("kind", ["cell", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cge", "pooled"))])
 def test_results_that_were_damaged_are_computed_again(
     kind: str, how: str, ended: Callable[[str], tuple[Path, anndata.AnnData]]
 ) -> None:
@@ -203,7 +203,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     return cells, folder / "ended", folder / "whole"
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", ["flipped", *(pytest.param(how, marks=pytest.mark.slow) for how in DAMAGES[1:])])
 @pytest.mark.parametrize("name", ["survey.safetensors", "statistics.safetensors", "baseline.json"])
 def test_what_training_knows_of_the_cells_is_found_out_again(
     name: str, how: str, trained: tuple[Path, Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -241,6 +241,7 @@ def test_without_its_state_training_begins_anew_and_says_so(
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])
 def test_every_flipped_bit_of_a_training_state_is_noticed(
     name: str, trained: tuple[Path, Path, Path], tmp_path: Path

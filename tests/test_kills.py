@@ -266,7 +266,9 @@ def test_at_random_moments(
         print(f"\n{kind}, {n_processes} × {n_workers}, {sent.name}: {ROUNDS} rounds of {seconds:.1f} s; {told}")  # noqa: T201
 
 
-@pytest.mark.parametrize("target", ["main", "last", "worker"])
+@pytest.mark.parametrize(
+    "target", [*(pytest.param(rank, marks=pytest.mark.slow) for rank in ("main", "last")), "worker"]
+)
 def test_a_killed_process_takes_the_others_along(target: str, embedding: Callable[..., Run], tmp_path: Path) -> None:
     run = embedding(tmp_path / "out", 2, 2)
     process = run.start()

@@ -146,7 +146,7 @@ def test_a_resumed_run_equals_an_unbroken_one(cells: Path, tmp_path: Path, ended
     assert_same_run(tmp_path / "ended", tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("ended_at", [11, 15, 21])
+@pytest.mark.parametrize("ended_at", [15, *(pytest.param(n, marks=pytest.mark.slow) for n in (11, 21))])
 def test_a_resumed_run_stops_as_early_as_an_unbroken_one(cells: Path, tmp_path: Path, ended_at: int) -> None:
     settings: dict[str, Any] = {"max_epochs": 20, "patience": 2, "learning_rate": 0.03, "save_every": 2}
     fit(config_of(tmp_path / "unbroken", cells, **settings))

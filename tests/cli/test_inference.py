@@ -115,7 +115,11 @@ def test_raw_counts_are_used_by_default(folder: Path) -> None:
     np.testing.assert_array_equal(embeddings["counts"], embeddings["with_raw"])
 
 
-@pytest.mark.parametrize("case", [*synthetic_cases("cell"), *real_cases("cell")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*synthetic_cases("cell"), *(pytest.param(case, marks=pytest.mark.slow) for case in real_cases("cell"))],
+    ids=str,
+)
 def test_the_shell_command_equals_the_reference(case: GoldenCase, tmp_path: Path) -> None:
     command: list[str | Path] = [COMMAND, "inference", "--checkpoint-path", case.checkpoint, "--data-file", case.data]
     options: list[str | Path] = ["--precision", "32", "--device", "cpu", "--output-path", tmp_path]
@@ -378,8 +382,8 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
     ("sent", "exit_code", "how"),
     [
         (signal.SIGINT, 130, "interrupted"),
-        (signal.SIGTERM, 143, "ended by SIGTERM"),
-        (signal.SIGHUP, 129, "ended by SIGHUP"),
+        pytest.param(signal.SIGTERM, 143, "ended by SIGTERM", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, "ended by SIGHUP", marks=pytest.mark.slow),
     ],
 )
 def test_ctrl_c_or_a_scheduler_ends_the_run_and_what_there_is_is_kept(

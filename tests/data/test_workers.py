@@ -41,7 +41,8 @@ def test_workers_that_do_not_start_are_replaced(hanging: tuple[int, ...]) -> Non
 
 
 def test_workers_that_never_start_end_the_run() -> None:
-    done = run("hang_in(range(100)); workers.start_workers(DataLoader(Numbers(), None, num_workers=2))")
+    impatient = "workers.TIME_TO_START = 0.2; hang_in(range(100)); "
+    done = run(impatient + "workers.start_workers(DataLoader(Numbers(), None, num_workers=2))")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("data workers do not start; try again with --n-data-workers 0")
 

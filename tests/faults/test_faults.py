@@ -59,7 +59,7 @@ def test_every_call_may_fail(name: str, kind: str, trials_of: TrialsOf, record_p
     assert_withstood(trials, faults, f"{name}, {kind}", record_property)
 
 
-@pytest.mark.parametrize("name", ["cell", "pooled cge"])
+@pytest.mark.parametrize("name", ["cell", pytest.param("pooled cge", marks=pytest.mark.slow)])
 def test_a_sample_of_calls_may_fail(name: str, trials_of: TrialsOf, record_property: Record) -> None:
     trials, kinds = trials_of(name), list(KINDS.values())
     calls = range(1, len(trials.calls) + 1, 17)
