@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from transcriptformer.errors import OutputError
 from transcriptformer.output import write_cells
+from transcriptformer.runtime.signals import Ended, raise_ended
 from transcriptformer.storage.hdf5 import new_hdf5
 from transcriptformer.storage.results import Field, Pieces, PieceWriter, kept_pieces
 
@@ -112,3 +114,23 @@ def test_ctrl_c_in_the_middle_ends_the_writing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_and_interrupt()
+
+
+def test_a_signal_while_it_is_written_raises_and_crashes_nothing(write: Callable[[], None], tmp_path: Path) -> None:
+    """At whatever moment: HDF5 takes no exception from the file that it writes to, and crashes."""
+
+    def write_with_timer(seconds: float) -> int:
+        def work() -> None:
+            signal.signal(signal.SIGTERM, raise_ended)
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            try:
+                for _ in range(20):
+                    write()
+            except Ended:
+                os._exit(0)
+
+        return in_child(work)  # that ends in Ended
+
+    for moment in np.linspace(0.002, 0.05, 40).tolist():
+        assert write_with_timer(moment) == 0, moment
+        assert not list((tmp_path / "out").glob(".*")), moment

@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,32 @@ def handling(handler: Callable[[int, FrameType | None], object] = raise_ended) -
     finally:
         for signum, old in before.items():
             signal.signal(signum, old)
+
+
+@contextmanager
+def noting() -> Iterator[Callable[[], None]]:
+    """Note signals that would raise, and raise at the end, or when the function that is yielded is called.
+
+    For calls of C code that takes no exception from what it calls back, or calls Python where exceptions are lost. To
+    block signals would not do: another thread would receive them, and the main thread raise all the same.
+    """
+    noted: list[int] = []
+    with ExitStack() as handlers:
+
+        def let_out() -> None:
+            while noted:
+                before[noted[0]](noted.pop(0), None)
+
+        before: dict[int, Callable[[int, FrameType | None], object]] = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers.callback(let_out)
+            for signum in (*SIGNALS, signal.SIGINT):
+                handler = signal.getsignal(signum)
+                if callable(handler):
+                    before[signum] = handler
+                    handlers.callback(signal.signal, signum, handler)
+                    signal.signal(signum, lambda number, frame: noted.append(number))
+        yield let_out
 
 
 @contextmanager

@@ -2,28 +2,32 @@
 
 HDF5 itself takes the process down when it cannot write a file back: it closes files at exit, and reads its own metadata
 again after it has left the cache. It is therefore never told. What cannot be written is kept in memory, where HDF5
-finds it until the file is closed; the failure is raised between two blocks, or at the end.
+finds it until the file is closed; the failure is raised between two blocks, or at the end, and so is what signal
+handlers would raise in the midst of HDF5's calls.
 """
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
 
+from transcriptformer.runtime.signals import noting
+
 
 class NewHdf5(h5py.File):  # type: ignore[misc]  # h5py has no types
     """An HDF5 file that is being written."""
 
-    def __init__(self, path: Path) -> None:
-        self._raw = _NeverFailing(path)
+    def __init__(self, path: Path, raise_signals: Callable[[], None]) -> None:
+        self._raw, self._raise_signals = _NeverFailing(path), raise_signals
         super().__init__(self._raw, "w")
 
     def check(self) -> None:
-        """Raise what has kept bytes from being written, if anything has."""
+        """Raise what has kept bytes from being written, if anything has, and what a signal is to raise."""
+        self._raise_signals()
         if self._raw.failure is not None:
             raise self._raw.failure
 
@@ -37,13 +41,14 @@ def new_hdf5(path: Path) -> Iterator[NewHdf5]:
     OSError
         If something could not be written; the file is of no use then.
     """
-    file = NewHdf5(path)
-    try:
-        yield file
-    finally:
-        file.close()
-        file._raw.close()
-    file.check()
+    with noting() as raise_signals:
+        file = NewHdf5(path, raise_signals)
+        try:
+            yield file
+        finally:
+            file.close()
+            file._raw.close()
+        file.check()
 
 
 class _NeverFailing(io.RawIOBase):
@@ -52,7 +57,7 @@ class _NeverFailing(io.RawIOBase):
     Attributes
     ----------
     failure
-        The first exception, from the operating system or from a signal handler.
+        The first exception.
     """
 
     def __init__(self, path: Path) -> None:
