@@ -9,6 +9,7 @@ import anndata
 import h5py
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from typer.testing import CliRunner
 
@@ -16,6 +17,8 @@ from tests.commands import assert_same, finish, inference_command, read_result, 
 from tests.golden_cases import CELLS
 from tests.h5ad_files import random_adata
 from transcriptformer.cli.main import app
+from transcriptformer.runtime.watchdog import ProcessEndedError
+from transcriptformer.trainer import plain_lightning
 
 
 @pytest.fixture
@@ -127,3 +130,9 @@ def test_gpus_that_are_not_there_are_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, command[1:])
     assert done.exit_code == 2
     assert done.stderr == "ERROR: --device cuda: not available here; this machine has cpu\n"
+
+
+def test_a_connection_that_is_lost_is_the_end_of_another_process() -> None:
+    said = "another process of this run has ended; .* --resume goes on"
+    with pytest.raises(ProcessEndedError, match=said), plain_lightning(pl.Trainer(logger=False, accelerator="cpu")):
+        raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")

@@ -19,6 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from transcriptformer.config import InferenceConfig
 from transcriptformer.device import count_devices
 from transcriptformer.runtime.parents import LAUNCHED_BY, end_with
+from transcriptformer.runtime.signals import RESUME
 from transcriptformer.runtime.watchdog import Watchdog
 from transcriptformer.train_config import TrainingConfig
 
@@ -141,7 +142,8 @@ def plan_processes(wanted: InferenceConfig | TrainingConfig, device: torch.devic
         n_nodes = int(os.environ["WORLD_SIZE"]) // per_node
         if (wanted.num_gpus, wanted.num_nodes) not in ((1, 1), (per_node, n_nodes)):
             logger.warning("torchrun has started %d processes on each of %d machines; so be it", per_node, n_nodes)
-        end_with(os.getppid())
+        is_speaker = os.environ["LOCAL_RANK"] == "0"
+        end_with(os.getppid(), f"ERROR: torchrun was killed; {RESUME}" if is_speaker else "")
         return Processes(per_node, n_nodes, TorchElasticEnvironment())
     per_node = count_devices(device, wanted.num_gpus)
     total = per_node * wanted.num_nodes

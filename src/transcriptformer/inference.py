@@ -175,6 +175,8 @@ def run(
         file_run = FileRun(locations, checkpoint, workspace, sha256.result, recording, processes.per_node)
         if inference.resume and not workspace.exists and _is_complete(output, file_run.identity):
             logger.info("%s is complete already", output)
+            if not trainer.is_global_zero:
+                return None
             workspace.remove()  # of which a kill may have left something
             return output
         try:

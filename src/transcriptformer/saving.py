@@ -68,6 +68,8 @@ class Saving(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         if trainer.global_step:
+            if trainer.is_global_zero and self.best_step:
+                trainer.strategy.checkpoint_io.load_checkpoint(self.folder.best)  # now, not when it is needed
             logger.info("going on from step %d of %d", trainer.global_step, self.n_steps)
             self.saved_step = trainer.global_step
         if trainer.is_global_zero:
@@ -78,6 +80,8 @@ class Saving(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         self.watchdog.is_deferred = False
+        if self.watchdog.received is not None:
+            self.watchdog.end()
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *unused: object

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
+import torch
 
 from transcriptformer.errors import TranscriptFormerError
+from transcriptformer.runtime.parents import lost_worker
 from transcriptformer.runtime.signals import RESUME
 from transcriptformer.runtime.watchdog import ProcessEndedError
 
@@ -42,10 +44,8 @@ def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
         raise
     except RuntimeError as error:
         if lost := _LOST_WORKER.search(str(error)):
-            raise ProcessEndedError(
-                f"a data worker (process {lost[1]}) was killed; fewer --n-data-workers take less memory; {RESUME}"
-            ) from error
-        if any(backend in str(error) for backend in ("gloo", "NCCL")):
+            raise ProcessEndedError(lost_worker(lost[1])) from error
+        if isinstance(error, torch.distributed.DistError) or any(backend in str(error) for backend in ("gloo", "NCCL")):
             raise ProcessEndedError(f"another process of this run has ended; see what it said; {RESUME}") from error
         raise
 

@@ -335,3 +335,47 @@ def test_data_workers_leave_signals_to_their_parent(sent: signal.Signals, start:
     os.kill(process.pid, signal.SIGTERM)
     assert end_of(process) == (143, "", "")  # which ends them
     assert_end(workers, 1)
+
+
+def test_a_signal_does_not_wait_for_ever_for_a_better_moment(start: Start) -> None:
+    process = start("watchdog.TIME_TO_DEFER = 1.0\nwith Watchdog() as dog:\n    dog.is_deferred = True\n    wait()")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    assert end_of(process) == (129, "", "")
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_what_comes_after_all_is_done_does_not_end_it(code: int, start: Start) -> None:
+    """Such as a child that lingers, and is killed, or fails on its way out."""
+    process = start(
+        f"""
+watchdog.TIME_TO_FINISH = 0.7
+late = "import sys, time; time.sleep(" + ("60" if {code} == 0 else "0.2") + "); sys.exit({code})"
+with signals.handling(), Watchdog(0, 2) as dog:
+    dog.care_for({{1: subprocess.Popen([sys.executable, "-c", late])}})
+time.sleep(1)
+print("done", flush=True)
+""",
+        wait=False,
+    )
+    assert end_of(process, 20) == (0, "done\n", "")
+
+
+def test_signals_are_noted_where_they_must_not_raise(start: Start) -> None:
+    process = start(
+        """
+with signals.handling():
+    try:
+        with signals.noting() as let_out:
+            ready()
+            time.sleep(1)
+            print("undisturbed", flush=True)
+            let_out()
+            print("never", flush=True)
+    finally:
+        print(signal.getsignal(signal.SIGTERM) is signals.raise_ended, flush=True)
+"""
+    )
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == (143, "undisturbed\nTrue\n", "")

@@ -112,6 +112,11 @@ def dismiss(worker: BaseProcess) -> None:
     worker.join()
 
 
+def lost_worker(pid: object, how: str = "killed") -> str:
+    """What to say of a data worker that was ended."""
+    return f"a data worker (process {pid}) was {how}; fewer --n-data-workers take less memory; {RESUME}"
+
+
 def exit_now(code: int, last_words: str = "") -> NoReturn:
     """End this process at once, from any thread; one thread gets to say why."""
     _speaking.acquire()

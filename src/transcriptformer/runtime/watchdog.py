@@ -13,11 +13,14 @@ from typing import NoReturn, Self
 
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.runtime.links import KILLED, Links
-from transcriptformer.runtime.parents import FIRST_KILLED, POLL_INTERVAL, exit_now, say, workers
+from transcriptformer.runtime.parents import FIRST_KILLED, POLL_INTERVAL, exit_now, lost_worker, say, workers
 from transcriptformer.runtime.signals import RESUME, SIGNALS, Ended, handling
 
 TIME_TO_END = 7.0
 """Seconds that the main thread has to keep what is computed and to end, before the process is ended by force."""
+
+TIME_TO_DEFER = 4.0
+"""Seconds that a signal waits at most where it is deferred."""
 
 TIME_TO_FLUSH = 1.0
 """Seconds for a last flush then."""
@@ -53,7 +56,7 @@ class Watchdog:
     flush
         Called before the process is ended by force.
     is_deferred
-        Whether a signal waits until `end` is called, rather than raise.
+        Whether a signal waits until `end` is called, or `TIME_TO_DEFER` seconds, rather than raise.
     received
         The signal that ends the process, if there was one.
     """
@@ -67,8 +70,9 @@ class Watchdog:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._lost: str | None = None  # what is to be said of a process that ended too early
         self._finished: set[int] = set()
-        self._has_raised = self._is_failing = self._has_left = False
+        self._has_raised = self._is_ending = self._has_left = False
         self._deadline: float | None = None
+        self._deferred_until: float | None = None
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
@@ -90,16 +94,19 @@ class Watchdog:
             In the first process, if another one was killed.
         """
         if error is None:
+            self._is_ending = self._has_raised = True
             self._join(TIME_TO_FINISH)
         else:
             self.fail(error)
         self.is_deferred = False
         self._has_left = True
-        self._exit.close()
-        if self._deadline is None:  # else the thread stays, lest something hangs until the interpreter is gone
+        is_in_time = self._deadline is None  # else the thread stays, lest something hangs until the interpreter is gone
+        if is_in_time:
             self._is_closed.set()
             self._signalled.send(b"\0")  # wakes the thread
             self._thread.join()
+        self._exit.close()
+        if is_in_time:
             self._wakeup.close()
             self._signalled.close()
         self.links.close(_exit_code(error))
@@ -128,7 +135,7 @@ class Watchdog:
         self._has_raised = True  # else what is noticed in the meantime would raise here, and nobody would say it
         if isinstance(error, ProcessEndedError):
             self._is_lost.wait(2)  # the main thread may be the first to notice; the watching thread knows more
-        self._is_failing = True
+        self._is_ending = True
         for rank, child in self._children.items():
             if rank not in self._finished:
                 child.terminate()
@@ -138,6 +145,9 @@ class Watchdog:
         """Raise what was deferred, in this process or in another one."""
         self.is_deferred, self._has_raised = False, True
         self._start_clock(128 + (self.received or signal.SIGTERM))
+        self._raise()
+
+    def _raise(self) -> NoReturn:
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise Ended(self.received or signal.SIGTERM)
@@ -168,12 +178,12 @@ class Watchdog:
         self._note(signum)
         if self.is_deferred and self._lost is None:
             return
-        if self._has_raised or self._is_failing:
+        if self._has_raised or self._is_ending:
             return
         self._has_raised = True
         if self._lost is not None:
             raise _Lost(1)
-        raise Ended(signum)
+        self._raise()
 
     def _note(self, signum: int) -> None:
         if self._lost is None and self.received in (None, signal.SIGINT):
@@ -181,6 +191,8 @@ class Watchdog:
             # Ctrl-C, which raises in any case, must not end the kernel of a notebook.
             if self.n_processes > 1 if signum == signal.SIGINT else not self.is_deferred:
                 self._start_clock(128 + signum)
+            elif signum != signal.SIGINT:
+                self._deferred_until = time.monotonic() + TIME_TO_DEFER
 
     def _start_clock(self, exit_code: int) -> None:
         """Let the main thread have so much time; the others begin to end, too."""
@@ -206,16 +218,18 @@ class Watchdog:
                 if child.poll() is not None:
                     self._ended(rank, child.returncode)
             self._look_at_workers()
+            if self.is_deferred and self._deferred_until is not None and time.monotonic() > self._deferred_until:
+                self._stop_deferring()
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end_by_force()
 
     def _ended(self, rank: int, exit_code: int) -> None:
         """React to the end of another process, in the watching thread."""
-        if rank in self._finished or self._is_failing:
+        if rank in self._finished or self._is_ending:
             return
         self._finished.add(rank)
-        is_ending = self.received is not None and not self.is_deferred
-        if exit_code == 0 or self._lost is not None or is_ending:
+        has_agreed = self.received is not None and (not self.is_deferred or exit_code > 128)
+        if exit_code == 0 or self._lost is not None or has_agreed:
             return
         if self.rank > 0 and exit_code == KILLED:
             exit_now(1, FIRST_KILLED if self.rank == 1 else "")  # a resumed run may be at work already
@@ -224,12 +238,12 @@ class Watchdog:
     def _look_at_workers(self) -> None:
         """Notice that a data worker was killed, which may leave whoever waits for its data in the lurch."""
         ended = [worker for worker in list(workers) if worker.exitcode is not None]
+        ended = [worker for worker in ended if worker in workers]  # else it was dismissed in the meantime
         workers.difference_update(ended)
         dead = [worker for worker in ended if worker.exitcode not in (0, -signal.SIGTERM)]  # as loaders end them
-        if not dead or self._is_failing or self._lost is not None or self._deadline is not None:
+        if not dead or self._is_ending or self._lost is not None or self._deadline is not None:
             return
-        how = _named_signal(-(dead[0].exitcode or 0)) or "killed"
-        words = f"a data worker (process {dead[0].pid}) was {how}; fewer --n-data-workers take less memory; {RESUME}"
+        words = lost_worker(dead[0].pid, _named_signal(-(dead[0].exitcode or 0)) or "killed")
         for worker in list(workers):
             worker.kill()  # they may wait for each other, and who ends waits for them
         if self.rank > 0:
@@ -242,9 +256,13 @@ class Watchdog:
         self._lost = words
         self._is_lost.set()
         self._start_clock(1)
-        main = threading.main_thread().ident
-        if main is not None and hasattr(signal, "pthread_kill"):
-            signal.pthread_kill(main, signal.SIGTERM)
+        _interrupt_main_thread()
+
+    def _stop_deferring(self) -> None:
+        """End, in the watching thread, what takes too long to come to a better moment."""
+        self.is_deferred = False
+        self._start_clock(128 + (self.received or signal.SIGTERM))
+        _interrupt_main_thread()
 
     def _end_by_force(self) -> NoReturn:
         flushing = threading.Thread(target=self.flush, daemon=True)
@@ -268,6 +286,12 @@ class Watchdog:
         who = f"process {rank} of {self.n_processes}" + (f" ({child.pid})" if child is not None else "")
         how = _named_signal(-code if code < 0 and child is not None else code - 128) or "killed"
         return f"{who} was {how}; {RESUME}"
+
+
+def _interrupt_main_thread() -> None:
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main, signal.SIGTERM)
 
 
 def _named_signal(signum: int) -> str | None:
