@@ -16,7 +16,7 @@ from tests.storage.test_lock import held_by_another
 from tests.training_runs import assert_same_run, config_of, write_cells
 from transcriptformer.cli.main import app
 from transcriptformer.config import load_config
-from transcriptformer.errors import TranscriptFormerError, UsageError
+from transcriptformer.errors import CheckpointError, TranscriptFormerError, UsageError
 from transcriptformer.inference import run
 from transcriptformer.training import fit
 
@@ -228,6 +228,31 @@ def test_a_training_state_that_cannot_be_relied_on_is_refused(
     damage(folder / "state" / name, how)
     with pytest.raises(TranscriptFormerError, match=rf"{name}: (truncated|missing)"):
         fit(config_of(folder, cells, save_every=1, resume=True))
+
+
+@pytest.mark.parametrize("how", ["flipped", "deleted"])
+def test_without_the_best_weights_training_does_not_go_on(
+    how: str, trained: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Not even until they are needed."""
+    cells, ended_run, whole = trained
+    for run_folder in (ended_run, whole):
+        folder = shutil.copytree(run_folder, tmp_path / run_folder.name)
+        damage(folder / "state" / "best.ckpt", how)
+        with pytest.raises(CheckpointError, match=r"best\.ckpt: (truncated|missing).*; name another folder"):
+            fit(config_of(folder, cells, save_every=1, resume=True), lambda *progress: pytest.fail("it goes on"))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_complete_run_stays_so_without_its_figures(
+    how: str, trained: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    cells, _, whole = trained
+    folder = shutil.copytree(whole, tmp_path / "run")
+    damage(folder / "metrics.csv", how)
+    done = fit(config_of(folder, cells, save_every=1, resume=True))
+    assert done is not None
+    assert done.checkpoint == folder / "checkpoint"
 
 
 def test_without_its_state_training_begins_anew_and_says_so(

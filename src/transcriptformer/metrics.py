@@ -63,8 +63,11 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Read the complete lines of a metrics file."""
-    lines = path.read_bytes().decode().splitlines(keepends=True)
+    """Read the complete lines of a metrics file; there are none where it is missing or something else."""
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.decode(errors="replace").splitlines(keepends=True)
+    if not lines or lines[0].strip() != ",".join(COLUMNS):
+        return []
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 

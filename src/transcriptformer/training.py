@@ -137,6 +137,8 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
             identity = _identify(config, corpus, count_streams(config, processes.total))
             yaml = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
             begin = partial(folder.begin, identity, yaml, training.resume)
+            if trainer.is_global_zero:
+                folder.lock()
             if training.resume and folder.is_complete:
                 if trainer.is_global_zero:
                     begin()

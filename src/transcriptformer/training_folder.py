@@ -17,6 +17,8 @@ from transcriptformer.storage.workspace import check_same
 
 logger = logging.getLogger(__name__)
 
+BEGIN_ANEW = "name another folder by --output-path to begin anew"
+
 
 class TrainingFolder:
     """Names what lies in the folder.
@@ -42,8 +44,22 @@ class TrainingFolder:
         """Whether a run has come to its end here."""
         return (self.checkpoint / "config.json").is_file()
 
+    def lock(self) -> None:
+        """Make the folder and keep other runs out until `end`.
+
+        Raises
+        ------
+        UsageError
+            If another run is at work there.
+        OutputError
+            If it cannot be written to.
+        """
+        with writing(self.path):
+            self.state.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire(self.path)
+
     def begin(self, identity: Mapping[str, Any], config_yaml: str, resume: bool) -> None:
-        """Make the folder, or see that it holds this very run; keep other runs out until `end`.
+        """See that the folder, which is locked, holds this very run, or begin it.
 
         A run that has not saved anything yet, such as one that was refused its input, is begun anew.
 
@@ -54,9 +70,6 @@ class TrainingFolder:
         OutputError
             If it cannot be written to.
         """
-        with writing(self.path):
-            self.state.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire(self.path)
         if self.last.is_file() or self.is_complete:
             if not resume:
                 raise UsageError(
@@ -66,7 +79,7 @@ class TrainingFolder:
             try:
                 check_same(read_json(self.run), identity, self.path)
             except DamagedError as error:
-                raise DamagedError(f"{error}; name another folder by --output-path to begin anew") from error
+                raise DamagedError(f"{error}; {BEGIN_ANEW}") from error
             return
         if resume and self.run.is_file():
             logger.warning("%s: missing; training begins anew", self.last)
@@ -118,4 +131,5 @@ class WholeFiles(TorchCheckpointIO):
                 raise zipfile.BadZipFile(damaged)
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the reader raises whatever a damaged file leads it to
-            raise CheckpointError(f"{path}: truncated or damaged; without it, the run begins anew") from error
+            how = "truncated or damaged" if Path(path).exists() else "missing"
+            raise CheckpointError(f"{path}: {how}; {BEGIN_ANEW}") from error
