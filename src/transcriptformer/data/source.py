@@ -108,8 +108,8 @@ def open_source(
         An h5ad file or a zarr store, of which only `obs` and one matrix with its `var` are read; or an AnnData, which
         is left as it is.
     gene_col_name
-        Column of `var` with the gene ids; `index` for the index of `var`; `auto`: `ensembl_id` where there is such a
-        column, else the index.
+        Column of `var` with the gene ids; `index` for the index of `var`; `auto`: the index if it looks like
+        gene ids and there is no `ensembl_id`, else `ensembl_id`.
     use_raw
         True: `.raw`; False: `.X`; None or "auto": `.raw` where there is one. Names and counts come from the same place.
     remove_duplicate_genes
