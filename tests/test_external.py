@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from pathlib import Path
 
 import anndata
@@ -19,7 +20,7 @@ from transcriptformer.config import load_config
 from transcriptformer.data.fingerprint import WHOLE_BYTES, fingerprint
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.errors import CheckpointError, DataError, UsageError
-from transcriptformer.external import OPTION
+from transcriptformer.external import OPTION, Guard
 from transcriptformer.isolated import CrashedError, run_isolated
 from transcriptformer.vocab import read_gene_ids, read_protein_embeddings
 
@@ -159,19 +160,54 @@ def test_what_is_missing_there_is_never_taken_for_zeros(
         read_all(folder, True)
 
 
-def test_a_virtual_dataset_must_be_complete(folder: Path) -> None:
-    def half(file: h5py.File, folder: Path) -> str:
+def made_of(*parts: slice) -> Callable[[h5py.File, Path], str]:
+    def replace(file: h5py.File, folder: Path) -> str:
         shape, dtype = file["X/data"].shape, file["X/data"].dtype
         file["kept"] = file["X/data"]
         del file["X/data"]
         layout = h5py.VirtualLayout(shape, dtype)
-        layout[:100] = h5py.VirtualSource(".", "kept", shape)[:100]
+        for part in parts:
+            layout[part] = h5py.VirtualSource(".", "kept", shape)[part]
         file["X"].create_virtual_dataset("data", layout)
         return "X/data"
 
-    rewrite(folder, half)
+    return replace
+
+
+@pytest.mark.parametrize(
+    "parts", [[slice(100)], [slice(2, None)] * 2, [slice(0, None, 2)] * 2], ids=["half", "most twice", "every other"]
+)
+def test_a_virtual_dataset_must_be_complete(folder: Path, parts: list[slice]) -> None:
+    rewrite(folder, made_of(*parts))
     with pytest.raises(DataError, match="X/data is a virtual dataset, a part of which has no source"):
         read_all(folder, True)
+
+
+@pytest.mark.parametrize(
+    "parts", [[slice(200), slice(100, None)], [slice(0, None, 2), slice(1, None, 2)]], ids=["overlap", "interleaved"]
+)
+def test_the_parts_of_a_virtual_dataset_may_lie_anyhow(folder: Path, parts: list[slice]) -> None:
+    expected = read_all(folder).counts(0, N_CELLS)
+    rewrite(folder, made_of(*parts))
+    found = read_all(folder, True).counts(0, N_CELLS)
+    assert (found != expected).nnz == 0
+
+
+@pytest.mark.parametrize(("second", "is_whole"), [([1, 4], True), ([1, 3], False)])
+def test_the_parts_of_a_virtual_dataset_may_have_any_shape(tmp_path: Path, second: list[int], is_whole: bool) -> None:
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    for places in ([0, 2, 3], second):
+        space = h5py.h5s.create_simple((5,))
+        space.select_none()
+        for place in places:
+            space.select_hyperslab((place,), (1,), op=h5py.h5s.SELECT_OR)
+        properties.set_virtual(space, b".", b"kept", h5py.h5s.create_simple((len(places),)))
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["kept"] = np.arange(3.0)
+        h5py.h5d.create(file.id, b"X", h5py.h5t.NATIVE_DOUBLE, h5py.h5s.create_simple((5,)), dcpl=properties)
+        refused = pytest.raises(DataError, match="X is a virtual dataset, a part of which has no source")
+        with nullcontext() if is_whole else refused:
+            Guard("x.h5", allow_external=False).check(file["X"], "X")
 
 
 def test_a_virtual_dataset_of_itself_comes_to_an_end(folder: Path) -> None:

@@ -192,12 +192,11 @@ class Guard:
                 raise self._missing(place, file_name)
         if not dataset.is_virtual:
             return []
-        sources, n_mapped = [], 0
-        for mapping in dataset.virtual_sources():
+        sources, mappings = [], dataset.virtual_sources()
+        for mapping in mappings:
             source = self._open_source(dataset, mapping, place, files)
             sources.append((source, f"{place} → {mapping.file_name}:{mapping.dset_name}"))
-            n_mapped += mapping.vspace.get_select_npoints()
-        if n_mapped < (dataset.size or 0):
+        if dataset.size and not _are_whole(dataset, mappings):
             raise DataError(f"{self.name}: {place} is a virtual dataset, a part of which has no source")
         return sources
 
@@ -232,6 +231,29 @@ def _covers(source: h5py.Dataset, mapping: Any) -> bool:
     except ValueError:  # of a selection without end
         return False
     return len(last) == source.ndim and all(end < size for end, size in zip(last, source.shape, strict=True))
+
+
+def _are_whole(dataset: h5py.Dataset, mappings: Sequence[Any]) -> bool:
+    """Whether each value of a virtual dataset has a source; several mappings may be of the same values."""
+    left = dataset.id.get_space()
+    for mapping in mappings:
+        for start, stride, count, block in _hyperslabs(mapping.vspace):
+            left.select_hyperslab(start, count, stride, block, op=h5py.h5s.SELECT_NOTB)
+    return left.get_select_npoints() == 0
+
+
+def _hyperslabs(space: Any) -> list[tuple[Sequence[int], ...]]:
+    """Start, stride, count and block of all that is selected in a dataspace; of a selection without end, nothing."""
+    ones = (1,) * len(space.shape)
+    if space.get_select_type() == h5py.h5s.SEL_ALL:
+        return [((0,) * len(ones), ones, ones, space.shape)]
+    if space.get_select_type() != h5py.h5s.SEL_HYPERSLABS:
+        return []
+    if not space.is_regular_hyperslab():
+        blocks = space.get_select_hyper_blocklist()
+        return [(tuple(first), ones, ones, tuple(last - first + 1)) for first, last in blocks]
+    slab = space.get_regular_hyperslab()
+    return [] if any(h5py.h5s.UNLIMITED in numbers for numbers in slab) else [slab]
 
 
 def _read_texts(dataset: h5py.Dataset) -> Generator[None]:
