@@ -257,6 +257,38 @@ def test_linked_files_count(tmp_path: Path) -> None:
     assert len(found) == 4
 
 
+def test_linked_folders_count(tmp_path: Path, size: str) -> None:
+    path = write(cells(), tmp_path / "cells.zarr")
+    before = fingerprint(path)
+    (path / "X").rename(tmp_path / "X")
+    (path / "X").symlink_to("../X")
+    assert fingerprint(path) == before
+    (tmp_path / "X" / "data").rename(tmp_path / "data")
+    (tmp_path / "X" / "data").symlink_to(tmp_path / "data")
+    assert fingerprint(path) == before
+    array: Any = zarr.open_array(str(tmp_path / "data"))
+    array[0] += 1
+    assert fingerprint(path) != before
+
+
+def test_folders_that_link_to_each_other_come_to_an_end(tmp_path: Path) -> None:
+    folder = tmp_path / "cells"
+    for i in range(30):  # 2³⁰ paths
+        (folder / str(i)).mkdir(parents=True)
+        (folder / str(i) / "x").write_bytes(b"first")
+        for name in "ab":
+            (folder / str(i) / name).symlink_to(f"../{i + 1}")
+    (folder / "3" / "up").symlink_to("..")
+    (folder / "3" / "itself").symlink_to("itself")
+    found = {fingerprint(folder)}
+    (folder / "29" / "x").write_bytes(b"other")
+    found.add(fingerprint(folder))
+    (folder / "5" / "b").unlink()
+    (folder / "5" / "b").symlink_to("../7")
+    found.add(fingerprint(folder))
+    assert len(found) == 3
+
+
 def test_what_anndata_would_not_read_has_a_fingerprint_too(tmp_path: Path, size: str) -> None:
     path = tmp_path / "odd.h5"
     with h5py.File(path, "w") as file:

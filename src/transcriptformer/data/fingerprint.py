@@ -151,17 +151,35 @@ def _of_file(path: Path) -> str:
 
 def _of_folder(folder: Path) -> str:
     """Names and sizes of all files, and the contents of a zarr store, or of files of another kind."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files, repeats = _files_below(folder)
     sizes = [path.stat().st_size for path in files]
     digest = _Digest()
     for path, size in zip(files, sizes, strict=True):
         digest.add(path.relative_to(folder).as_posix(), size)
+    digest.add(*repeats)
     root = None if sum(sizes) <= WHOLE_BYTES else _open_zarr(folder)
     if root is not None:
         exhaust(_add_hierarchy(digest, root, N_BLOCKS))
     else:
         digest.add(*map(fingerprint_file, files))
     return digest.hexdigest()
+
+
+def _files_below(folder: Path) -> tuple[list[Path], list[str]]:
+    """All files, also of folders that links lead to, each folder once; and which paths lead where others did before."""
+    files: list[Path] = []
+    repeats: list[str] = []
+    first: dict[str, Path] = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        path = Path(place)
+        before = first.setdefault(os.path.realpath(path), path)
+        if before != path:  # perhaps one that it lies in itself
+            repeats.append(f"{path.relative_to(folder).as_posix()} → {before.relative_to(folder).as_posix()}")
+            folders.clear()
+            continue
+        folders.sort()  # so that the same path is the first in every copy
+        files += [path / name for name in names if (path / name).is_file()]
+    return sorted(files), repeats
 
 
 def _open_zarr(folder: Path) -> zarr.Group | None:
