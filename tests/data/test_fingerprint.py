@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,25 @@ def test_linked_files_count(tmp_path: Path) -> None:
     (tmp_path / "raw.bin").write_bytes(bytes(12))
     found.add(fingerprint(path))
     assert len(found) == 4
+
+
+def test_files_that_linked_files_link_to_count(tmp_path: Path) -> None:
+    path, last = tmp_path / "cells.h5ad", tmp_path / "last.h5"
+    chain = [path, tmp_path / "second.h5", tmp_path / "third.h5", last]
+    for name, following in pairwise(chain):
+        with h5py.File(name, "w") as file:
+            file["X"] = h5py.ExternalLink(following.name, "/X")
+            file["back"] = h5py.ExternalLink(path.name, "/X")
+    found = {fingerprint(path)}
+    for value in (1, 2):
+        with h5py.File(last, "w") as file:
+            file["X"] = np.full(3, value)
+        found.add(fingerprint(path))
+    content = last.read_bytes()
+    for end in (-1, -2):
+        last.write_bytes(content[:end])  # damaged
+        found.add(fingerprint(path))
+    assert len(found) == 5
 
 
 def test_linked_folders_count(tmp_path: Path, size: str) -> None:

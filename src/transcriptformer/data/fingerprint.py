@@ -131,14 +131,14 @@ def _of_file(path: Path) -> str:
     def steps() -> Generator[None, None, str]:
         digest = _Digest()
         digest.add(size)
+        for linked in _linked_files(path):
+            digest.add(fingerprint_file(linked))
+            yield
+        if size <= WHOLE_BYTES:
+            digest.add(fingerprint_file(path))
+            return digest.hexdigest()
         with h5py.File(path, locking="best-effort") as file:
-            for linked in _linked_files(file):  # whose contents the file shows as its own
-                digest.add(fingerprint_file(linked))
-                yield
-            if size > WHOLE_BYTES:
-                yield from _add_hierarchy(digest, file, N_BLOCKS)
-                return digest.hexdigest()
-        digest.add(fingerprint_file(path))
+            yield from _add_hierarchy(digest, file, N_BLOCKS)
         return digest.hexdigest()
 
     try:
@@ -339,8 +339,22 @@ def _n_bytes(array: Any) -> int:
     return 0 if array.shape is None else math.prod(array.shape) * max(1, array.dtype.itemsize)
 
 
-def _linked_files(file: h5py.File) -> list[Path]:
-    """Other files whose contents an HDF5 file shows as its own, as far as they exist."""
+def _linked_files(path: Path) -> Iterator[Path]:
+    """Other files whose contents an HDF5 file shows as its own, or one of these does, as far as they exist."""
+    waiting, seen = [path], {os.path.realpath(path)}
+    while waiting:
+        path = waiting.pop(0)
+        for name in dict.fromkeys(_files_named_in(path)):
+            for place in (path.parent / name, Path(name)):  # HDF5 looks there, or in the working directory
+                if place.is_file() and os.path.realpath(place) not in seen:
+                    seen.add(os.path.realpath(place))
+                    yield place
+                    if h5py.is_hdf5(place):
+                        waiting.append(place)
+
+
+def _files_named_in(path: Path) -> list[str]:
+    """Names of other files in an HDF5 file, as far as it can be read."""
     names: list[str] = []
 
     def visit_link(path: str, link: Any) -> None:
@@ -352,8 +366,7 @@ def _linked_files(file: h5py.File) -> list[Path]:
             names.extend(_text(name) for name, _, _ in element.external or ())
             names.extend(source.file_name for source in (element.virtual_sources() if element.is_virtual else ()))
 
-    file.visititems_links(visit_link)
-    file.visititems(visit)
-    folder = Path(_text(file.filename)).parent  # HDF5 looks there, or in the working directory
-    places = [place for name in dict.fromkeys(names) if name != "." for place in (folder / name, Path(name))]
-    return [place for place in places if place.is_file()]
+    with suppress(Exception), h5py.File(path, locking="best-effort") as file:  # the run says what is damaged
+        file.visititems_links(visit_link)
+        file.visititems(visit)
+    return [name for name in names if name != "."]
