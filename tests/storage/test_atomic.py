@@ -56,6 +56,59 @@ def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("n_moves", "kept"), [(1, "old"), (2, "new")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, PermissionError, MemoryError])
+def test_an_exception_amid_the_moves_of_a_folder_loses_nothing(
+    error: type[BaseException], n_moves: int, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x"
+    path.mkdir()
+    fill(path, "old")
+    rename, moved = Path.rename, list[Path]()
+
+    def move(self: Path, target: Path) -> None:
+        rename(self, target)
+        moved.append(self)
+        if len(moved) == n_moves:
+            raise error
+
+    def replace() -> None:
+        with atomic_folder(path) as temporary:
+            fill(temporary, "new")
+
+    monkeypatch.setattr(Path, "rename", move)
+    with pytest.raises(OutputError if error is PermissionError else error):
+        replace()
+    assert (path / "a" / "b").read_text() == kept
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_older_folder_that_cannot_be_put_back_stays_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, older = tmp_path / "x", tmp_path / ".x.old"
+    path.mkdir()
+    fill(path, "old")
+    rename = Path.rename
+
+    def move(self: Path, target: Path) -> None:
+        if target == path:
+            raise PermissionError
+        rename(self, target)
+
+    def replace() -> None:
+        with atomic_folder(path) as temporary:
+            fill(temporary, "new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", move)
+        with pytest.raises(OutputError):
+            replace()
+    assert (older / "a" / "b").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [older]
+    replace()
+    assert (path / "a" / "b").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_kill_between_the_moves_of_a_folder_is_made_good(tmp_path: Path) -> None:
     path, older, half = tmp_path / "x", tmp_path / ".x.old", tmp_path / ".x.tmp"
     older.mkdir()

@@ -57,7 +57,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new temporary folder, then sync all that is in it and move it to `path`.
 
-    An older folder is set aside for the moment of the move, and put back if that fails or was cut off by a kill.
+    An older folder is set aside for the moment of the move. It is put back if that fails, or an exception of any kind
+    comes in between, such as a signal's; after a kill, by the next attempt.
 
     Raises
     ------
@@ -76,17 +77,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 list(threads.map(sync_folder, [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]))
             if path.exists():
                 path.rename(older)
-            try:
-                temporary.rename(path)
-            except OSError:
-                if older.exists():
-                    older.rename(path)
-                raise
+            temporary.rename(path)
             sync_folder(path.parent)
     finally:
-        remove(temporary)
-        if path.exists():
-            remove(older)
+        with suppress(OSError):  # the older one stays aside, for the next attempt to put back
+            tidy_folder(path)
 
 
 def temporary_path(path: Path) -> Path:
@@ -100,12 +95,14 @@ def older_path(path: Path) -> Path:
 
 
 def tidy_folder(path: Path) -> None:
-    """Clear away what a kill left of replacing a folder; OSError where the older one cannot be put back."""
+    """Clear away what is left of replacing a folder; OSError where the older one cannot be put back; it stays."""
     older = older_path(path)
-    if older.exists() and not path.exists():  # the kill came between the two moves
-        older.rename(path)
+    try:
+        if older.exists() and not path.exists():  # the end came between the two moves
+            older.rename(path)
+    finally:
+        remove(temporary_path(path))
     remove(older)
-    remove(temporary_path(path))
 
 
 def sync(path: Path) -> None:
