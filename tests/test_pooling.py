@@ -184,3 +184,23 @@ def test_a_pool_that_could_not_take_a_batch_is_not_saved(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="broadcast"):
         writer.flush()
     assert rows_pooled(tmp_path, "run", 6).nonzero()[0].tolist() == [0]
+
+
+def test_a_pool_that_could_not_be_saved_takes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = PoolWriter(tmp_path, 0, Pool(np.zeros(6, np.int32), N_TOKENS, WIDTH), "run")
+    writer.add(batch([0]))
+    writer.flush()
+    writer.add(batch([1]))
+
+    def lack(*arguments: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transcriptformer.pooling.write_sealed", lack)
+        with pytest.raises(MemoryError):
+            writer.flush()
+    with pytest.raises(MemoryError):
+        writer.add(batch([2]))
+    with pytest.raises(MemoryError):
+        writer.flush()
+    assert rows_pooled(tmp_path, "run", 6).nonzero()[0].tolist() == [0]

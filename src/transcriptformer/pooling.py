@@ -167,17 +167,20 @@ class PoolWriter:
             raise self.failure
         if self.n_unsaved:
             started, n = time.monotonic(), len(self.pool.slots)
-            arrays = {
-                "rows": np.packbits(self.rows),
-                "keys": self.pool.keys,
-                "sums": self.pool.sums[:n],
-                "counts": self.pool.counts[:n],
-            }
             try:
+                arrays = {
+                    "rows": np.packbits(self.rows),
+                    "keys": self.pool.keys,
+                    "sums": self.pool.sums[:n],
+                    "counts": self.pool.counts[:n],
+                }
                 write_sealed(self.path, arrays, {RUN: self.run})
             except OutputError as error:
                 self.failure = cannot_keep(self.path.parent, error)
                 raise self.failure from error
+            except Exception as error:  # such as a lack of memory
+                self.failure = error
+                raise
             self.n_unsaved, self.seconds_to_save = 0, time.monotonic() - started
         self.last_saved = time.monotonic()
 

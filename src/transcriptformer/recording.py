@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from transcriptformer.config import InferenceConfig
-from transcriptformer.errors import OutputError, TranscriptFormerError
+from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.lightning import Prediction
 from transcriptformer.runtime.signals import Ended
 from transcriptformer.runtime.watchdog import Watchdog
@@ -187,9 +187,9 @@ class Recording(pl.Callback):
         if self.recorder is not None:
             try:
                 self.recorder.flush()
-            except OutputError as error:
+            except Exception as error:  # one that has failed raises the same again
                 if error is not exception:
-                    logger.warning("%s", error)
+                    logger.warning("%s", str(error) or repr(error))
 
     def _flush(self) -> None:
         """Keep what is there, while the main thread cannot."""

@@ -177,6 +177,24 @@ def test_a_writer_that_has_failed_takes_nothing_more(tmp_path: Path) -> None:
     assert read(folder, PER_GENE).rows.tolist() == [1, 2]
 
 
+def test_a_writer_that_lacked_memory_takes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = write_pieces(tmp_path, [1, 2])
+    writer.add(results([3]))
+
+    def lack(*arguments: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transcriptformer.storage.results.write_sealed", lack)
+        with pytest.raises(MemoryError):
+            writer.flush()
+    with pytest.raises(MemoryError):
+        writer.add(results([4]))
+    with pytest.raises(MemoryError):
+        writer.flush()
+    assert read(tmp_path, PER_GENE).rows.tolist() == [1, 2]
+
+
 def test_a_new_attempt_leaves_older_pieces_as_they_are(tmp_path: Path) -> None:
     write_pieces(tmp_path, [1, 2])
     write_pieces(tmp_path, process=1)  # killed before it wrote anything

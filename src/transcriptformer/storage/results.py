@@ -133,6 +133,9 @@ class PieceWriter:
             except OutputError as error:
                 self.failure = cannot_keep(self.folder, error)
                 raise self.failure from error
+            except Exception as error:  # such as a lack of memory
+                self.failure = error
+                raise
             finally:
                 self.waiting = {name: [] for name in self.layout}
             self.n_pieces += 1
