@@ -26,7 +26,7 @@ import filelock
 import tenacity
 
 from transcriptformer.errors import DownloadError, OutputError
-from transcriptformer.storage.atomic import atomic_write, remove, temporary_path
+from transcriptformer.storage.atomic import atomic_write, make_folder, remove, temporary_path
 from transcriptformer.storage.sealed import read_json, sealed_json
 
 logger = logging.getLogger(__name__)
@@ -313,7 +313,7 @@ class PartialFile:
         return self.size - sum(stretch.stop - stretch.next for stretch in self.stretches)
 
     def __enter__(self) -> None:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.target.parent)
         if not self.n_done:
             self.journal.unlink(missing_ok=True)  # it must not vouch for what comes now
             clear_part(self.target)
@@ -464,7 +464,7 @@ def checksum(path: Path, algorithm: str) -> str:
 
 def need_space(folder: Path, n_bytes: int) -> None:
     """Refuse to begin what cannot end."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < n_bytes + BYTES_TO_SPARE:
         raise DownloadError(
@@ -506,7 +506,7 @@ def write_json(path: Path, values: object) -> None:
 def alone(lock: Path) -> Iterator[None]:
     """Wait until no other run is at work in the same place."""
     with writing_to(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(lock.parent)
         holder = filelock.FileLock(lock)
         try:
             holder.acquire(timeout=0)

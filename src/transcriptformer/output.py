@@ -22,7 +22,7 @@ from transcriptformer.data.store import Location
 from transcriptformer.errors import DataError, OutputError, UsageError
 from transcriptformer.model.label_head import LabelHead
 from transcriptformer.row_stream import RowStream, strings_as_they_are
-from transcriptformer.storage.atomic import atomic_folder, atomic_write, remove
+from transcriptformer.storage.atomic import atomic_folder, atomic_write, make_folder, remove
 from transcriptformer.storage.hdf5 import new_hdf5
 from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, Layout
 
@@ -285,7 +285,7 @@ def check_writable(path: Path, option: str = "--output-path") -> None:
         raise UsageError(f"{path}: is a folder; the result needs another name")
     probe = path.with_name(f".{path.name}.probe")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         probe.touch()
     except OSError as error:
         kind = OutputError if error.errno in _FAILING_DISK else UsageError

@@ -10,7 +10,7 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from transcriptformer.errors import CheckpointError, DamagedError, OutputError, UsageError, one_line
-from transcriptformer.storage.atomic import atomic_write, writing
+from transcriptformer.storage.atomic import atomic_write, make_folder, writing
 from transcriptformer.storage.lock import RunLock
 from transcriptformer.storage.sealed import read_json, write_json
 from transcriptformer.storage.workspace import check_same
@@ -55,7 +55,7 @@ class TrainingFolder:
             If it cannot be written to.
         """
         with writing(self.path):
-            self.state.mkdir(parents=True, exist_ok=True)
+            make_folder(self.state)
         self._lock.acquire(self.path)
 
     def begin(self, identity: Mapping[str, Any], config_yaml: str, resume: bool) -> None:

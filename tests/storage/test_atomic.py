@@ -1,11 +1,15 @@
 """Files and folders are whole or not there."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from transcriptformer.errors import OutputError
-from transcriptformer.storage.atomic import atomic_folder, atomic_write, check_room
+from transcriptformer.fetch import need_space
+from transcriptformer.output import check_writable
+from transcriptformer.storage.atomic import atomic_folder, atomic_write, check_room, make_folder
+from transcriptformer.training_folder import TrainingFolder
 
 
 class StoppedError(Exception):
@@ -136,6 +140,27 @@ def test_what_cannot_be_written_is_named_with_the_reason(tmp_path: Path) -> None
         atomic_folder(tmp_path / "gone" / "x"),
     ):
         raise AssertionError
+
+
+MAKERS: dict[str, Callable[[Path], object]] = {
+    "make_folder": make_folder,
+    "inference": lambda folder: check_writable(folder / "x.h5ad"),
+    "training": lambda folder: TrainingFolder(folder.parent).begin({}, "", resume=False),
+    "download": lambda folder: need_space(folder, 0),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_new_folder_is_on_disk_in_those_above_it(
+    make: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("transcriptformer.storage.atomic.sync_folder", synced.append)
+    make(tmp_path / "a" / "b" / "state")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)
+    synced.clear()
+    make_folder(tmp_path / "a" / "b" / "state")
+    assert not synced
 
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from transcriptformer.errors import DownloadError, UsageError, one_line
 from transcriptformer.fetch import alone, write_json, writing_to
-from transcriptformer.storage.atomic import atomic_write
+from transcriptformer.storage.atomic import atomic_write, make_folder
 from transcriptformer.storage.hdf5 import new_hdf5
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def _claim(folder: Path, selection: dict[str, Any]) -> None:
     """Note what the files are of; refuse to mix them."""
     note = folder / SELECTION
     with writing_to(note):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not note.exists():
             write_json(note, selection)
         text = note.read_text(encoding="utf-8")

@@ -105,6 +105,20 @@ def tidy_folder(path: Path) -> None:
     remove(older)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, and see that a loss of power does not undo it.
+
+    Raises
+    ------
+    OSError
+        If that is not possible.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
 def sync(path: Path) -> None:
     """Wait until a file is safely on disk."""
     with path.open("r+b") as file:
