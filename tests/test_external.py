@@ -3,13 +3,17 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
+import psutil
 import pytest
 
 from tests.golden_cases import CHECKPOINT, TOLERANCE, relative_error
@@ -385,6 +389,43 @@ def test_what_isolated_reading_finds_comes_back() -> None:
         return [os.getpid()]
 
     assert run_isolated(find) != [os.getpid()]
+
+
+def test_a_file_is_read_where_nobody_waits_for_children(folder: Path) -> None:
+    code = """
+import signal, sys
+from transcriptformer.data.source import open_source
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as whoever starts us may do
+print(len(open_source(sys.argv[1])))
+"""
+    done = subprocess.run([sys.executable, "-c", code, folder / "cells.h5ad"], capture_output=True, text=True)
+    assert done.stdout.strip() == str(N_CELLS), done.stderr
+
+
+def test_isolated_reading_ends_with_a_parent_that_is_killed() -> None:
+    code = """
+import os, time
+from transcriptformer.isolated import run_isolated
+
+def steps():
+    print(os.getpid(), flush=True)
+    while True:
+        time.sleep(0.01)
+        yield
+
+run_isolated(steps)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        deadline = time.monotonic() + 2
+        with suppress(psutil.NoSuchProcess):
+            while child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+                time.sleep(0.01)
+            is_over = child.status() == psutil.STATUS_ZOMBIE
+            child.kill()
+            assert is_over
 
 
 def test_damage_of_what_is_not_read_is_a_sign_of_more(folder: Path) -> None:

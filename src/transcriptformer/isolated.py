@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
 
@@ -44,12 +45,14 @@ def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step
     """
     if not hasattr(os, "fork") or sys.platform == "darwin":
         return exhaust(steps())
+    parent = os.getpid()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, whose locks the child does not take
         child = os.fork()
     if child == 0:
-        _answer(steps, seconds_per_step, theirs)
+        ours.close()  # so that an answer to a parent that is gone does not wait for it
+        _answer(_with_limits(steps, seconds_per_step, parent), theirs)
     theirs.close()
     value: Any = None
     error: BaseException | None = None
@@ -62,8 +65,7 @@ def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step
         has_crashed = True
     finally:
         ours.close()
-        os.kill(child, signal.SIGKILL)  # which is over, unless waiting for it was interrupted
-        _, status = os.waitpid(child, 0)
+        status = _end(child)
     if is_stuck:  # by a lock that another thread held when it was forked, or a very slow disk
         return exhaust(steps())
     if has_crashed:
@@ -72,6 +74,14 @@ def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step
     if error is not None:
         raise error
     return value
+
+
+def _end(child: int) -> int:
+    """End a process, which is over unless waiting for it was interrupted; its status, 0 where nobody knows it."""
+    with suppress(ProcessLookupError, ChildProcessError):  # children are forgotten where SIGCHLD is ignored
+        os.kill(child, signal.SIGKILL)
+        return os.waitpid(child, 0)[1]
+    return 0
 
 
 def exhaust(steps: Generator[None, None, T]) -> T:
@@ -83,13 +93,13 @@ def exhaust(steps: Generator[None, None, T]) -> T:
             return end.value
 
 
-def _answer(steps: Callable[[], Generator[None, None, Any]], seconds_per_step: int, answer: Connection) -> NoReturn:
+def _answer(steps: Generator[None, None, Any], answer: Connection) -> NoReturn:
     """What the child does: never return into the code that it was forked from."""
     try:
         faulthandler.disable()  # the parent says what happened
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        answer.send((exhaust(_with_deadlines(steps(), seconds_per_step)), None))
+        answer.send((exhaust(steps), None))
     except TranscriptFormerError as error:
         answer.send((None, error))
     except BaseException as error:
@@ -98,11 +108,17 @@ def _answer(steps: Callable[[], Generator[None, None, Any]], seconds_per_step: i
         os._exit(0)
 
 
-def _with_deadlines(steps: Generator[None, None, T], seconds: int) -> Generator[None, None, T]:
+def _with_limits(
+    steps: Callable[[], Generator[None, None, T]], seconds_per_step: int, parent: int
+) -> Generator[None, None, T]:
+    """Give each step its time, and take none when the parent is gone, which nobody would wait for."""
+    running = steps()
     while True:
-        _extend_deadline(seconds)
+        if os.getppid() != parent:
+            os._exit(1)
+        _extend_deadline(seconds_per_step)
         try:
-            next(steps)
+            next(running)
         except StopIteration as end:
             return end.value
         yield
