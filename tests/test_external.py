@@ -453,3 +453,26 @@ def test_a_damaged_heap_that_is_not_read_does_no_harm(folder: Path) -> None:
         opened.write(bytes(120))
     assert fingerprint(path) != fingerprint(folder / "other.h5ad")
     assert len(read_all(folder)) == N_CELLS
+
+
+def test_a_signal_is_not_lost_at_a_fork() -> None:
+    """Python prints and forgets what its hooks raise, such as the one of `logging`."""
+    code = """
+import os, signal
+from transcriptformer.isolated import run_isolated
+from transcriptformer.runtime.signals import Ended, handling
+
+def steps():
+    return 1
+    yield
+
+for hook in ("before", "after_in_parent"):
+    os.register_at_fork(**{hook: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    with handling():
+        try:
+            run_isolated(steps)
+        except Ended:
+            print("ended")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\nended\n", "")

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
 
 from transcriptformer.errors import TranscriptFormerError, one_line
+from transcriptformer.runtime.signals import noting
 
 SECONDS_TO_ANSWER = 600.0
 """Wall time after which the work is done in this process after all."""
@@ -47,12 +48,12 @@ def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step
         return exhaust(steps())
     parent = os.getpid()
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), noting():  # exceptions are lost in what Python calls at a fork
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, whose locks the child does not take
         child = os.fork()
-    if child == 0:
-        ours.close()  # so that an answer to a parent that is gone does not wait for it
-        _answer(_with_limits(steps, seconds_per_step, parent), theirs)
+        if child == 0:
+            ours.close()  # so that an answer to a parent that is gone does not wait for it
+            _answer(_with_limits(steps, seconds_per_step, parent), theirs)
     theirs.close()
     value: Any = None
     error: BaseException | None = None

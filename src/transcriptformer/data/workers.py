@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.runtime.parents import POLL_INTERVAL, dismiss, serve, workers
-from transcriptformer.runtime.signals import held_back
+from transcriptformer.runtime.signals import held_back, noting
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def _fork(loader: "DataLoader[T]") -> Iterator[T]:
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
-    with held_back():
+    with held_back(), noting():  # exceptions are lost in what Python calls at a fork
         try:
             return iter(loader)
         finally:
