@@ -304,6 +304,11 @@ def test_links_of_a_zarr_store_can_be_allowed(folder: Path) -> None:
     with pytest.raises(DataError, match="obs is a link out of the store"):
         open_source(folder / "cells.zarr")
     assert len(open_source(folder / "cells.zarr", allow_external_links=True)) == N_CELLS
+    (folder / "obs" / "itself").symlink_to("../obs")
+    open_source(folder / "cells.zarr", allow_external_links=True)
+    (folder / "obs" / "chunk").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"obs/chunk is a link to .*nowhere', which is missing"):
+        open_source(folder / "cells.zarr", allow_external_links=True)
 
 
 @pytest.mark.parametrize("url", ["reference://", "simplecache::s3://bucket/cells.zarr", "reference::file:///x.json"])

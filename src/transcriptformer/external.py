@@ -277,9 +277,13 @@ def check_folder(path: Path, allow_external: bool) -> None:
     DataError
         If one leads out of the folder and that is not allowed, or nowhere.
     """
-    root = os.path.realpath(path)
-    for folder, *names in os.walk(root):
-        for place in (os.path.join(folder, name) for some in names for name in some):  # noqa: PTH118
+    root, seen = os.path.realpath(path), set[str]()
+    for folder, folders, files in os.walk(root, followlinks=allow_external):
+        if os.path.realpath(folder) in seen:  # a link leads here, perhaps from below
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        for place in (os.path.join(folder, name) for name in (*folders, *files)):  # noqa: PTH118
             if not os.path.islink(place):  # noqa: PTH114
                 continue
             target, shown = os.path.realpath(place), os.path.relpath(place, root)
