@@ -145,7 +145,7 @@ def test_what_cannot_be_written_is_named_with_the_reason(tmp_path: Path) -> None
 MAKERS: dict[str, Callable[[Path], object]] = {
     "make_folder": make_folder,
     "inference": lambda folder: check_writable(folder / "x.h5ad"),
-    "training": lambda folder: TrainingFolder(folder.parent).begin({}, "", resume=False),
+    "training": lambda folder: TrainingFolder(folder.parent).lock(),
     "download": lambda folder: need_space(folder, 0),
 }
 
