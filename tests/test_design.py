@@ -9,10 +9,10 @@ SRC = Path(__file__).parents[1] / "src" / "transcriptformer"
 
 LAYERS = [
     {"errors"},
+    {"runtime"},
     {"isolated"},
     {"external"},
-    {"checkpoint_files", "runtime"},
-    {"storage"},
+    {"checkpoint_files", "storage"},
     {"config", "vocab", "device", "fetch"},
     {"train_config"},
     {"http_file", "s3_object", "unpack"},
