@@ -131,6 +131,6 @@ def test_a_signal_while_it_is_written_raises_and_crashes_nothing(write: Callable
 
         return in_child(work)  # that ends in Ended
 
-    for moment in np.linspace(0.002, 0.05, 40).tolist():
+    for moment in np.linspace(0.002, 0.05, 15).tolist():
         assert write_with_timer(moment) == 0, moment
         assert not list((tmp_path / "out").glob(".*")), moment
