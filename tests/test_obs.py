@@ -332,7 +332,7 @@ def test_a_cell_without_a_name_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
-@pytest.mark.parametrize("index_name", ["codes", "any"])
+@pytest.mark.parametrize("index_name", ["codes", "categories", "any"])
 def test_columns_may_have_any_name(index_name: str, ending: str, tmp_path: Path) -> None:
     adata = cells()
     for name in {"categories", "codes", "values", "mask", "index", "obs", "a b", "é", ".hidden"} - {index_name}:
