@@ -43,11 +43,11 @@ from rich.table import Table
 from scipy import sparse
 from versus_reference import REFERENCE_SPEED, compare, compare_commands, plot_over_genes
 
-from transcriptformer.checkpoint import Checkpoint, load_checkpoint, read_vocabs
-from transcriptformer.config import load_config
-from transcriptformer.data.dataset import BatchLimits
+from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint, read_vocabs
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.data.batches import BatchLimits
 from transcriptformer.data.survey import survey_cells
-from transcriptformer.inputs import Inputs
+from transcriptformer.inference.inputs import Inputs
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
 MIB = 2**20
@@ -139,7 +139,7 @@ def make_checkpoint(path: Path, seed: int = 0) -> None:
     with h5py.File(path / "vocabs" / "random_gene.h5", "w") as file:
         file["keys"] = np.array(GENES, dtype="S")
     model = load_config(path).model
-    genes, assays = read_vocabs(path, load_config(path))
+    genes, assays = read_vocabs(path, load_config(path).model)
     torch.manual_seed(seed)
     weights = TranscriptFormer(model.model_config, model.loss_config, genes, assays, protein_dim=16).state_dict()
     torch.save(weights, path / "model_weights.pt")

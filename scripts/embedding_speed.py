@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from transcriptformer.batching import batch_limits
-from transcriptformer.checkpoint import Checkpoint
-from transcriptformer.data.dataset import Batch
+from transcriptformer.checkpoint.load import Checkpoint
+from transcriptformer.data.batches import Batch
 from transcriptformer.data.survey import survey_cells
-from transcriptformer.device import compute_dtype, keep_freed_memory
-from transcriptformer.inference import make_module
-from transcriptformer.inputs import Inputs
-from transcriptformer.lightning import TranscriptFormerModule
-from transcriptformer.model.flex_attention import ATTENTION
+from transcriptformer.inference.batch_size import batch_limits
+from transcriptformer.inference.inputs import Inputs
+from transcriptformer.inference.module import TranscriptFormerModule
+from transcriptformer.inference.output import to_anndata, write_anndata
+from transcriptformer.inference.recording import MemoryRecorder, layout_of
+from transcriptformer.inference.run import make_module
+from transcriptformer.model.attention.flex import ATTENTION
 from transcriptformer.model.transcriptformer import TranscriptFormer
-from transcriptformer.output import to_anndata, write_anndata
-from transcriptformer.recording import MemoryRecorder, layout_of
+from transcriptformer.runtime.device import compute_dtype
+from transcriptformer.runtime.memory import keep_freed_memory
 
 MATRIX_REPEATS = 5
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from transcriptformer.corpus import Corpus
-from transcriptformer.data.dataset import BatchLimits
-from transcriptformer.data.epochs import Blocks, Epochs
-from transcriptformer.data.training_stream import StepLoader, TrainingDataset
-from transcriptformer.train_config import load_train_config
-from transcriptformer.vocab import read_aux_vocab, read_gene_vocab
+from transcriptformer.checkpoint.vocabs import read_aux_vocab, read_gene_vocab
+from transcriptformer.data.batches import BatchLimits
+from transcriptformer.training.config import load_train_config
+from transcriptformer.training.corpus import Corpus
+from transcriptformer.training.order import Blocks, Epochs
+from transcriptformer.training.stream import StepLoader, TrainingDataset
 
 MIB = 2**20
 

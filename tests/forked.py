@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
 SERVER = multiprocessing.get_context("forkserver")
 """A process without threads to fork from: a fork of this one might wait for ever for threads that it does not have."""
 
-SERVER.set_forkserver_preload(["transcriptformer.inference", "tests.test_mutated_files"])
+SERVER.set_forkserver_preload(["transcriptformer.inference.run", "tests.test_mutated_files"])
 
 
 def run_forked(function: Callable[[], Any], seconds: float) -> Outcome:

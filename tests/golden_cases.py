@@ -10,7 +10,8 @@ import anndata
 import numpy as np
 import pytest
 
-from transcriptformer.config import Config, load_config
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.config import Config
 
 SYNTHETIC = Path(__file__).parent / "golden"
 REAL = Path(__file__).parents[2] / "shared" / "golden"

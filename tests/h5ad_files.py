@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import sparse
 
 from tests.golden_cases import CHECKPOINT
-from transcriptformer.vocab import read_gene_ids
+from transcriptformer.checkpoint.vocabs import read_gene_ids
 
 GENES = read_gene_ids(CHECKPOINT / "vocabs" / "homo_sapiens_gene.h5")
 

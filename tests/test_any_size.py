@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tests.commands import assert_same, read_result, run_command
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
-from transcriptformer.checkpoint import load_checkpoint
-from transcriptformer.config import load_config
-from transcriptformer.inference import embed, run
+from transcriptformer.checkpoint.load import load_checkpoint
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.inference.run import embed, run
 
 STORED_AS = ("csr.h5ad", "csc.h5ad", "dense.h5ad", "csr.zarr", "dense.zarr")
 # The first cell of every file has more than 5 genes; of several cells one is always this near the mean.

@@ -13,7 +13,7 @@ import torch
 import transcriptformer as tf
 from tests.golden_cases import CELLS, CHECKPOINT, SYNTHETIC, TOLERANCE, relative_error
 from tests.h5ad_files import make_adata, random_adata
-from transcriptformer.checkpoint import Checkpoint
+from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.model.label_head import LabelHead
 
 pytestmark = [

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden_cases import CHECKPOINT
-from transcriptformer.config import load_config
+from transcriptformer.checkpoint.published import load_config
 from transcriptformer.errors import UsageError
 
 

@@ -10,11 +10,11 @@ import scanpy as sc
 from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.checkpoint.vocabs import read_gene_ids
 from transcriptformer.cli.main import app
-from transcriptformer.config import load_config
 from transcriptformer.demo.cells import CELL_TYPE, HELD_OUT, N_HELD_OUT, coexpression_features, load_cells
 from transcriptformer.demo.run import CHECKPOINT, classify
-from transcriptformer.vocab import read_gene_ids
 
 
 @pytest.mark.filterwarnings("ignore:Observation names are not unique", "ignore::FutureWarning", "ignore::UserWarning")
@@ -44,7 +44,7 @@ def test_the_model_knows_the_genes_of_the_cells_and_was_not_given_their_types() 
 
 
 def test_features_are_of_the_cells_that_are_not_held_out() -> None:
-    from transcriptformer.vocab import read_protein_embeddings
+    from transcriptformer.checkpoint.vocabs import read_protein_embeddings
 
     cells = load_cells()
     features = coexpression_features(cells[~cells.obs[HELD_OUT]].copy())

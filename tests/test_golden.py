@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from tests.golden_cases import TOLERANCE, GoldenCase, real_cases, relative_error, synthetic_cases
-from transcriptformer.batching import batch_limits
-from transcriptformer.checkpoint import load_checkpoint
+from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.data.survey import survey_cells
-from transcriptformer.inference import embed
-from transcriptformer.inputs import Inputs
-from transcriptformer.model import flex_attention
-from transcriptformer.model.attention import Attention
-from transcriptformer.model.flex_attention import ATTENTION
-from transcriptformer.model.trainable_attention import trainable_attention
+from transcriptformer.inference.batch_size import batch_limits
+from transcriptformer.inference.inputs import Inputs
+from transcriptformer.inference.run import embed
+from transcriptformer.model.attention import flex
+from transcriptformer.model.attention.blockwise import trainable_attention
+from transcriptformer.model.attention.definition import Attention
+from transcriptformer.model.attention.flex import ATTENTION
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
 each_case = pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_new_species_and_the_baseline_equal_the_reference(case: GoldenCase, atte
 def test_embeddings_of_the_compiled_attention_equal_the_reference(
     case: GoldenCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flex_attention, "SHORT", 0)  # the synthetic cells are shorter than where it pays
+    monkeypatch.setattr(flex, "SHORT", 0)  # the synthetic cells are shorter than where it pays
     torch.compiler.reset()
     assert_embeddings_equal(case, "flex")
 

@@ -10,16 +10,16 @@ import torch
 
 from tests.golden_cases import CELLS, CHECKPOINT, TOLERANCE, GoldenCase, relative_error, synthetic_cases
 from tests.h5ad_files import random_adata
-from tests.training_runs import config_of, losses, write_cells
-from transcriptformer.checkpoint import load_checkpoint
-from transcriptformer.config import load_config
-from transcriptformer.data.dataset import Batch
-from transcriptformer.inference import embed, make_module
-from transcriptformer.lightning import TranscriptFormerModule
-from transcriptformer.model.attention import Attention, blockwise_attention, count_bias, plain_attention
-from transcriptformer.model.flex_attention import flex_attention
-from transcriptformer.model.trainable_attention import trainable_attention
-from transcriptformer.training import fit
+from tests.training.training_runs import config_of, losses, write_cells
+from transcriptformer.checkpoint.load import load_checkpoint
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.data.batches import Batch
+from transcriptformer.inference.module import TranscriptFormerModule
+from transcriptformer.inference.run import embed, make_module
+from transcriptformer.model.attention.blockwise import trainable_attention
+from transcriptformer.model.attention.definition import Attention, blockwise_attention, count_bias, plain_attention
+from transcriptformer.model.attention.flex import flex_attention
+from transcriptformer.training.run import fit
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,9 +13,10 @@ from scipy import sparse
 
 from tests.golden_cases import CELLS, CHECKPOINT, TOLERANCE, relative_error
 from tests.h5ad_files import random_adata
-from transcriptformer.checkpoint import load_checkpoint
-from transcriptformer.config import Config, load_config
-from transcriptformer.inference import embed
+from transcriptformer.checkpoint.load import load_checkpoint
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.config import Config
+from transcriptformer.inference.run import embed
 
 FORMATS: dict[str, Callable[[Any], Any]] = {
     "CSR": sparse.csr_matrix,

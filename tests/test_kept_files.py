@@ -13,12 +13,12 @@ from tests.commands import assert_same, read_result
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
 from tests.storage.test_lock import held_by_another
-from tests.training_runs import assert_same_run, config_of, write_cells
+from tests.training.training_runs import assert_same_run, config_of, write_cells
+from transcriptformer.checkpoint.published import load_config
 from transcriptformer.cli.main import app
-from transcriptformer.config import load_config
 from transcriptformer.errors import CheckpointError, TranscriptFormerError, UsageError
-from transcriptformer.inference import run
-from transcriptformer.training import fit
+from transcriptformer.inference.run import run
+from transcriptformer.training.run import fit
 
 N_CELLS = 40
 
@@ -43,7 +43,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.fixture(autouse=True)
 def _keep_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transcriptformer.storage.results.SECONDS_AT_RISK", 0)
-    monkeypatch.setattr("transcriptformer.pooling.SECONDS_AT_RISK", 0)
+    monkeypatch.setattr("transcriptformer.inference.pooling.SECONDS_AT_RISK", 0)
 
 
 def options_for(folder: Path, kind: str) -> dict[str, object]:

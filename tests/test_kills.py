@@ -23,7 +23,7 @@ import pytest
 
 from tests.commands import COMMAND, assert_same, default_signals, inference_command, read_result
 from tests.h5ad_files import random_adata
-from tests.training_runs import GENE_FILE, SMALL, assert_same_run, write_cells
+from tests.training.training_runs import GENE_FILE, SMALL, assert_same_run, write_cells
 
 ROUNDS = int(os.environ.get("TRANSCRIPTFORMER_KILL_ROUNDS", "1"))
 

@@ -14,15 +14,15 @@ import torch
 from tests.commands import inference_command
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
-from transcriptformer.config import load_config
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.checkpoint.vocabs import read_aux_vocab, read_gene_vocab
 from transcriptformer.model.transcriptformer import TranscriptFormer
-from transcriptformer.vocab import read_aux_vocab, read_gene_vocab
 
 LOAD_AND_PRINT_PEAK_MEMORY = """
 import resource, sys
 from pathlib import Path
-from transcriptformer.checkpoint import load_checkpoint
-from transcriptformer.config import load_config
+from transcriptformer.checkpoint.load import load_checkpoint
+from transcriptformer.checkpoint.published import load_config
 
 def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

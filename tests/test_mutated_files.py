@@ -22,7 +22,7 @@ from tests.golden_cases import CHECKPOINT
 from tests.mutated_files import LAYOUTS, mutate
 from transcriptformer.cli.main import app
 
-importlib.import_module("transcriptformer.inference")  # now, so that no fork has to
+importlib.import_module("transcriptformer.inference.run")  # now, so that no fork has to
 
 SECONDS = 20
 

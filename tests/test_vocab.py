@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from transcriptformer.checkpoint.vocabs import read_aux_vocab, read_gene_ids, read_gene_vocab
 from transcriptformer.errors import CheckpointError
-from transcriptformer.vocab import AuxVocab, GeneVocab, read_aux_vocab, read_gene_ids, read_gene_vocab
+from transcriptformer.vocab import AuxVocab, GeneVocab
 
 SPECIAL = ["unknown", "[PAD]", "[START]", "[END]", "[RD]", "[CELL]", "[MASK]"]
 

@@ -10,14 +10,15 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from transcriptformer.checkpoint import Checkpoint, load_checkpoint
-from transcriptformer.config import InferenceConfig, load_config
+from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.config import InferenceConfig
 from transcriptformer.data.source import AUTO_GENE_COLUMN
 from transcriptformer.errors import UsageError
-from transcriptformer.inference import Source, compute, survey_sources
-from transcriptformer.inference import embed as embed_sources
-from transcriptformer.output import EMBEDDINGS_KEY, LLH_KEY, predicted_labels, to_rows_of_genes
-from transcriptformer.recording import MemoryRecorder
+from transcriptformer.inference.output import EMBEDDINGS_KEY, LLH_KEY, predicted_labels, to_rows_of_genes
+from transcriptformer.inference.recording import MemoryRecorder
+from transcriptformer.inference.run import Source, compute, survey_sources
+from transcriptformer.inference.run import embed as embed_sources
 
 logger = logging.getLogger(__name__)
 

@@ -1,29 +1,23 @@
-"""What can be set: one dataclass per section, documented field by field, and `load_config`, which fills them.
+"""The settings of the model, its data and inference: one dataclass per section, documented field by field.
 
-Values are layered, later ones winning: the defaults below, the checkpoint's `config.json` (what was trained),
-`conf/inference_config.yaml` (what we run by default), options, overrides. The dotted paths
-(`model.data_config.clip_counts`, …) are those of the published package. What `transcriptformer train` reads is in
-`transcriptformer.train_config`.
+The dotted paths (`model.data_config.clip_counts`, …) are those of the published package.
+`transcriptformer.checkpoint.published.load_config` fills them; the settings of `transcriptformer train` are in
+`transcriptformer.training.config`.
 """
 
 import difflib
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigIndexError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigIndexError, OmegaConfBaseException
 
-from transcriptformer.checkpoint_files import is_plain_name, read_json
-from transcriptformer.errors import CheckpointError, UsageError
-
-logger = logging.getLogger(__name__)
+from transcriptformer.errors import UsageError
 
 LINK_FUNCTIONS = ("exp", "log", "relu", "sigmoid", "softplus", "linear", "softmax")
 ACTIVATIONS = ("gelu", "relu")
@@ -74,6 +68,11 @@ def require_one_of(value: object, allowed: Sequence[object], key: str) -> None:
     require(value in allowed, key, f"{value!r} is not one of {', '.join(map(str, allowed))}")
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name can only be that of a file in the folder that it is joined to."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
 MOST_COUNTS = 1e30
 """Greatest value of what counts are compared or multiplied with; float32 ends at 3e38."""
 
@@ -102,7 +101,7 @@ _MODEL_RANGES = {
 }
 """Some orders of magnitude above the largest published model."""
 
-_INFERENCE_RANGES = {"tokens_per_batch": (1, 2**62), "num_nodes (--num-nodes)": (1, 2**16)}
+_INFERENCE_RANGES = {"tokens_per_batch": (1, 2**62)}
 
 
 @dataclass
@@ -227,18 +226,41 @@ class LossConfig:
         require_ranges(self, "model.loss_config.", {"gene_id_loss_weight": (0, 1e6)})
 
 
+PRECISIONS = ("16-mixed", "bf16-mixed", "32")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
 @dataclass
-class InferenceConfig:
+class ComputeConfig:
+    """Where and how a run computes, whatever it computes."""
+
+    precision: str = "16-mixed"
+    """32; bf16-mixed; or 16-mixed: fp16 on a GPU, on a CPU bf16 where it has bf16 matrix instructions, else 32."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is available."""
+    num_gpus: int = 1
+    """Devices to run on, one process each; -1: all GPUs. On a CPU: processes."""
+    num_nodes: int = 1
+    """Machines to run on; start the command on each."""
+    resume: bool = False
+    """Continue an interrupted run."""
+
+    def require_computable(self, key: str) -> None:
+        """Raise UsageError where a setting has an impossible value; `key` is the path of the section, with a dot."""
+        require_one_of(self.precision, PRECISIONS, key + "precision (--precision)")
+        require_one_of(self.device, DEVICES, key + "device (--device)")
+        require_gpus(self.num_gpus, key)
+        require_ranges(self, key, {"num_nodes (--num-nodes)": (1, 2**16)})
+
+
+@dataclass
+class InferenceConfig(ComputeConfig):
     """A run of `transcriptformer inference` (`model.inference_config`)."""
 
     batch_size: int | str = "auto"
     """Most cells in a batch; auto: as many as suit the device and fit into its free memory."""
     tokens_per_batch: int | None = None
     """Most positions in a batch, padding included; None: as many as suit the device."""
-    precision: str = "16-mixed"
-    """32; bf16-mixed; or 16-mixed: fp16 on a GPU, on a CPU bf16 where it has bf16 matrix instructions, else 32."""
-    device: str = "auto"
-    """cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there."""
     attention: str = "auto"
     """blockwise; flex: compiled by PyTorch's FlexAttention; plain: the slow one that defines the numbers; or auto: flex
     where it is faster and the run long enough, else blockwise."""
@@ -265,12 +287,6 @@ class InferenceConfig:
     places of the old ones: every cell is padded to full length and padding counts as genes."""
     oom_dataloader: bool = True
     """Read counts in blocks as they are needed; False: read files into memory first."""
-    num_gpus: int = 1
-    """Devices to run on, one process each; -1: all GPUs. On a CPU: processes."""
-    num_nodes: int = 1
-    """Machines to run on; the command is started on each."""
-    resume: bool = False
-    """Go on with a run that was ended before it was done."""
 
     def __post_init__(self) -> None:
         key = "model.inference_config."
@@ -280,8 +296,7 @@ class InferenceConfig:
             f"must be at least 1, or auto, not {self.batch_size}",
         )
         require_ranges(self, key, _INFERENCE_RANGES)
-        require_one_of(self.precision, ("16-mixed", "bf16-mixed", "32"), key + "precision (--precision)")
-        require_one_of(self.device, ("auto", "cpu", "cuda", "mps"), key + "device (--device)")
+        self.require_computable(key)
         require_one_of(self.attention, ("auto", "blockwise", "flex", "plain"), key + "attention")
         require_one_of(self.emb_type, ("cell", "cge"), key + "emb_type (--emb-type)")
         require(
@@ -296,7 +311,6 @@ class InferenceConfig:
             key + "output_filename (--output-filename)",
             f"{self.output_filename!r} is not a name that ends in .h5ad or .zarr (the folder goes into --output-path)",
         )
-        require_gpus(self.num_gpus, key)
         require(
             self.cge_pool is None or (self.emb_type == "cge" and self.output_keys == ["embeddings"]),
             key + "cge_pool (--cge-pool)",
@@ -310,12 +324,18 @@ class InferenceConfig:
 
 
 @dataclass
-class ModelSection:
-    """Everything below `model.`."""
+class TrainedModel:
+    """What a checkpoint says of itself (`model`): how it was trained."""
 
     model_config: ModelConfig
     data_config: DataConfig = field(default_factory=DataConfig)
     loss_config: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass
+class ModelSection(TrainedModel):
+    """Everything below `model.`: a trained model, and what to do with it."""
+
     inference_config: InferenceConfig = field(default_factory=InferenceConfig)
     model_type: str = "transcriptformer"
     """transcriptformer; or esm2ce, the protein embeddings of a cell's genes without a transformer."""
@@ -346,13 +366,6 @@ class Config:
         return json.dumps(asdict(self))
 
 
-# Keys of a published config.json that say nothing we need: class names, paths of the machine it was trained on,
-# and how the reference lays out its batches.
-_UNUSED_CHECKPOINT_KEYS = frozenset(
-    {"_target_", "aux_vocab_path", "esm2_mappings_path", "pin_memory", "pad_zeros", "block_len"}
-)
-
-
 def conf_dir() -> Path:
     """Folder of the YAML files with defaults."""
     return shipped_file("conf/inference_config.yaml").parent
@@ -365,96 +378,6 @@ def shipped_file(name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise RuntimeError(f"{name} is missing: the installation of transcriptformer is damaged")
-
-
-def read_checkpoint_config(checkpoint_path: Path) -> dict[str, Any]:
-    """Read the parts of a checkpoint's `config.json` that we use, as a nested dict that fits `Config`.
-
-    This is the one place that knows the published format: nulls mean "not set here", `aux_cols` may be a
-    comma-separated string, unknown keys are reported and left out.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, is not JSON, or has no `model` section.
-    """
-    path = checkpoint_path / "config.json"
-    try:
-        published = read_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; is {checkpoint_path} a checkpoint folder?") from None
-    sections = published.get("model") if isinstance(published, dict) else None
-    if not isinstance(sections, dict):
-        raise CheckpointError(f"{path}: the key 'model' is missing")
-
-    known = {"model_config": ModelConfig, "data_config": DataConfig, "loss_config": LossConfig}
-    used: dict[str, Any] = {}
-    for section, schema in known.items():
-        values = sections.get(section)
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: the key 'model.{section}' is missing")
-        names = {f.name for f in fields(schema)}
-        for key in values.keys() - names - _UNUSED_CHECKPOINT_KEYS:
-            logger.warning("%s: unknown key model.%s.%s is left out", path, section, key)
-        used[section] = {key: value for key, value in values.items() if key in names and value is not None}
-    for key in sections.keys() - known.keys() - {"_target_", "inference_config"}:
-        logger.warning("%s: unknown key model.%s is left out", path, key)
-
-    aux_cols = used["data_config"].get("aux_cols")
-    if isinstance(aux_cols, str):
-        used["data_config"]["aux_cols"] = [column.strip() for column in aux_cols.split(",") if column.strip()]
-    for key, value in _leaves(used):
-        if "${" in str(value):  # OmegaConf would put a variable of the environment there
-            raise CheckpointError(f"{path}: model.{key}: {value!s:.100} refers to another value; give it itself")
-    return {"model": used}
-
-
-def load_config(
-    checkpoint_path: Path, options: Mapping[str, object] | None = None, overrides: Sequence[str] = ()
-) -> Config:
-    """Layer defaults, checkpoint, YAML, options and overrides into one checked configuration.
-
-    Parameters
-    ----------
-    checkpoint_path
-        Folder whose `config.json` says what was trained.
-    options
-        Dotted path → value; None means "not given".
-    overrides
-        `dotted.path=value` in Hydra's grammar, applied last; a list takes an index as a key
-        (`model.inference_config.obs_keys.0=cell_type`) or a whole list (`…output_keys=[embeddings,llh]`).
-
-    Raises
-    ------
-    UsageError
-        If an option or override has an unknown key, a wrong type or an impossible value.
-    CheckpointError
-        If `config.json` is missing, damaged, lacks a needed key or has an impossible value.
-    """
-    if not checkpoint_path.is_dir():
-        raise UsageError(f"--checkpoint-path {checkpoint_path}: no such folder")
-    config_path = checkpoint_path / "config.json"
-    with faults_of(config_path):  # looked for before options come in, so that they are not blamed on these
-        config = OmegaConf.merge(OmegaConf.structured(Config), read_checkpoint_config(checkpoint_path))
-        OmegaConf.to_object(config)
-    config = OmegaConf.merge(config, OmegaConf.load(conf_dir() / "inference_config.yaml"))
-    assert isinstance(config, DictConfig)
-    checked = finish_config(config, options or {}, overrides)
-    assert isinstance(checked, Config)
-    return checked
-
-
-@contextmanager
-def faults_of(config_path: Path) -> Iterator[None]:
-    """Raise what is wrong with the values of a checkpoint's `config.json` as CheckpointError."""
-    try:
-        yield
-    except MissingMandatoryValue as error:
-        raise CheckpointError(f"{config_path}: the needed key {_full_key(error)} is missing") from error
-    except OmegaConfBaseException as error:
-        raise CheckpointError(f"{config_path}: {_full_key(error)}: {_first_line(error)}") from error
-    except (UsageError, OverflowError) as error:
-        raise CheckpointError(f"{config_path}: {_first_line(error)}") from error
 
 
 def finish_config(config: DictConfig, options: Mapping[str, object], overrides: Sequence[str]) -> object:
@@ -473,7 +396,7 @@ def finish_config(config: DictConfig, options: Mapping[str, object], overrides: 
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UsageError(f"{_full_key(error)}: {_first_line(error)}") from error
+        raise UsageError(f"{full_key(error)}: {first_line(error)}") from error
 
 
 def parse_override(override: str) -> tuple[str, object]:
@@ -482,7 +405,7 @@ def parse_override(override: str) -> tuple[str, object]:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise UsageError(
-            f"--config-override {override!r}: not of the form key.path=value ({_first_line(error)})"
+            f"--config-override {override!r}: not of the form key.path=value ({first_line(error)})"
         ) from error
     if parsed.is_add() or parsed.is_delete() or parsed.is_sweep_override() or parsed.package is not None:
         raise UsageError(f"--config-override {override!r}: give one plain key.path=value (a list as [a,b])")
@@ -496,30 +419,32 @@ def _update(config: DictConfig, key: str, value: object) -> None:
         parent, _, index = key.rpartition(".")
         items = OmegaConf.select(config, parent)
         if not (isinstance(items, ListConfig) and index == str(len(items))):
-            raise UsageError(f"{key}: {_first_line(error)}") from error
+            raise UsageError(f"{key}: {first_line(error)}") from error
         items.append(value)
     except (AttributeError, KeyError) as error:  # OmegaConf's own errors of these kinds: there is no such key
         values = OmegaConf.to_container(config)
         assert isinstance(values, dict)
-        close = difflib.get_close_matches(key, [key for key, _ in _leaves(values)], n=1, cutoff=0.5)
+        close = difflib.get_close_matches(key, [key for key, _ in leaves(values)], n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"{key}: no such configuration key{hint}") from error
     except (OmegaConfBaseException, ValueError, OverflowError) as error:
-        raise UsageError(f"{key}: {_first_line(error)}") from error
+        raise UsageError(f"{key}: {first_line(error)}") from error
 
 
-def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested values with their dotted paths."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _full_key(error: OmegaConfBaseException) -> str:
+def full_key(error: OmegaConfBaseException) -> str:
+    """Dotted path of the value that an error is about."""
     return repr(error.full_key)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """First line of an error's message, at most 300 characters."""
     return str(error).split("\n", maxsplit=1)[0][:300]

@@ -23,8 +23,8 @@ from typer.testing import CliRunner, Result
 from tests.commands import default_signals
 from tests.golden_cases import CELLS, CHECKPOINT, TOLERANCE, GoldenCase, real_cases, relative_error, synthetic_cases
 from tests.h5ad_files import GENES, make_adata, random_adata
+from transcriptformer.checkpoint.published import load_config
 from transcriptformer.cli.main import app
-from transcriptformer.config import load_config
 
 COMMAND = Path(sys.executable).with_name("transcriptformer")
 

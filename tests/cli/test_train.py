@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from tests.commands import COMMAND, start
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import make_adata
-from tests.training_runs import GENE_FILE, write_cells, write_recipe
+from tests.training.training_runs import GENE_FILE, write_cells, write_recipe
 from transcriptformer.cli.main import app
 
 

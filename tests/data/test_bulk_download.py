@@ -21,11 +21,11 @@ from typer.testing import CliRunner, Result
 from tests.commands import COMMAND, finish, start
 from tests.h5ad_files import random_adata
 from tests.web import Fault, Web, serve
-from transcriptformer import fetch
 from transcriptformer.cli.main import app
 from transcriptformer.data.bulk_download import API_VARIABLE, Selection, look_into, select_datasets
 from transcriptformer.errors import DownloadError
-from transcriptformer.fetch import DamagedFileError, RefusedFileError
+from transcriptformer.fetching import fetcher
+from transcriptformer.fetching.fetcher import DamagedFileError, RefusedFileError
 
 LIST = "/curation/v1/datasets"
 
@@ -65,7 +65,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 @pytest.fixture
 def web(contents: list[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     """Serves four datasets, three of them human."""
-    monkeypatch.setattr(fetch, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(fetcher, "FIRST_WAIT", 0.001)
     with serve(Web({f"/d{i}.h5ad": content for i, content in enumerate(contents[:4])})) as web:
         monkeypatch.setenv(API_VARIABLE, web.address)
         announce(web, *(dataset(f"d{i}", web=web) for i in range(3)), dataset("d3", "Mus musculus", web))

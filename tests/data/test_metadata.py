@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
-from transcriptformer.config import load_config
+from transcriptformer.checkpoint.published import load_config
 from transcriptformer.data.joined import JoinedMetadata
 from transcriptformer.data.metadata import Metadata, MetadataInMemory, StoredMetadata, open_metadata
 from transcriptformer.data.store import Store
 from transcriptformer.errors import DataError
-from transcriptformer.inference import run
+from transcriptformer.inference.run import run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default"),
@@ -272,7 +272,7 @@ def test_one_table_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
 def test_files_with_other_columns_make_one_file(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transcriptformer.inputs.BLOCK_SIZE", 2)
+    monkeypatch.setattr("transcriptformer.inference.inputs.BLOCK_SIZE", 2)
     tables: list[dict[str, object]] = [
         {"name": ["x", "y", "z"], "age": [1, 2, 3], "is_ok": [True, False, True], "site": ["a", "b", "c"]},
         {"name": ["u", "u", None], "stage": pd.Categorical(["old", None, "new"])},

@@ -23,12 +23,12 @@ from scipy import sparse
 
 from tests.golden_cases import CHECKPOINT, TOLERANCE, relative_error
 from tests.h5ad_files import random_adata
-from transcriptformer.checkpoint import load_checkpoint
-from transcriptformer.config import load_config
+from transcriptformer.checkpoint.load import load_checkpoint
+from transcriptformer.checkpoint.published import load_config
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.data.store import Store
 from transcriptformer.errors import DataError, UsageError
-from transcriptformer.inference import embed
+from transcriptformer.inference.run import embed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default"),

@@ -4,7 +4,7 @@ import anndata
 import numpy as np
 import pytest
 
-from tests.data.test_dataset import make_readers
+from tests.data.test_batches import make_readers
 from tests.golden_cases import CELLS
 from tests.h5ad_files import make_adata, random_adata
 from transcriptformer.config import DataConfig

@@ -51,7 +51,7 @@ def test_one_that_is_killed_while_it_starts_is_named() -> None:
     code = """
 import signal
 from transcriptformer.runtime.watchdog import Watchdog
-from transcriptformer.trainer import plain_lightning
+from transcriptformer.runtime.trainer import plain_lightning
 os.register_at_fork(before=count, after_in_child=lambda: n_forks == 2 and os.kill(os.getpid(), signal.SIGKILL))
 with Watchdog(), plain_lightning(None):
     list(workers.start_workers(DataLoader(Numbers(), None, num_workers=2)))

@@ -19,16 +19,16 @@ from tests.esm2_models import convert, random_esm2
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import GENES, random_adata
 from tests.proteins.fasta_files import random_records, write_fasta
-from tests.training_runs import GENE_FILE, losses, weights, write_cells, write_recipe
+from tests.training.training_runs import GENE_FILE, losses, weights, write_cells, write_recipe
 from tests.web import Web, serve
 from transcriptformer.proteins.ensembl import ADDRESS_VARIABLE, fasta_source
 
 CONSTANTS = {
     "transcriptformer.storage.results.BYTES_AT_RISK": 0,
-    "transcriptformer.pooling.SECONDS_AT_RISK": 0.0,
-    "transcriptformer.output.BLOCK_BYTES": 2**9,
-    "transcriptformer.row_stream.CHUNK_BYTES": 2**9,
-    "transcriptformer.fetch.BYTES_AT_RISK": 2**14,
+    "transcriptformer.inference.pooling.SECONDS_AT_RISK": 0.0,
+    "transcriptformer.inference.output.BLOCK_BYTES": 2**9,
+    "transcriptformer.data.row_stream.CHUNK_BYTES": 2**9,
+    "transcriptformer.fetching.fetcher.BYTES_AT_RISK": 2**14,
 }
 """Such that these small runs keep results, and write the final file, in several steps."""
 

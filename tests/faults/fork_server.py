@@ -21,8 +21,8 @@ from typing import Any
 IMPORTED = (
     *("anndata", "boto3", "h5py", "matplotlib.backends.backend_agg", "transformers", "typer._adapters", "zarr"),
     *("transformers.models.esm.modeling_esm", "Bio.SeqIO.FastaIO", "hydra", "omegaconf"),
-    *("transcriptformer.cli.main", "transcriptformer.cli.reporting", "transcriptformer.download"),
-    *("transcriptformer.inference", "transcriptformer.training", "transcriptformer.proteins.embed"),
+    *("transcriptformer.cli.main", "transcriptformer.cli.reporting", "transcriptformer.fetching.weights"),
+    *("transcriptformer.inference.run", "transcriptformer.training.run", "transcriptformer.proteins.embed"),
     "transcriptformer.proteins.ensembl",
 )
 """What the commands import when they run."""

@@ -3,8 +3,8 @@
 import torch
 
 from tests.golden_cases import CHECKPOINT
-from transcriptformer.checkpoint import load_checkpoint
-from transcriptformer.config import load_config
+from transcriptformer.checkpoint.load import load_checkpoint
+from transcriptformer.checkpoint.published import load_config
 from transcriptformer.model.lora import LoraLinear, add_lora, merged_state_dict
 from transcriptformer.model.transcriptformer import TranscriptFormer
 

@@ -23,6 +23,7 @@ from tests.golden_cases import CHECKPOINT, SYNTHETIC
 from tests.proteins.fasta_files import random_records, write_fasta
 from tests.proteins.test_esm2 import by_fair_esm
 from tests.web import Web, serve
+from transcriptformer.checkpoint.vocabs import read_gene_ids, read_protein_embeddings
 from transcriptformer.cli.main import app
 from transcriptformer.errors import UsageError
 from transcriptformer.proteins.embed import Settings, embed_proteins, plan_batches
@@ -31,7 +32,6 @@ from transcriptformer.proteins.fasta import Protein
 from transcriptformer.proteins.isoforms import choose_isoforms
 from transcriptformer.storage.results import PIECES
 from transcriptformer.storage.sealed import SealedFile
-from transcriptformer.vocab import read_gene_ids, read_protein_embeddings
 
 NOWHERE = "http://127.0.0.1:9"
 WIDTH = 16  # as the embeddings of the synthetic checkpoint

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 
 from tests.proteins.fasta_files import random_records, write_fasta
 from tests.web import Web, serve
-from transcriptformer import fetch
 from transcriptformer.config import shipped_file
 from transcriptformer.errors import DownloadError, UsageError
-from transcriptformer.fetch import Fetcher
+from transcriptformer.fetching import fetcher
+from transcriptformer.fetching.fetcher import Fetcher
 from transcriptformer.proteins.ensembl import ADDRESS_VARIABLE, MANIFEST, fasta_source, fetch_fasta
 
 PATH = "/pub/release-113/fasta/homo_sapiens/pep/Homo_sapiens.GRCh38.pep.all.fa.gz"
@@ -32,7 +32,7 @@ def content(tmp_path: Path) -> bytes:
 
 @pytest.fixture
 def web(content: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setattr(fetch, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(fetcher, "FIRST_WAIT", 0.001)
     with serve(Web({PATH: content})) as web:
         monkeypatch.setenv(ADDRESS_VARIABLE, web.address)
         yield web

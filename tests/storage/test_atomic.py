@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from transcriptformer.errors import OutputError
-from transcriptformer.fetch import need_space
-from transcriptformer.output import check_writable
-from transcriptformer.storage.atomic import atomic_folder, atomic_write, check_room, make_folder
-from transcriptformer.training_folder import TrainingFolder
+from transcriptformer.fetching.fetcher import need_space
+from transcriptformer.storage.atomic import atomic_folder, atomic_write, check_room, check_writable, make_folder
+from transcriptformer.training.folder import TrainingFolder
 
 
 class StoppedError(Exception):

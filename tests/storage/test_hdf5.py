@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from transcriptformer.errors import OutputError
-from transcriptformer.output import write_cells
+from transcriptformer.inference.output import write_cells
 from transcriptformer.runtime.signals import Ended, raise_ended
 from transcriptformer.storage.hdf5 import new_hdf5
 from transcriptformer.storage.results import Field, Pieces, PieceWriter, kept_pieces
@@ -42,8 +42,8 @@ def in_child(work: Callable[[], object]) -> int:
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Writes a result of several blocks, with many columns of obs, to `tmp_path / "out" / "x.h5ad"`."""
-    monkeypatch.setattr("transcriptformer.output.BLOCK_BYTES", 2**15)
-    monkeypatch.setattr("transcriptformer.row_stream.CHUNK_BYTES", 2**12)
+    monkeypatch.setattr("transcriptformer.inference.output.BLOCK_BYTES", 2**15)
+    monkeypatch.setattr("transcriptformer.data.row_stream.CHUNK_BYTES", 2**12)
     layout = {"embeddings": Field("float32", WIDTH), "llh": Field("float32")}
     writer = PieceWriter(tmp_path, 0, layout, "run")
     rng = np.random.default_rng(0)

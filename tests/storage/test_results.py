@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.golden_cases import CHECKPOINT
-from transcriptformer.config import load_config
+from transcriptformer.checkpoint.published import load_config
 from transcriptformer.errors import OutputError
-from transcriptformer.recording import layout_of
+from transcriptformer.inference.recording import layout_of
 from transcriptformer.storage.results import N_GENES, Field, Layout, Pieces, PieceWriter, kept_pieces
 from transcriptformer.storage.sealed import SealedFile
 

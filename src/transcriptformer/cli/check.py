@@ -10,7 +10,7 @@ import typer
 from transcriptformer.cli.inference import UseRaw, batch_size_setting, use_raw_setting
 
 if TYPE_CHECKING:
-    from transcriptformer.check import Report
+    from transcriptformer.inference.check import Report
 
 
 def check(
@@ -70,8 +70,8 @@ def check(
     from transcriptformer.cli.reporting import plain_errors
 
     with plain_errors(debug):
-        from transcriptformer.check import check as check_files
         from transcriptformer.errors import UsageError
+        from transcriptformer.inference.check import check as check_files
 
         if checkpoint_path is None and (config_override or pretrained_embedding or batch_size or precision or device):
             raise UsageError("without --checkpoint-path, only options about the file's own counts and genes apply")

@@ -36,9 +36,9 @@ def download(
     from transcriptformer.cli.reporting import ByteProgress, plain_errors, resumable, say
 
     with plain_errors(debug), resumable():
-        from transcriptformer.download import BUCKET, artifacts_of
-        from transcriptformer.download import download as download_artifact
-        from transcriptformer.fetch import Fetcher
+        from transcriptformer.fetching.fetcher import Fetcher
+        from transcriptformer.fetching.weights import BUCKET, artifacts_of
+        from transcriptformer.fetching.weights import download as download_artifact
 
         for name in artifacts_of(models):
             with ByteProgress() as progress:
@@ -49,15 +49,15 @@ def download(
 
 def _describe(folder: Path) -> str:
     """What is in a folder that has come, opened as `inference` would open it."""
-    from transcriptformer.config import load_config
-    from transcriptformer.vocab import read_gene_ids
+    from transcriptformer.checkpoint.published import load_config
+    from transcriptformer.checkpoint.vocabs import read_gene_ids
 
     if not (folder / "config.json").exists():
         files = sorted(folder.rglob("*.h5"))
         return f"protein embeddings of {len(files)} species: " + ", ".join(
             f"{_species(path)} ({len(read_gene_ids(path)):,} genes)" for path in files
         )
-    from transcriptformer.checkpoint import load_checkpoint
+    from transcriptformer.checkpoint.load import load_checkpoint
 
     settings = {"model.inference_config.precision": "32", "model.inference_config.device": "cpu"}
     config = load_config(folder, settings)

@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from transcriptformer.data.bulk_download import Dataset, Outcome
-    from transcriptformer.fetch import Fetcher
+    from transcriptformer.fetching.fetcher import Fetcher
 
 
 class Source(StrEnum):
@@ -96,7 +96,7 @@ def download_data(
             return
 
         from transcriptformer.data.bulk_download import Selection, api_address, list_datasets, select_datasets
-        from transcriptformer.fetch import Fetcher
+        from transcriptformer.fetching.fetcher import Fetcher
 
         fetcher = Fetcher(max_retries)
         datasets = list_datasets(fetcher)
@@ -119,7 +119,7 @@ def _names(text: str) -> tuple[str, ...]:
 def _print_selection(datasets: "list[Dataset]") -> None:
     from transcriptformer.cli.reporting import say
     from transcriptformer.data.bulk_download import asset_or_none
-    from transcriptformer.fetch import gigabytes
+    from transcriptformer.fetching.fetcher import gigabytes
 
     cells = sum(dataset.get("cell_count") or 0 for dataset in datasets)
     n_bytes = sum(asset.size or 0 for dataset in datasets if (asset := asset_or_none(dataset)))
@@ -147,7 +147,7 @@ def _print_outcomes(outcomes: "list[Outcome]") -> None:
     from rich.text import Text
 
     from transcriptformer.cli.reporting import printable
-    from transcriptformer.fetch import gigabytes
+    from transcriptformer.fetching.fetcher import gigabytes
 
     table = Table("", "datasets", "cells", "size")
     for status in ("downloaded", "there already", "failed"):

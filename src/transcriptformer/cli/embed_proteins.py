@@ -84,8 +84,8 @@ def embed_proteins(
         if (fasta is None) == (organism_key is None):
             raise UsageError("name the proteins by one of --fasta and --organism-key")
 
+        from transcriptformer.checkpoint.vocabs import read_gene_ids
         from transcriptformer.proteins import embed
-        from transcriptformer.vocab import read_gene_ids
 
         settings = embed.Settings(
             model=model,
@@ -116,7 +116,7 @@ def embed_proteins(
 
 def _fetch(organism_key: str, folder: Path, max_retries: int) -> Path:
     from transcriptformer.cli.reporting import ByteProgress, resumable
-    from transcriptformer.fetch import Fetcher
+    from transcriptformer.fetching.fetcher import Fetcher
     from transcriptformer.proteins.ensembl import fasta_source, fetch_fasta
 
     source = fasta_source(organism_key)

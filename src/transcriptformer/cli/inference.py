@@ -183,9 +183,9 @@ def inference(
     from transcriptformer.cli.reporting import CountProgress, plain_errors, resumable, say
 
     with plain_errors(debug), resumable("--resume"):
-        from transcriptformer.config import load_config
-        from transcriptformer.inference import run
-        from transcriptformer.output import describe
+        from transcriptformer.checkpoint.published import load_config
+        from transcriptformer.inference.output import describe
+        from transcriptformer.inference.run import run
 
         config = load_config(checkpoint_path, options, config_override or [])
         with CountProgress("cells") as progress:

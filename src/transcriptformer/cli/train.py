@@ -166,8 +166,8 @@ def train(
     from transcriptformer.cli.reporting import StepProgress, plain_errors, resumable, say
 
     with plain_errors(debug), resumable("--resume"):
-        from transcriptformer.train_config import load_train_config
-        from transcriptformer.training import fit
+        from transcriptformer.training.config import load_train_config
+        from transcriptformer.training.run import fit
 
         checked = load_train_config(options, config_override or [], config)
         with StepProgress() as progress:

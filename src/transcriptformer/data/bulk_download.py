@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import h5py
 
 from transcriptformer.errors import DownloadError, TranscriptFormerError, one_line
-from transcriptformer.fetch import (
+from transcriptformer.fetching.fetcher import (
     DamagedFileError,
     Fetcher,
     RefusedFileError,
@@ -31,7 +31,7 @@ from transcriptformer.fetch import (
     size_on_disk,
     write_json,
 )
-from transcriptformer.http_file import HttpFile, ask, in_our_words
+from transcriptformer.fetching.http import HttpFile, ask, in_our_words
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from transcriptformer.errors import DownloadError, UsageError, one_line
-from transcriptformer.fetch import alone, write_json, writing_to
+from transcriptformer.fetching.fetcher import alone, write_json, writing_to
 from transcriptformer.storage.atomic import atomic_write, make_folder
 from transcriptformer.storage.hdf5 import new_hdf5
 

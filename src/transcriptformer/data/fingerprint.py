@@ -19,7 +19,7 @@ import zarr
 
 from transcriptformer.data.store import Location, Store, damaged, is_url
 from transcriptformer.errors import UsageError
-from transcriptformer.isolated import CrashedError, exhaust, run_isolated
+from transcriptformer.runtime.isolated import CrashedError, exhaust, run_isolated
 
 Hierarchy: TypeAlias = h5py.File | zarr.Group
 

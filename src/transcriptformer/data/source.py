@@ -18,8 +18,8 @@ from transcriptformer.data.counts import Matrix, MatrixInMemory, open_matrix, to
 from transcriptformer.data.metadata import Metadata, MetadataInMemory, open_metadata
 from transcriptformer.data.store import Location, Store, damaged
 from transcriptformer.errors import DataError, UsageError
-from transcriptformer.external import Guard
-from transcriptformer.isolated import exhaust
+from transcriptformer.runtime.isolated import exhaust
+from transcriptformer.storage.external import Guard
 
 logger = logging.getLogger(__name__)
 

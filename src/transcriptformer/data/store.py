@@ -10,7 +10,7 @@ import h5py
 import zarr
 
 from transcriptformer.errors import DataError, TranscriptFormerError, UsageError, one_line
-from transcriptformer.external import OPTION, Guard, check_folder, check_hdf5, check_structure
+from transcriptformer.storage.external import OPTION, Guard, check_folder, check_hdf5, check_structure
 
 Location: TypeAlias = str | Path
 """A path, or a URL such as s3://bucket/cells.zarr."""

@@ -11,7 +11,7 @@ import scanpy as sc
 from scipy import sparse
 from sklearn.model_selection import train_test_split
 
-from transcriptformer.vocab import write_protein_embeddings
+from transcriptformer.checkpoint.vocabs import write_protein_embeddings
 
 CELL_TYPE, HELD_OUT = "cell_type", "held_out"
 """Columns of `obs`: the label that the cells come with, and whether a cell was kept from training."""

@@ -13,12 +13,12 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from transcriptformer.config import load_config
+from transcriptformer.checkpoint.published import load_config
 from transcriptformer.demo.cells import CELL_TYPE, HELD_OUT, SEED, load_cells, log_normalized
 from transcriptformer.errors import OutputError, one_line
-from transcriptformer.inference import run
-from transcriptformer.output import EMBEDDINGS_KEY
-from transcriptformer.recording import OnProgress
+from transcriptformer.inference.output import EMBEDDINGS_KEY
+from transcriptformer.inference.recording import OnProgress
+from transcriptformer.inference.run import run
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 """The model that comes with the package."""

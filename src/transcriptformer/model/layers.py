@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transcriptformer.config import ModelConfig
-from transcriptformer.model.attention import Attention, blockwise_attention
+from transcriptformer.model.attention.definition import Attention, blockwise_attention
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
@@ -119,7 +119,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, key_bias: Tensor, key_allowed: Tensor, bias_on_diagonal: bool, attention: Attention
     ) -> Tensor:
-        """Let every position look back; see `transcriptformer.model.attention`: (B, T, D) → (B, T, D)."""
+        """Let every position look back; see `transcriptformer.model.attention.definition`: (B, T, D) → (B, T, D)."""
         to_q, to_k, to_v, to_out = self.linears
         x = x.to(to_q.weight.dtype)  # type: ignore[arg-type]  # once for the three of them
         q, k, v = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from transcriptformer.config import LossConfig, ModelConfig
 from transcriptformer.errors import UsageError
-from transcriptformer.model.attention import count_bias
+from transcriptformer.model.attention.definition import count_bias
 from transcriptformer.model.layers import MLP, CountHead, Encoder, GeneEmbedding
 from transcriptformer.model.losses import gene_cross_entropy, mean_over_genes, zero_truncated_poisson_nll
 from transcriptformer.vocab import AuxVocab, GeneVocab

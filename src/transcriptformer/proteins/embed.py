@@ -15,21 +15,22 @@ import h5py
 import numpy as np
 import torch
 
-from transcriptformer.data.dataset import BatchLimits, group_by_length
+from transcriptformer.checkpoint.vocabs import read_protein_embeddings, write_protein_embeddings
+from transcriptformer.config import PRECISIONS
+from transcriptformer.data.batches import BatchLimits, group_by_length
 from transcriptformer.data.fingerprint import identify_file
-from transcriptformer.device import choose_device, compute_dtype, count_devices
 from transcriptformer.errors import OutputError, UsageError
-from transcriptformer.output import check_writable, new_file
 from transcriptformer.proteins.esm2 import PUBLISHED, choose_layer, find_model, read_config, weight_files
 from transcriptformer.proteins.fasta import GENE, read_proteins
 from transcriptformer.proteins.isoforms import FIRST, ISOFORMS, Proteome, choose_isoforms
 from transcriptformer.proteins.workers import EMBEDDINGS, Batch, Job, embed_batches, share_batches
+from transcriptformer.runtime.device import choose_device, compute_dtype, count_devices
 from transcriptformer.runtime.signals import RESUME, tell
 from transcriptformer.runtime.watchdog import Watchdog
-from transcriptformer.storage.atomic import check_room
+from transcriptformer.storage.atomic import atomic_write, check_room, check_writable
+from transcriptformer.storage.hdf5 import new_hdf5
 from transcriptformer.storage.results import Pieces, kept_pieces, open_pieces
 from transcriptformer.storage.workspace import Workspace, differences
-from transcriptformer.vocab import read_protein_embeddings, write_protein_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ class Settings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in ("32", "16-mixed", "bf16-mixed"):
-            raise UsageError(f"--precision {self.precision}: not one of 32, 16-mixed, bf16-mixed")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"--precision {self.precision}: not one of {', '.join(PRECISIONS)}")
         if self.isoforms not in ISOFORMS:
             raise UsageError(f"--isoforms {self.isoforms}: not one of {', '.join(ISOFORMS)}")
         if self.num_gpus != -1 and self.num_gpus < 1:
@@ -296,7 +297,7 @@ def _write(output: Path, proteome: Proteome, job: Job, identity: dict[str, Any])
         raise OutputError(f"{job.pieces}: {n_missing} of {total} sequences are missing; run the same with --resume")
     check_room(output, len(proteome.genes) * job.width * 4)
     embeddings = proteome.gene_means(pieces.read(EMBEDDINGS, 0, total))
-    with new_file(output) as file:
+    with atomic_write(output) as temporary, new_hdf5(temporary) as file:
         write_protein_embeddings(file, proteome.genes, embeddings)
         file.attrs[PROVENANCE] = json.dumps({"version": version("transcriptformer"), "run": identity})
 

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from transcriptformer.config import shipped_file
 from transcriptformer.errors import DataError, UsageError
-from transcriptformer.fetch import DamagedFileError, Fetcher, alone
-from transcriptformer.http_file import HttpFile
+from transcriptformer.fetching.fetcher import DamagedFileError, Fetcher, alone
+from transcriptformer.fetching.http import HttpFile
 from transcriptformer.proteins.fasta import read_proteins
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from transcriptformer.device import compute_dtype, is_out_of_memory
 from transcriptformer.errors import CheckpointError, DownloadError, TranscriptFormerError, UsageError, one_line
 from transcriptformer.proteins.alphabet import N_TOKENS, PAD, tokenize
 from transcriptformer.proteins.fasta import missing_extra
+from transcriptformer.runtime.device import compute_dtype
+from transcriptformer.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import EsmConfig, EsmModel

@@ -8,12 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from transcriptformer.errors import OutputError, one_line
+from transcriptformer.errors import OutputError, UsageError, one_line
 
 SYNCS_AT_ONCE = 32
 
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR)
 """Errors of file systems, and of Windows, that do not sync folders."""
+
+
+_FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors that no other path or option would avoid."""
 
 
 @contextmanager
@@ -147,6 +151,29 @@ def remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, option: str = "--output-path") -> None:
+    """Make the folder of `path`, which an option names, and try to write there, so that a long run does not fail late.
+
+    Raises
+    ------
+    UsageError
+        If that is not possible.
+    OutputError
+        If the disk is full or broken, which is no mistake of the user's.
+    """
+    if path.is_dir() and path.suffix != ".zarr":
+        raise UsageError(f"{path}: is a folder; the result needs another name")
+    probe = path.with_name(f".{path.name}.probe")
+    try:
+        make_folder(path.parent)
+        probe.touch()
+    except OSError as error:
+        kind = OutputError if error.errno in _FAILING_DISK else UsageError
+        raise kind(f"{option} {path.parent}: {path.name} cannot be written there ({error.strerror})") from error
+    finally:
+        remove(probe)
 
 
 def check_room(path: Path, n_bytes: int, advice: str = "") -> None:

@@ -1,0 +1,1 @@
+"""The published checkpoint format: its folder is read, checked and written here."""

@@ -1,0 +1,336 @@
+"""A checkpoint folder becomes vocabularies and a model."""
+
+import hashlib
+import itertools
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcriptformer.checkpoint.files import file_in
+from transcriptformer.checkpoint.vocabs import read_aux_vocab, read_gene_vocab, read_protein_embeddings
+from transcriptformer.config import Config, TrainedModel
+from transcriptformer.errors import CheckpointError, one_line
+from transcriptformer.model.esm2ce import Esm2CE
+from transcriptformer.model.label_head import LabelHead
+from transcriptformer.model.layers import Linear
+from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.runtime.device import choose_device, compute_dtype
+from transcriptformer.vocab import AuxVocab, GeneVocab, make_gene_vocab
+
+LABEL_HEAD = "label_head.pt"
+_EMBEDDING = "gene_embeddings.embedding.weight"
+_LAYERS = "transformer_encoder.encoder_layers."
+
+GREATEST_WEIGHT = 1.8e19
+"""The square of anything larger, which layer norms take, is no float32."""
+
+
+REFERENCE_SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
+"""Order that the published package gives the special tokens of a new species, while its model keeps the old one."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, ready to run.
+
+    Attributes
+    ----------
+    path
+        Its folder.
+    config
+        What it is to do.
+    gene_vocab, aux_vocabs
+        Its vocabularies; `aux_vocabs` in the order of the auxiliary tokens.
+    model
+        The model in evaluation mode, in the run's precision; what stays float32 is mapped from the file.
+    device
+        Where it is to run.
+    label_head
+        What tells the label of a cell from its embedding, if it was trained to; in float32.
+    """
+
+    path: Path
+    config: Config
+    gene_vocab: GeneVocab
+    aux_vocabs: dict[str, AuxVocab]
+    model: TranscriptFormer | Esm2CE
+    device: torch.device
+    label_head: LabelHead | None = None
+
+    @property
+    def min_positions(self) -> int:
+        """Positions that every cell is padded to: none, but where the published package's stale indices are wanted."""
+        model = self.config.model
+        return model.model_config.seq_len if model.inference_config.reference_stale_indices else 0
+
+    @property
+    def width(self) -> int:
+        """Width of an embedding."""
+        return self.model.embedding.shape[1] if isinstance(self.model, Esm2CE) else self.model.config.embed_dim
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of `model_weights.pt`, as `sha256sum` prints it."""
+        with (self.path / "model_weights.pt").open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def identify_vocabularies(self) -> dict[str, str]:
+        """Hashes of what tells tokens and labels: genes and metadata by their ids, and the label head's file."""
+        values = {"genes": self.gene_vocab.names().tolist(), "metadata": {c: v.ids for c, v in self.aux_vocabs.items()}}
+        hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in values.items()}
+        if self.label_head is not None:
+            hashes["label head"] = hashlib.sha256((self.path / LABEL_HEAD).read_bytes()).hexdigest()
+        return hashes
+
+
+def load_checkpoint(path: Path, config: Config) -> Checkpoint:
+    """Read vocabularies and weights and build the model around them.
+
+    The weights are mapped into memory, not copied, and checked strictly by name and shape. `config` says which device
+    and precision they are meant for, and which protein embeddings stand in for those of a new species.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing or damaged, or the weights do not fit `config.json`.
+    """
+    inference = config.model.inference_config
+    device = choose_device(inference.device)
+    trained_vocab, aux_vocabs = read_vocabs(path, config.model)
+    weights_path = path / "model_weights.pt"
+    weights = read_weights(weights_path)
+    _check_embedding(weights, len(trained_vocab), weights_path)
+    check_values(weights_path)
+    gene_vocab, embedding = trained_vocab, weights[_EMBEDDING]
+    if inference.pretrained_embedding:
+        gene_vocab, embedding = _new_species(config, trained_vocab, embedding)
+
+    model: TranscriptFormer | Esm2CE
+    if config.model.model_type == "esm2ce":
+        model = Esm2CE(embedding, gene_vocab.pad, config.model.model_config.seq_len)
+    else:
+        model = new_model(config.model, trained_vocab, aux_vocabs, weights, weights_path)
+        model.load_state_dict(weights, assign=True)
+        dtype = compute_dtype(inference.precision, device)
+        if dtype != torch.float32:
+            _cast_linear_layers(model, weights_path, dtype)
+        if inference.pretrained_embedding:
+            model.replace_genes(embedding)
+    model.eval().requires_grad_(False)
+    return Checkpoint(path, config, gene_vocab, aux_vocabs, model, device, _label_head(path, config))
+
+
+def new_model(
+    config: TrainedModel,
+    gene_vocab: GeneVocab,
+    aux_vocabs: Mapping[str, AuxVocab],
+    weights: Mapping[str, Tensor],
+    path: Path,
+) -> TranscriptFormer:
+    """A model without weights, which those of `path` fit.
+
+    Raises
+    ------
+    CheckpointError
+        If they do not.
+    """
+    protein_dim = _check_embedding(weights, len(gene_vocab), path)
+    n_layers = len({name.split(".")[2] for name in weights if name.startswith(_LAYERS)})
+    if n_layers != config.model_config.num_layers:
+        raise CheckpointError(
+            f"{path}: does not fit config.json: {n_layers} layers are in it, num_layers is "
+            f"{config.model_config.num_layers}"
+        )
+    with torch.device("meta"):
+        made = TranscriptFormer(config.model_config, config.loss_config, gene_vocab, aux_vocabs, protein_dim)
+    check_weights(weights, made.state_dict(), path)
+    return made
+
+
+def _label_head(path: Path, config: Config) -> LabelHead | None:
+    """The label head, where it is wanted and was trained on what is computed: embeddings of cells by the last block."""
+    model, inference = config.model, config.model.inference_config
+    is_last = inference.embedding_layer_index in (-1, model.model_config.num_layers - 1)
+    is_as_trained = model.model_type == "transcriptformer" and inference.emb_type == "cell" and is_last
+    if not (inference.predict_labels and is_as_trained):
+        return None
+    return read_label_head(path, model.model_config.embed_dim)
+
+
+def read_label_head(path: Path, embed_dim: int) -> LabelHead | None:
+    """The head in the `label_head.pt` of a checkpoint folder, if there is one, for embeddings of that width.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+    """
+    file = path / LABEL_HEAD
+    if not file.exists():
+        return None
+    try:
+        head = LabelHead.from_file(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # the reader raises whatever a damaged file leads it to
+        raise CheckpointError(f"{file}: damaged, or not the label head of a checkpoint ({one_line(error)})") from error
+    width = head.linear.weight.shape[1]
+    if width != embed_dim:
+        raise CheckpointError(f"{file}: is for embeddings of width {width}, but the checkpoint's have {embed_dim}")
+    return head.eval().requires_grad_(False)
+
+
+def _new_species(config: Config, trained: GeneVocab, embedding: Tensor) -> tuple[GeneVocab, Tensor]:
+    """Vocabulary and protein embeddings with the genes of another species; special tokens keep their trained rows."""
+    inference = config.model.inference_config
+    files = [Path(file) for file in inference.pretrained_embedding]
+    genes, rows = read_protein_embeddings(files, config.model.data_config.allow_external_links)
+    if rows.shape[1] != embedding.shape[1]:
+        raise CheckpointError(
+            f"{', '.join(map(str, files))}: embeddings of width {rows.shape[1]}, but the checkpoint was trained on "
+            f"{embedding.shape[1]}; they must come from the same protein language model"
+        )
+    special = REFERENCE_SPECIAL_TOKENS if inference.reference_stale_indices else trained.special_tokens
+    trained_rows = [trained.special_token(name) for name in special]
+    vocab = make_gene_vocab(genes, special, trained.pad_token)
+    return vocab, torch.cat([embedding[trained_rows], torch.from_numpy(rows)])
+
+
+def read_vocabs(path: Path, config: TrainedModel) -> tuple[GeneVocab, dict[str, AuxVocab]]:
+    """Vocabularies that a checkpoint was trained with.
+
+    Raises
+    ------
+    CheckpointError
+        If one is missing or damaged.
+    """
+    data, folder = config.data_config, path / "vocabs"
+    if not data.esm2_mappings:
+        raise CheckpointError(f"{path / 'config.json'}: the needed key 'model.data_config.esm2_mappings' is missing")
+    if len(data.aux_cols) != config.model_config.aux_len:
+        raise CheckpointError(
+            f"{path / 'config.json'}: aux_len is {config.model_config.aux_len}, but aux_cols names "
+            f"{len(data.aux_cols)} columns ({', '.join(data.aux_cols) or 'none'})"
+        )
+    external = data.allow_external_links
+    gene_files = [file_in(folder, name, external) for name in data.esm2_mappings]
+    genes = read_gene_vocab(gene_files, data.special_tokens, data.gene_pad_token, external)
+    aux_files = {column: file_in(folder, f"{column}_vocab.json", external) for column in data.aux_cols}
+    return genes, {column: read_aux_vocab(file, column, data.aux_pad_token) for column, file in aux_files.items()}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of `model_weights.pt`, float32, memory-mapped; nothing in it is executed."""
+    return {name: value.float() for name, value in _map_weights(path).items()}
+
+
+def check_values(path: Path) -> None:
+    """Raise CheckpointError where a weight is NaN, infinite, or too large for anything finite to come of it.
+
+    All of the file is read, about a gigabyte per second.
+    """
+    for _, names in itertools.groupby(_map_weights(path), key=_part_of):
+        weights = _map_weights(path)  # its own mapping, so that no more than one part stays in memory
+        for name in names:
+            if weights[name].numel() == 0:
+                continue
+            least, greatest = map(float, weights[name].aminmax())  # both NaN, if there is one
+            if not -GREATEST_WEIGHT <= least <= greatest <= GREATEST_WEIGHT:
+                raise CheckpointError(
+                    f"{path}: {name} holds values from {least:g} to {greatest:g}; weights are numbers of no more than "
+                    f"{GREATEST_WEIGHT:g}; is the file damaged, or did training diverge?"
+                )
+
+
+def _part_of(name: str) -> list[str]:
+    return name.split(".")[:3]
+
+
+def _map_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing")
+    try:
+        weights: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: damaged, or holds pickled code, which is not run; only tensors are read"
+        ) from error
+    except Exception as error:  # the reader raises whatever a damaged file leads it to
+        raise CheckpointError(f"{path}: truncated, damaged, or not in the zip format of torch.save") from error
+    if not isinstance(weights, dict) or not all(_is_weight(name, value) for name, value in weights.items()):
+        raise CheckpointError(f"{path}: not a state dict (names → dense floating-point tensors)")
+    return weights
+
+
+def _is_weight(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # one number is not a million
+    )
+
+
+def _cast_linear_layers(model: TranscriptFormer, path: Path, dtype: torch.dtype) -> None:
+    """Cast the weights of linear layers, once, so that their products run in `dtype`.
+
+    Each part of the model is read through a mapping of its own, which goes when the part is done: the pages that were
+    read do not stay in memory beside what became of them. The gene head, which no embedding needs, is left as it is.
+    """
+    linear = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and not name.startswith("gene_id_head")
+    ]
+    for _, part in itertools.groupby(linear, key=lambda item: _part_of(item[0])):
+        weights = read_weights(path)
+        for name, module in part:
+            for kind, _ in list(module.named_parameters()):
+                weight = weights[f"{name}.{kind}"].to(dtype)
+                if not weight.isfinite().all():
+                    raise CheckpointError(
+                        f"{path}: {name}.{kind} holds values beyond {torch.finfo(dtype).max:g}, the most of {dtype}; "
+                        "add --precision 32"
+                    )
+                setattr(module, kind, torch.nn.Parameter(weight))
+
+
+def _check_embedding(weights: Mapping[str, Tensor], n_genes: int, path: Path) -> int:
+    """Width of the protein embeddings, which have a row for every token."""
+    embedding = weights.get(_EMBEDDING)
+    if embedding is None or embedding.ndim != 2 or len(embedding) != n_genes:
+        found = "missing" if embedding is None else f"of another shape: {tuple(embedding.shape)}"
+        raise CheckpointError(
+            f"{path}: does not fit config.json and vocabs/: {_EMBEDDING} is {found}; {n_genes} rows are needed"
+        )
+    return embedding.shape[1]
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError where the names or shapes of weights are not those that are expected."""
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
+    found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"{path}: does not fit config.json and vocabs/: {'; '.join(found)}")
+
+
+def _some(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,60 @@
+"""A trained model becomes a checkpoint folder in the published layout."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transcriptformer.checkpoint.published import published_config
+from transcriptformer.config import TrainedModel
+from transcriptformer.errors import OutputError, one_line
+from transcriptformer.model.label_head import LabelHead
+from transcriptformer.storage.atomic import atomic_folder
+from transcriptformer.vocab import AuxVocab
+
+
+def write_checkpoint(
+    folder: Path,
+    model: TrainedModel,
+    gene_files: Sequence[Path],
+    aux_vocabs: Mapping[str, AuxVocab],
+    weights: Mapping[str, Tensor],
+    label_head: LabelHead | None,
+) -> None:
+    """Write `config.json`, `model_weights.pt`, `vocabs/` and, with a label head, `label_head.pt`.
+
+    The folder gets its name when all of it is there.
+
+    Parameters
+    ----------
+    gene_files
+        Protein-embedding files, to be copied, in the order of the vocabulary.
+    weights
+        Of the model, by the published names.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; nothing is left under the folder's name then.
+    """
+    try:
+        with atomic_folder(folder) as temporary:
+            (temporary / "vocabs").mkdir()
+            for file in gene_files:
+                shutil.copyfile(file, temporary / "vocabs" / file.name)
+            for column, vocab in aux_vocabs.items():
+                text = json.dumps(vocab.ids, indent=1, ensure_ascii=False)
+                (temporary / "vocabs" / f"{column}_vocab.json").write_text(text, encoding="utf-8")
+            torch.save(
+                {name: weight.detach().cpu().float().contiguous() for name, weight in weights.items()},
+                temporary / "model_weights.pt",
+            )
+            if label_head is not None:
+                torch.save(label_head.to_file(), temporary / "label_head.pt")
+            text = json.dumps({"model": published_config(model)}, indent=2)
+            (temporary / "config.json").write_text(text, encoding="utf-8")
+    except RuntimeError as error:  # PyTorch's writer has an error of its own for a full disk
+        raise OutputError(f"{folder}: cannot be written ({one_line(error)})") from error

@@ -1,0 +1,1 @@
+"""Remote files come to disk: complete, verified, resumable."""

@@ -1,0 +1,232 @@
+"""What `inference` would make of files, without computing anything: `transcriptformer check`."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.config import DataConfig
+from transcriptformer.data.batches import LENGTH_MULTIPLE, group_by_length, positions
+from transcriptformer.data.joined import JoinedMetadata
+from transcriptformer.data.metadata import BLOCK_SIZE
+from transcriptformer.data.reader import CellReader
+from transcriptformer.data.source import CellSource, looks_like_gene_ids, open_source
+from transcriptformer.data.species import likely_species
+from transcriptformer.data.store import Location
+from transcriptformer.data.survey import Survey, survey_cells
+from transcriptformer.errors import TranscriptFormerError
+from transcriptformer.inference.batch_size import batch_limits, bytes_per_token
+from transcriptformer.inference.inputs import Inputs, check_obs
+from transcriptformer.model.esm2ce import Esm2CE
+from transcriptformer.runtime.device import compute_dtype
+from transcriptformer.vocab import make_gene_vocab
+
+IMPORTS_BYTES = 5 * 2**28
+"""Memory of a process before it holds weights or cells: Python, PyTorch, and blocks of counts on their way."""
+
+NO_CHECKPOINT_SEQ_LEN = 2**31
+
+
+@dataclass
+class Report:
+    """What is known of one file; None where there is no checkpoint to compare it with, or it could not be read.
+
+    Attributes
+    ----------
+    refused
+        Why `inference` would refuse it.
+    genes_known
+        Columns whose gene is in the vocabulary.
+    cells_too_long, unseen_share
+        Cells with more genes than the model has positions, and the share of all counts that lies beyond these.
+    unknown_values
+        Per auxiliary column, values that the checkpoint does not know, with how many cells have them.
+    memory_gib, seconds
+        Estimates for a run with the same options on this machine.
+    """
+
+    file: str
+    refused: str | None = None
+    cells: int | None = None
+    cells_kept: int | None = None
+    genes: int | None = None
+    gene_ids: str | None = None
+    species: str | None = None
+    genes_known: int | None = None
+    repeated_genes: int | None = None
+    repeated_cell_names: int | None = None
+    whole_numbers: bool | None = None
+    mean_genes_per_cell: float | None = None
+    cells_empty: int | None = None
+    cells_too_long: int | None = None
+    unseen_share: float | None = None
+    unknown_values: dict[str, dict[str, int]] = field(default_factory=dict)
+    memory_gib: float | None = None
+    seconds: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, by name."""
+        return asdict(self)
+
+
+def check(
+    locations: Sequence[Location],
+    checkpoint_path: Path | None = None,
+    options: Mapping[str, object] | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Report]:
+    """Look through files as `inference` would before it computes.
+
+    Parameters
+    ----------
+    locations
+        h5ad files or zarr stores.
+    checkpoint_path
+        The checkpoint they are meant for; None: say what the files alone tell.
+    options, overrides
+        As for `transcriptformer.checkpoint.published.load_config`.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If the checkpoint or an option cannot be used. What is wrong with a file is in its report.
+    """
+    if checkpoint_path is None:
+        data = {key.rpartition(".")[2]: value for key, value in (options or {}).items() if value is not None}
+        known = {name: value for name, value in data.items() if name in DataConfig.__dataclass_fields__}
+        return [_report_alone(location, DataConfig(**known)) for location in locations]  # type: ignore[arg-type]
+    config = load_config(checkpoint_path, options, overrides)
+    checkpoint = load_checkpoint(checkpoint_path, config)
+    seconds_per_flop = _seconds_per_flop(checkpoint)
+    reports = [_report(location, checkpoint, seconds_per_flop) for location in locations]
+    if len(reports) > 1 and not any(report.refused for report in reports):
+        try:
+            Inputs(locations, checkpoint).check_obs(_as_zarr(checkpoint))
+        except TranscriptFormerError as error:  # files that are well by themselves, but not together
+            reports[0].refused = str(error)
+    return reports
+
+
+def _report_alone(location: Location, config: DataConfig) -> Report:
+    report = Report(str(location))
+    try:
+        source = _open(location, replace(config, remove_duplicate_genes=True))
+        _describe_genes(report, source.gene_ids, int(source.is_repeated.sum()))
+        vocab = make_gene_vocab((gene for gene in source.gene_ids if gene), ["unknown"], "unknown")
+        reader = CellReader(source, vocab, {}, config, NO_CHECKPOINT_SEQ_LEN)
+        report.cells = len(source)
+        check_obs([source], JoinedMetadata([source.obs]))
+        _describe_cells(report, survey_cells([reader], config))
+        if report.repeated_genes and not config.remove_duplicate_genes:
+            _open(location, config)
+    except TranscriptFormerError as error:
+        report.refused = str(error)
+    return report
+
+
+def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float) -> Report:
+    report, data = Report(str(location)), checkpoint.config.model.data_config
+    try:
+        source = _open(location, replace(data, remove_duplicate_genes=True))
+        _describe_genes(report, source.gene_ids, int(source.is_repeated.sum()))
+        report.cells = len(source)
+        report.genes_known = int((checkpoint.gene_vocab.lookup(source.gene_ids) >= 0).sum())
+        inputs = Inputs([location], checkpoint)
+        inputs.check_obs(_as_zarr(checkpoint))
+        survey = survey_cells(inputs.readers, data)
+        _describe_cells(report, survey)
+        report.cells_too_long, report.unseen_share = survey.n_too_long(inputs.seq_len), survey.unseen_share
+        report.unknown_values = _unknown_values(inputs.readers[0])
+        _estimate(report, survey, checkpoint, seconds_per_flop)
+    except TranscriptFormerError as error:
+        report.refused = str(error)
+    return report
+
+
+def _as_zarr(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.model.inference_config.output_filename.endswith(".zarr")
+
+
+def _open(location: Location, data: DataConfig) -> CellSource:
+    return open_source(
+        location,
+        data.gene_col_name,
+        data.use_raw,
+        data.remove_duplicate_genes,
+        layer=data.layer,
+        allow_external_links=data.allow_external_links,
+    )
+
+
+def _describe_genes(report: Report, gene_ids: Any, n_repeated: int) -> None:
+    report.genes, report.repeated_genes = len(gene_ids), n_repeated
+    report.gene_ids = "stable gene ids" if looks_like_gene_ids(gene_ids) else "not stable gene ids; symbols?"
+    report.species = likely_species(gene_ids)
+
+
+def _describe_cells(report: Report, survey: Survey) -> None:
+    report.cells_kept, report.cells_empty = survey.n_kept, survey.n_empty
+    report.whole_numbers = survey.n_fractional == 0
+    report.repeated_cell_names = survey.n_repeated_names
+    report.mean_genes_per_cell = float(survey.lengths[survey.kept].mean())
+
+
+def _unknown_values(reader: CellReader) -> dict[str, dict[str, int]]:
+    unknown: dict[str, Counter[str]] = {column: Counter() for column in reader.aux_vocabs}
+    for start in range(0, len(reader), BLOCK_SIZE):
+        obs = reader.source.obs.rows(start, min(start + BLOCK_SIZE, len(reader)), reader.aux_columns)
+        for column in reader.aux_columns:
+            counts = obs[column].astype(object).fillna("missing").value_counts()
+            known = reader.aux_vocabs[column].ids
+            unknown[column].update({str(value): int(n) for value, n in counts.items() if str(value) not in known})
+    for column in reader.aux_vocabs.keys() - set(reader.aux_columns):
+        unknown[column]["(no such column)"] = len(reader)
+    return {column: dict(counts.most_common()) for column, counts in unknown.items() if counts}
+
+
+def _estimate(report: Report, survey: Survey, checkpoint: Checkpoint, seconds_per_flop: float) -> None:
+    """Memory of a process and time of the matrix products, for batches as `inference` would form them."""
+    model = checkpoint.config.model
+    limits, seq_len = batch_limits(checkpoint), model.model_config.seq_len
+    lengths = survey.lengths[survey.kept]
+    longest = positions(int(lengths.max()), seq_len, checkpoint.min_positions)
+    most = int((lengths + LENGTH_MULTIPLE).clip(max=seq_len).sum())
+    widest = min(limits.max_cells * longest, max(limits.max_tokens, longest), most)
+    report.memory_gib = (IMPORTS_BYTES + checkpoint.weights_bytes + widest * bytes_per_token(checkpoint)) / 2**30
+    block = lengths[: model.data_config.block_size]
+    padded = sum(
+        len(chosen) * positions(int(block[chosen].max()), seq_len, checkpoint.min_positions)
+        for chosen in group_by_length(block, limits, seq_len, checkpoint.min_positions)
+    )
+    n_positions = padded / len(block) * len(lengths)
+    report.seconds = n_positions * _flops_per_position(checkpoint, longest) * seconds_per_flop
+
+
+def _flops_per_position(checkpoint: Checkpoint, n_positions: int) -> float:
+    """Floating-point operations for a position of the batch: linear layers, scores, and a gene of its own."""
+    if isinstance(checkpoint.model, Esm2CE):
+        return 2.0 * checkpoint.width
+    config = checkpoint.config.model.model_config
+    dim = config.embed_dim
+    block = 2 * (4 * dim**2 + 2 * dim * config.model_dim) + 2 * dim * n_positions
+    gene = 2 * dim * (checkpoint.model.gene_embeddings.embedding.embedding_dim + dim)
+    return float(config.num_layers * block + gene)
+
+
+def _seconds_per_flop(checkpoint: Checkpoint) -> float:
+    """Measured on this machine, with matrices like those of the model."""
+    dtype = compute_dtype(checkpoint.config.model.inference_config.precision, checkpoint.device)
+    dim = min(checkpoint.config.model.model_config.embed_dim, 2048)
+    a, b = (torch.randn(1024, dim).to(checkpoint.device, dtype), torch.randn(dim, dim).to(checkpoint.device, dtype))
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return best / (2 * 1024 * dim**2)

@@ -1,0 +1,257 @@
+"""The inputs of a run as one stream of cells, seen through a checkpoint: batches, metadata, groups."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from transcriptformer.checkpoint.load import Checkpoint
+from transcriptformer.data.batches import BatchLimits, BatchLoader, CellDataset
+from transcriptformer.data.joined import JoinedMetadata
+from transcriptformer.data.metadata import BLOCK_SIZE, ColumnError
+from transcriptformer.data.reader import CellReader
+from transcriptformer.data.row_stream import check_writable_rows
+from transcriptformer.data.source import CellSource, open_source
+from transcriptformer.data.species import likely_species
+from transcriptformer.data.survey import Survey
+from transcriptformer.errors import DataError
+from transcriptformer.inference.output import N_CELLS_COLUMN, label_columns, select_columns
+from transcriptformer.inference.pooling import NO_GROUP, pool_obs
+from transcriptformer.inference.recording import layout_of
+
+logger = logging.getLogger(__name__)
+
+ALL_CELLS = "gene"
+"""Value of `cge_pool` that stands for one group of all cells."""
+
+
+class Inputs:
+    """Sources opened and aligned with a checkpoint; no count is read yet.
+
+    Parameters
+    ----------
+    sources
+        Files, stores or AnnData objects, in order.
+    checkpoint
+        Whose vocabularies and configuration apply.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If one of them cannot be used.
+    """
+
+    def __init__(self, sources: Sequence[str | Path | anndata.AnnData], checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        model = checkpoint.config.model
+        data, self.seq_len = model.data_config, model.model_config.seq_len
+        self.readers = [
+            CellReader(
+                open_source(
+                    source,
+                    data.gene_col_name,
+                    data.use_raw,
+                    data.remove_duplicate_genes,
+                    model.inference_config.oom_dataloader,
+                    data.layer,
+                    data.allow_external_links,
+                ),
+                checkpoint.gene_vocab,
+                checkpoint.aux_vocabs,
+                data,
+                self.seq_len,
+            )
+            for source in sources
+        ]
+        self.metadata = [reader.source.obs for reader in self.readers]
+        columns = dict.fromkeys(column for part in self.metadata for column in part.columns)
+        self.columns = self._select_columns(list(columns))
+        pool = model.inference_config.cge_pool
+        self.group_column = None if pool == ALL_CELLS else pool
+        if self.group_column not in (None, *columns):
+            raise DataError(
+                f"--cge-pool {pool}: obs has no such column; its columns are: {', '.join(map(str, columns)) or 'none'}"
+            )
+        if self.group_column == N_CELLS_COLUMN:
+            raise DataError(
+                f"--cge-pool {pool}: the result has a column {pool!r} of its own; give that of obs another name"
+            )
+
+    def _select_columns(self, columns: list[str]) -> list[str]:
+        inference = self.checkpoint.config.model.inference_config
+        chosen = select_columns(columns, inference.obs_keys)
+        own = label_columns(layout_of(inference, 0, self.checkpoint.label_head is not None), self.checkpoint.label_head)
+        for column in own:
+            if column in columns:
+                logger.warning("obs has a column %r already; predictions of the checkpoint replace it", column)
+        return [column for column in chosen if column not in own]
+
+    @cached_property
+    def joined(self) -> JoinedMetadata:
+        """The metadata that goes into the result.
+
+        Raises
+        ------
+        DataError
+            If it cannot be read.
+        """
+        with self._advice():
+            return JoinedMetadata(self.metadata, self.columns)
+
+    def check_obs(self, as_zarr: bool) -> None:
+        """Read, join and encode what of `obs` goes into the result, which is written when all cells are computed.
+
+        Parameters
+        ----------
+        as_zarr
+            The result is a zarr store rather than an h5ad file.
+
+        Raises
+        ------
+        DataError
+            If that is not possible; it says which file, column and cell is to blame, and what to do.
+        """
+        sources = [reader.source for reader in self.readers]
+        if self.checkpoint.config.model.inference_config.cge_pool is None:
+            with self._advice():
+                check_obs(sources, self.joined, as_zarr)
+        elif self.group_column is not None:
+            blocks = _all_blocks(sources, JoinedMetadata(self.metadata, [self.group_column]))
+            groups = _factorize(block[self.group_column] for _, _, block in blocks)[1]
+            table = pool_obs(np.array(["gene"]), np.arange(len(groups)), groups, self.group_column)
+            check_writable_rows([(f"--cge-pool {self.group_column}", 0, table)], len(table), as_zarr)
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        """Add to an error about a column how to leave it out."""
+        try:
+            yield
+        except ColumnError as error:
+            if error.column not in self.columns:
+                raise
+            others = ",".join(repr(str(column)) for column in self.columns if column != error.column)
+            keys = f"[{others if len(others) < 300 else '...'}]"
+            raise DataError(
+                f'{error}; mend it, or leave it out: --config-override "model.inference_config.obs_keys={keys}"'
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the files; they are opened again where something is read."""
+        for reader in self.readers:
+            reader.source.close()
+
+    def loader(
+        self, survey: Survey, limits: BatchLimits, process: int, n_processes: int, is_done: np.ndarray
+    ) -> BatchLoader:
+        """Batches for one of several processes, without the rows that are done (kept cells,)."""
+        data = self.checkpoint.config.model.data_config
+        dataset = CellDataset(self.readers, survey.kept, survey.lengths, data.block_size)
+        dataset.deal_out(process, n_processes, is_done)
+        return BatchLoader(
+            dataset,
+            limits,
+            self.checkpoint.gene_vocab.pad,
+            self.seq_len,
+            self.checkpoint.min_positions,
+            data.n_data_workers,
+            pin_memory=self.checkpoint.device.type == "cuda",
+        )
+
+    def obs_blocks(self, survey: Survey) -> Iterator[pd.DataFrame]:
+        """Metadata of the kept cells, in order, in blocks."""
+        yield from self._blocks(self.joined, survey)
+
+    def obs(self, survey: Survey) -> pd.DataFrame:
+        """Metadata of the kept cells."""
+        with self._advice():
+            blocks = list(self.obs_blocks(survey))
+        return blocks[0] if len(blocks) == 1 else pd.concat(blocks)
+
+    def groups(self, survey: Survey) -> tuple[np.ndarray, pd.Index]:
+        """Group of each kept cell (cells,), int32, for pooling, and the names of the groups.
+
+        Cells without a value have no group, which is told.
+        """
+        if self.group_column is None:
+            return np.zeros(survey.n_kept, np.int32), pd.Index(["all"])
+        blocks = self._blocks(JoinedMetadata(self.metadata, [self.group_column]), survey)
+        group_of_row, groups = _factorize(block[self.group_column] for block in blocks)
+        n_without = int((group_of_row == NO_GROUP).sum())
+        if n_without:
+            logger.warning("%d cells without a value of %r are left out of the pool", n_without, self.group_column)
+        return group_of_row, groups
+
+    def _blocks(self, metadata: JoinedMetadata, survey: Survey) -> Iterator[pd.DataFrame]:
+        first = 0
+        for i, part in enumerate(self.metadata):
+            for start in range(0, len(part), BLOCK_SIZE):
+                stop = min(start + BLOCK_SIZE, len(part))
+                kept = survey.kept[first + start : first + stop]
+                if kept.any():
+                    block = metadata.rows(i, start, stop)
+                    yield block if kept.all() else block.iloc[np.flatnonzero(kept)]
+            first += len(part)
+
+    def tell(self, survey: Survey) -> None:
+        """Log what is worth knowing about the cells."""
+        n_kept, seq_len = survey.n_kept, self.seq_len
+        gene_ids = np.concatenate([reader.source.gene_ids for reader in self.readers])
+        n_known = int((self.checkpoint.gene_vocab.lookup(gene_ids) >= 0).sum())
+        species = likely_species(gene_ids)
+        genes = f"; {n_known} of {len(gene_ids)} genes are in the vocabulary{f' ({species})' if species else ''}"
+        dropped = f" of {survey.n_read} (the filters dropped the others)" if n_kept < survey.n_read else ""
+        unknown = survey.unknown_aux[survey.kept].sum(axis=0).tolist()
+        unseen = f"with more than {seq_len} genes, of which the model sees {seq_len}"
+        notes = [
+            (survey.n_empty, "without any gene of the vocabulary"),
+            (survey.n_too_long(seq_len), f"{unseen} ({100 * survey.unseen_share:.1f} % of all counts are not seen)"),
+            *(
+                (n, f"of an {c} unknown to the checkpoint")
+                for c, n in zip(self.checkpoint.aux_vocabs, unknown, strict=True)
+            ),
+        ]
+        told = "".join(f"; {n} {what}" for n, what in notes if n)
+        logger.info("%d cells%s%s%s", n_kept, dropped, genes, told)
+
+
+def check_obs(sources: Sequence[CellSource], joined: JoinedMetadata, as_zarr: bool = False) -> None:
+    """Read the metadata of sources and encode it as it will be written.
+
+    Raises
+    ------
+    ColumnError
+        If that is not possible.
+    """
+    check_writable_rows(_all_blocks(sources, joined), len(joined), as_zarr)
+
+
+def _all_blocks(sources: Sequence[CellSource], joined: JoinedMetadata) -> Iterator[tuple[str, int, pd.DataFrame]]:
+    """All rows in blocks, each with the name of its source and the row there that it begins at."""
+    for i, source in enumerate(sources):
+        for start in range(0, len(source), BLOCK_SIZE):
+            yield source.name, start, joined.rows(i, start, min(start + BLOCK_SIZE, len(source)))
+
+
+def _factorize(blocks: Iterable[pd.Series]) -> tuple[np.ndarray, pd.Index]:
+    """Number of each value (rows,), int32, `NO_GROUP` where there is none, and the distinct values.
+
+    Raises
+    ------
+    DataError
+        If values cannot be told apart, such as lists.
+    """
+    numbers: dict[object, int] = {}
+    found: list[np.ndarray] = []
+    for block in blocks:
+        try:
+            codes, distinct = pd.factorize(block)
+            number = [numbers.setdefault(value, len(numbers)) for value in distinct]
+        except TypeError as error:
+            raise DataError(f"--cge-pool {block.name}: its values are no groups ({error})") from error
+        found.append(np.array([*number, NO_GROUP], np.int32)[codes])
+    return np.concatenate(found), pd.Index(list(numbers))

@@ -1,0 +1,170 @@
+"""Models as LightningModules."""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from transcriptformer.config import InferenceConfig
+from transcriptformer.data.batches import Batch, BatchLoader
+from transcriptformer.errors import TranscriptFormerError
+from transcriptformer.model.attention.flex import choose_attention
+from transcriptformer.model.esm2ce import Esm2CE
+from transcriptformer.model.label_head import LabelHead
+from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.runtime.device import compute_dtype
+from transcriptformer.runtime.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+
+class Prediction(NamedTuple):
+    """What was asked for of a batch of B cells; None for the rest.
+
+    Attributes
+    ----------
+    rows
+        Where each cell stands among the kept cells (B,).
+    embeddings
+        (B, D)
+    llh
+        Mean negative log-likelihood of a cell's counts (B,), NaN without genes; the name is the published one.
+    label, label_probability
+        Number of the likeliest label of each cell (B,), and how likely it is.
+    n_genes
+        Genes of each cell that the model saw (B,).
+    genes, cge_embeddings
+        Gene tokens (B, L) and contextual gene embeddings (B, L, D); a cell's first `n_genes` are meant. To leave the
+        others out here would make a GPU wait.
+    """
+
+    rows: Tensor
+    embeddings: Tensor | None = None
+    llh: Tensor | None = None
+    label: Tensor | None = None
+    label_probability: Tensor | None = None
+    n_genes: Tensor | None = None
+    genes: Tensor | None = None
+    cge_embeddings: Tensor | None = None
+
+
+class EmbeddingModule(pl.LightningModule):
+    """Runs a model on batches, in smaller ones where memory does not suffice.
+
+    Parameters
+    ----------
+    inference
+        What is wanted.
+    pad
+        Token after a cell's last gene, in the batches.
+    """
+
+    def __init__(self, inference: InferenceConfig, pad: int) -> None:
+        super().__init__()
+        self.inference, self.pad = inference, pad
+        self.most_positions = 2**62
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
+        """What is wanted of a batch; one that does not fit into memory is halved, and so are later ones of its size."""
+        n_cells, n_positions = batch.gene_tokens.shape
+        if n_cells > 1 and n_cells * n_positions > self.most_positions:
+            return self._in_halves(batch, batch_idx)
+        try:
+            return self.predict(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if n_cells == 1:
+                raise TranscriptFormerError(
+                    f"out of memory with a single cell of {n_positions} positions on {self.device}; "
+                    "use another device or --precision 16-mixed"
+                ) from error
+        # Outside of `except`, whose traceback would hold on to the tensors.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.most_positions = n_cells * n_positions // 2
+        logger.warning("out of memory with %d cells of %d genes: going on in halves", n_cells, n_positions)
+        return self._in_halves(batch, batch_idx)
+
+    def predict(self, batch: Batch) -> Prediction:
+        """What is wanted of a batch, at once."""
+        raise NotImplementedError
+
+    def _in_halves(self, batch: Batch, batch_idx: int) -> Prediction:
+        middle = len(batch.rows) // 2
+        halves = Batch(*(x[:middle] for x in batch)), Batch(*(x[middle:] for x in batch))
+        first, second = (self.predict_step(half, batch_idx) for half in halves)
+        joined = {
+            name: torch.cat([a, b])
+            for name, a, b in zip(Prediction._fields, first, second, strict=True)
+            if a is not None and b is not None
+        }
+        return Prediction(**joined)
+
+
+class TranscriptFormerModule(EmbeddingModule):
+    """TranscriptFormer with only the heads that `model.inference_config.output_keys` names."""
+
+    def __init__(
+        self,
+        model: TranscriptFormer,
+        inference: InferenceConfig,
+        clip_counts: float,
+        pad: int,
+        label_head: LabelHead | None = None,
+    ) -> None:
+        super().__init__(inference, pad)
+        self.model, self.clip_counts, self.label_head = model, clip_counts, label_head
+
+    def on_predict_start(self) -> None:  # noqa: D102
+        loader = self.trainer.predict_dataloaders
+        assert isinstance(loader, BatchLoader)
+        self.prepare(loader.lengths)
+
+    def prepare(self, lengths: np.ndarray) -> None:
+        """Do once, on the device, what a run over cells with so many genes each (cells,) is quicker with."""
+        dtype = compute_dtype(self.inference.precision, self.device)
+        self.model.transformer_encoder.attention = choose_attention(
+            self.inference.attention, self.device, dtype, self.model.config, lengths
+        )
+        self.model.gene_embeddings.keep_embeddings()
+
+    def predict(self, batch: Batch) -> Prediction:  # noqa: D102
+        encoded = self.model(
+            batch.gene_tokens,
+            batch.gene_counts,
+            batch.aux_tokens,
+            layer=self.inference.embedding_layer_index,
+            bias_on_diagonal=True,
+        )
+        prediction = Prediction(batch.rows)
+        if "llh" in self.inference.output_keys:
+            prediction = prediction._replace(llh=self.model.count_nll(encoded, self.clip_counts))
+        if "embeddings" not in self.inference.output_keys:
+            return prediction
+        if self.inference.emb_type == "cell":
+            embeddings = self.model.cell_embedding(encoded)
+            if self.label_head is not None:
+                likeliest = self.label_head(embeddings).softmax(1).max(1)
+                prediction = prediction._replace(label=likeliest.indices, label_probability=likeliest.values)
+            return prediction._replace(embeddings=embeddings)
+        n_genes = (batch.gene_tokens != self.pad).sum(1)
+        return prediction._replace(n_genes=n_genes, genes=batch.gene_tokens, cge_embeddings=encoded.hidden)
+
+
+class Esm2CEModule(EmbeddingModule):
+    """The baseline without a transformer."""
+
+    def __init__(self, model: Esm2CE, inference: InferenceConfig, pad: int) -> None:
+        super().__init__(inference, pad)
+        self.model = model
+
+    def predict(self, batch: Batch) -> Prediction:  # noqa: D102
+        if self.inference.emb_type == "cell":
+            return Prediction(batch.rows, embeddings=self.model.cell_embedding(batch.gene_tokens))
+        genes = batch.gene_tokens
+        n_genes, embeddings = (genes != self.pad).sum(1), self.model.gene_embedding(genes)
+        return Prediction(batch.rows, n_genes=n_genes, genes=genes, cge_embeddings=embeddings)

@@ -1,0 +1,237 @@
+"""Cells in, embeddings out."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+
+from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
+from transcriptformer.config import Config
+from transcriptformer.data.store import Location, is_url
+from transcriptformer.data.survey import Survey, survey_cells
+from transcriptformer.errors import UsageError
+from transcriptformer.inference.batch_size import batch_limits
+from transcriptformer.inference.data_module import FileRun
+from transcriptformer.inference.inputs import Inputs
+from transcriptformer.inference.module import EmbeddingModule, Esm2CEModule, TranscriptFormerModule
+from transcriptformer.inference.output import pooled_to_anndata, provenance_of, read_provenance, to_anndata
+from transcriptformer.inference.pooling import Pool
+from transcriptformer.inference.recording import MemoryRecorder, OnProgress, Recording, layout_of
+from transcriptformer.model.esm2ce import Esm2CE
+from transcriptformer.runtime.memory import keep_freed_memory
+from transcriptformer.runtime.processes import Processes, plan_processes
+from transcriptformer.runtime.signals import tell
+from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning
+from transcriptformer.storage.atomic import check_writable
+from transcriptformer.storage.workspace import Workspace, differences
+
+logger = logging.getLogger(__name__)
+
+Source: TypeAlias = str | Path | anndata.AnnData
+
+
+def embed(
+    sources: Source | Sequence[Source],
+    checkpoint: Checkpoint,
+    on_progress: OnProgress | None = None,
+) -> anndata.AnnData:
+    """Embed the cells of one source or of several, in order, on one device; the results are held in memory.
+
+    Parameters
+    ----------
+    sources
+        h5ad file, zarr store or AnnData object, or a list of them; they are left as they are.
+    checkpoint
+        From `load_checkpoint`; its configuration says what to compute.
+    on_progress
+        Called before the first and after every batch.
+
+    Returns
+    -------
+    An AnnData with the cells that passed the filters: `obs` as found, `obsm['embeddings']` (cells, D) float32, or
+    contextual gene embeddings in `uns`, `uns['llh']` where asked for, and `uns['transcriptformer']`, which says how it
+    was made. Of pooled gene embeddings, an AnnData with a row per gene, or per gene and group.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If a source, or an option that speaks of it, cannot be used.
+    """
+    cells = survey_sources(sources, checkpoint)
+    is_pooled = checkpoint.config.model.inference_config.cge_pool is not None
+    obs = None if is_pooled else cells.inputs.obs(cells.survey)  # now, for it may be damaged
+    computed = compute(cells, checkpoint, on_progress)
+    names, results = checkpoint.gene_vocab.names(), computed.results
+    if isinstance(results, Pool):
+        table, means = results.table(names, computed.groups, cells.inputs.group_column)
+        return pooled_to_anndata(table, means, computed.provenance)
+    assert obs is not None
+    return to_anndata(obs, results, names, computed.provenance, checkpoint.label_head)
+
+
+class SurveyedCells(NamedTuple):
+    """Cells of sources, before anything is computed."""
+
+    sources: list[Path | str | anndata.AnnData]
+    inputs: Inputs
+    survey: Survey
+
+
+def survey_sources(sources: Source | Sequence[Source], checkpoint: Checkpoint) -> SurveyedCells:
+    """Open sources and read through their cells; parameters and errors are those of `embed`."""
+    several = _as_list(sources)
+    inputs = Inputs(several, checkpoint)
+    survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
+    inputs.tell(survey)
+    return SurveyedCells(several, inputs, survey)
+
+
+class Computed(NamedTuple):
+    """Results in memory.
+
+    Attributes
+    ----------
+    results
+        In the order of the kept cells; or pooled.
+    groups
+        Names of the groups of a pool.
+    provenance
+        How they were made.
+    """
+
+    results: MemoryRecorder | Pool
+    groups: pd.Index
+    provenance: dict[str, object]
+
+
+def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgress | None = None) -> Computed:
+    """What `embed` returns, before it is made an AnnData."""
+    sources, inputs, survey = cells
+    inference = checkpoint.config.model.inference_config
+    results: MemoryRecorder | Pool
+    if inference.cge_pool is None:
+        groups = pd.Index([])
+        results = MemoryRecorder(
+            layout_of(inference, checkpoint.width, checkpoint.label_head is not None), survey.n_kept
+        )
+    else:
+        group_of_row, groups = inputs.groups(survey)
+        results = Pool(group_of_row, len(checkpoint.gene_vocab), checkpoint.width)
+    recording, processes = Recording(on_progress), Processes(1, 1, LightningEnvironment())
+    recording.expect(survey.lengths[survey.kept], lambda process: results)
+    loader = inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool))
+    with ThreadPoolExecutor(1) as background:
+        sha256 = background.submit(checkpoint.weights_sha256)
+        trainer = _trainer(checkpoint, processes.trainer_options(), recording)
+        _predict(trainer, make_module(checkpoint), dataloaders=loader)
+    inputs.close()
+    return Computed(results, groups, provenance_of(sources, checkpoint, sha256.result()))
+
+
+def run(
+    locations: Sequence[Location], checkpoint_path: Path, config: Config, on_progress: OnProgress | None = None
+) -> Path | None:
+    """What `transcriptformer inference` does: embed the cells of files or stores and write one file or store.
+
+    Results are kept in a folder beside the output while the run goes on, in one or several processes.
+
+    Returns
+    -------
+    The output, in `output_path` of the configuration; None in a process that leaves the writing to another one.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If an input cannot be used or the output not be written; nothing is left under the output's name then.
+    """
+    inference = config.model.inference_config
+    output = Path(inference.output_path) / inference.output_filename
+    check_writable(output)
+    if output.resolve() in [Path(location).resolve() for location in locations if not is_url(location)]:
+        raise UsageError(f"--output-filename {output}: is an input; the result would replace it")
+    checkpoint = load_checkpoint(checkpoint_path, config)
+    if checkpoint.device.type == "cpu":
+        keep_freed_memory()
+    processes = plan_processes(inference, checkpoint.device)
+    workspace, watchdog = Workspace(output), processes.watchdog()
+    recording = Recording(on_progress, watchdog)
+    trainer = _trainer(checkpoint, processes.trainer_options(watchdog), recording)
+    if not trainer.is_global_zero:  # one process tells what all of them find
+        logging.getLogger("transcriptformer").setLevel(logging.ERROR)
+    with (
+        watchdog,
+        workspace.locked(inference.resume) if trainer.is_global_zero else nullcontext(),
+        ThreadPoolExecutor(1) as background,
+    ):
+        sha256 = background.submit(checkpoint.weights_sha256)
+        file_run = FileRun(locations, checkpoint, workspace, sha256.result, recording, processes.per_node)
+        if inference.resume and not workspace.exists and _is_complete(output, file_run.identity):
+            logger.info("%s is complete already", output)
+            if not trainer.is_global_zero:
+                return None
+            workspace.remove()  # of which a kill may have left something
+            return output
+        try:
+            watchdog.care_for(processes.launch())
+            _predict(trainer, make_module(checkpoint), datamodule=file_run)
+            if not trainer.is_global_zero:
+                return None
+            file_run.write()
+        except BaseException as error:
+            watchdog.fail(error)
+            if trainer.is_global_zero:
+                tell(error, file_run.what_is_kept())
+            raise
+        finally:
+            file_run.inputs.close()
+    return output
+
+
+def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether an earlier run of the same has written its result."""
+    made = read_provenance(output) if output.exists() else None
+    return made is not None and "run" in made and not list(differences(json.loads(made["run"]), identity))
+
+
+def _as_list(sources: Source | Sequence[Source]) -> list[Path | str | anndata.AnnData]:
+    several = [sources] if isinstance(sources, str | Path | anndata.AnnData) else list(sources)
+    if not several:
+        raise UsageError("there is nothing to embed: no file and no AnnData was given")
+    return several
+
+
+def make_module(checkpoint: Checkpoint) -> EmbeddingModule:
+    """The model of a checkpoint as a LightningModule."""
+    model, pad = checkpoint.config.model, checkpoint.gene_vocab.pad
+    if isinstance(checkpoint.model, Esm2CE):
+        return Esm2CEModule(checkpoint.model, model.inference_config, pad)
+    clip_counts, label_head = model.data_config.clip_counts, checkpoint.label_head
+    return TranscriptFormerModule(checkpoint.model, model.inference_config, clip_counts, pad, label_head)
+
+
+def _trainer(checkpoint: Checkpoint, options: Mapping[str, Any], recording: Recording) -> pl.Trainer:
+    with quiet_lightning():
+        return pl.Trainer(
+            accelerator=checkpoint.device.type,
+            **options,
+            precision="32-true",  # the weights are in the run's precision already
+            callbacks=[recording],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+def _predict(trainer: pl.Trainer, module: EmbeddingModule, **data: Any) -> None:
+    with plain_lightning(trainer):
+        trainer.predict(module, **data, return_predictions=False)

@@ -1,0 +1,1 @@
+"""Expression-aware causal attention: its definition, and faster paths that agree with it."""

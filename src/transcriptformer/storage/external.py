@@ -1,0 +1,295 @@
+"""Parts of a file that lie in other files: refused unless they are allowed, and never taken for zeros where missing.
+
+HDF5 follows external links, external raw storage and virtual datasets to any file that this process may read, and
+zarr follows symbolic links. A file from a stranger could have other files of its reader copied into the result.
+"""
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, suppress
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from transcriptformer.errors import DataError, one_line
+from transcriptformer.runtime.isolated import CrashedError, run_isolated
+
+OPTION = "--allow-external-links (model.data_config.allow_external_links)"
+
+MOST_SOFT_LINKS = 16
+"""Links to links that are followed; HDF5 itself follows no more."""
+
+STRINGS_AT_ONCE = 65_536
+
+
+def check_hdf5(path: Path, keys: Sequence[str], allow_external: bool) -> None:
+    """Look at all that lies under `keys` of an HDF5 file, in a process that may crash: every link, attribute and text.
+
+    A key that is not there is passed over.
+
+    Raises
+    ------
+    DataError
+        If something lies in another file and that is not allowed, or is missing there; if a link leads nowhere; if
+        the file is damaged such that HDF5 crashes or hangs.
+    RuntimeError
+        If it is damaged otherwise.
+    """
+    _run(path, lambda file: Guard(str(path), allow_external).steps_of(file, keys))
+
+
+def check_structure(path: Path, keys: Sequence[str], allow_external: bool) -> None:
+    """Open every object of an HDF5 file, in a process that may crash, then do as `check_hdf5`.
+
+    Of the other objects none is read, and no link is followed. Damage in one place is a sign of more, which cannot be
+    seen in numbers.
+
+    Raises
+    ------
+    DataError, RuntimeError
+        As `check_hdf5`.
+    """
+
+    def steps(file: h5py.File) -> Generator[None]:
+        yield from _open_all(file)
+        yield from Guard(str(path), allow_external).steps_of(file, keys)
+
+    _run(path, steps)
+
+
+def _run(path: Path, steps: Callable[[h5py.File], Generator[None]]) -> None:
+    def steps_of_file() -> Generator[None]:
+        with h5py.File(path, locking="best-effort") as file:
+            yield from steps(file)
+
+    try:
+        run_isolated(steps_of_file)
+    except CrashedError as error:
+        raise DataError(f"{path}: damaged: {error}; write the file anew") from error
+
+
+def _open_all(file: h5py.File) -> Generator[None]:
+    waiting, seen = [file["/"]], set[int]()
+    while waiting:
+        group = waiting.pop()
+        for name in group:
+            if isinstance(group.get(name, getlink=True), h5py.HardLink):
+                element = group[name]
+                address = h5py.h5o.get_info(element.id).addr
+                if isinstance(element, h5py.Group) and address not in seen:
+                    waiting.append(element)
+                seen.add(address)
+            yield
+
+
+class Guard:
+    """Opens elements of an HDF5 file, link by link.
+
+    Parameters
+    ----------
+    name
+        The file, for messages.
+    allow_external
+        Follow links to other files.
+    """
+
+    def __init__(self, name: str, allow_external: bool) -> None:
+        self.name, self.allow_external = name, allow_external
+        self.seen: set[tuple[str, int]] = set()
+
+    def contains(self, group: h5py.Group, path: str) -> bool:
+        """Whether there is something under `path`, without following a link to another file that is not allowed."""
+        head, _, rest = path.strip("/").partition("/")
+        if not head:
+            return True
+        if not group.id.links.exists(head.encode()):
+            return False
+        below = self.open(group, head)
+        return not rest or (isinstance(below, h5py.Group) and self.contains(below, rest))
+
+    def open(self, group: h5py.Group, path: str) -> Any:
+        """The element under `path`.
+
+        Raises
+        ------
+        DataError
+            If a link on the way leads nowhere, or to another file and that is not allowed.
+        """
+        try:
+            return self._follow(group, path, MOST_SOFT_LINKS)
+        except (KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+            place = f"{group.name.rstrip('/')}/{path.lstrip('/')}"
+            raise DataError(f"{self.name}: damaged: {place} cannot be opened ({one_line(error)})") from error
+
+    def _follow(self, group: h5py.Group, path: str, most_links: int) -> Any:
+        element = group.file["/"] if path.startswith("/") else group
+        for part in path.split("/"):
+            if part in ("", "."):
+                continue
+            link = element.get(part, getlink=True)
+            if isinstance(link, h5py.SoftLink):
+                if most_links == 0:
+                    raise KeyError("its links go round in a circle")
+                element = self._follow(element, link.path, most_links - 1)
+                continue
+            if isinstance(link, h5py.ExternalLink):
+                self._refuse(f"{element.name.rstrip('/')}/{part}", "an external link to", link.filename)
+            element = element[part]
+        return element
+
+    def steps_of(self, file: h5py.File, keys: Sequence[str]) -> Generator[None]:
+        """Look at all that lies under these keys, as far as they are there."""
+        for key in keys:
+            if self.contains(file, key):
+                yield from self.steps(self.open(file, key), key)
+
+    def steps(self, element: Any, place: str) -> Generator[None]:
+        """Look at an element and all below it, a little at each step."""
+        waiting = [(element, place)]
+        with ExitStack() as files:
+            while waiting:
+                element, place = waiting.pop()
+                if not isinstance(element, h5py.Group | h5py.Dataset) or self._was_seen(element):
+                    continue
+                for name in element.attrs:
+                    with suppress(Exception):  # whoever needs what cannot be read will say so
+                        value = element.attrs[name]
+                        if isinstance(value, h5py.Reference) and value:  # old files keep categories under one
+                            waiting.append((element.file[value], f"{place}@{name}"))
+                    yield
+                if isinstance(element, h5py.Group):
+                    waiting += [(self.open(element, name), f"{place}/{name}") for name in element]
+                    yield
+                    continue
+                waiting += self._sources(element, place, files)
+                with suppress(Exception):
+                    yield from _read_texts(element)
+
+    def check(self, dataset: h5py.Dataset, place: str) -> None:
+        """Look at one dataset, but not at what it holds."""
+        with ExitStack() as files:
+            for source, of_source in self._sources(dataset, place, files):
+                self.check(source, of_source)
+
+    def _was_seen(self, element: Any) -> bool:
+        key = element.file.filename, h5py.h5o.get_info(element.id).addr
+        known = key in self.seen
+        self.seen.add(key)
+        return known
+
+    def _sources(self, dataset: h5py.Dataset, place: str, files: ExitStack) -> list[tuple[h5py.Dataset, str]]:
+        """Datasets that a dataset is made of; all that it needs is there."""
+        if not isinstance(dataset, h5py.Dataset):
+            raise DataError(f"{self.name}: damaged: {place} is not a dataset")
+        needed = dataset.size * dataset.dtype.itemsize if dataset.size else 0
+        for file_name, offset, size in dataset.external or ():
+            self._refuse(place, "raw data in", file_name)
+            wanted = min(size, needed)
+            needed -= wanted
+            if not os.path.isfile(file_name) or os.path.getsize(file_name) < offset + wanted:  # noqa: PTH113, PTH202
+                raise self._missing(place, file_name)
+        if not dataset.is_virtual:
+            return []
+        sources, mappings = [], dataset.virtual_sources()
+        for mapping in mappings:
+            source = self._open_source(dataset, mapping, place, files)
+            sources.append((source, f"{place} → {mapping.file_name}:{mapping.dset_name}"))
+        if dataset.size and not _are_whole(dataset, mappings):
+            raise DataError(f"{self.name}: {place} is a virtual dataset, a part of which has no source")
+        return sources
+
+    def _open_source(self, dataset: h5py.Dataset, mapping: Any, place: str, files: ExitStack) -> h5py.Dataset:
+        file = dataset.file
+        if mapping.file_name != ".":
+            self._refuse(place, "a virtual dataset of", mapping.file_name)
+            beside = Path(file.filename).parent / mapping.file_name
+            path = next((p for p in (beside, Path(mapping.file_name)) if p.is_file()), None)
+            if path is None:
+                raise self._missing(place, mapping.file_name)
+            file = files.enter_context(h5py.File(path, locking="best-effort"))
+        source = self.open(file["/"], mapping.dset_name)
+        if not isinstance(source, h5py.Dataset) or not _covers(source, mapping):
+            raise self._missing(place, f"{mapping.file_name}:{mapping.dset_name}")
+        return source
+
+    def _refuse(self, place: str, kind: str, target: str) -> None:
+        if not self.allow_external:
+            raise DataError(f"{self.name}: {place} is {kind} another file, {target!r}; to follow it, add {OPTION}")
+
+    def _missing(self, place: str, target: str) -> DataError:
+        return DataError(f"{self.name}: {place} is in another file, {target!r}, which is missing or too short")
+
+
+def _covers(source: h5py.Dataset, mapping: Any) -> bool:
+    """Whether a dataset holds what is taken from it."""
+    if mapping.src_space.get_select_type() == h5py.h5s.SEL_ALL:
+        return prod(source.shape) >= mapping.vspace.get_select_npoints()
+    try:
+        _, last = mapping.src_space.get_select_bounds()
+    except ValueError:  # of a selection without end
+        return False
+    return len(last) == source.ndim and all(end < size for end, size in zip(last, source.shape, strict=True))
+
+
+def _are_whole(dataset: h5py.Dataset, mappings: Sequence[Any]) -> bool:
+    """Whether each value of a virtual dataset has a source; several mappings may be of the same values."""
+    left = dataset.id.get_space()
+    for mapping in mappings:
+        for start, stride, count, block in _hyperslabs(mapping.vspace):
+            left.select_hyperslab(start, count, stride, block, op=h5py.h5s.SELECT_NOTB)
+    return left.get_select_npoints() == 0
+
+
+def _hyperslabs(space: Any) -> list[tuple[Sequence[int], ...]]:
+    """Start, stride, count and block of all that is selected in a dataspace; of a selection without end, nothing."""
+    ones = (1,) * len(space.shape)
+    if space.get_select_type() == h5py.h5s.SEL_ALL:
+        return [((0,) * len(ones), ones, ones, space.shape)]
+    if space.get_select_type() != h5py.h5s.SEL_HYPERSLABS:
+        return []
+    if not space.is_regular_hyperslab():
+        blocks = space.get_select_hyper_blocklist()
+        return [(tuple(first), ones, ones, tuple(last - first + 1)) for first, last in blocks]
+    slab = space.get_regular_hyperslab()
+    return [] if any(h5py.h5s.UNLIMITED in numbers for numbers in slab) else [slab]
+
+
+def _read_texts(dataset: h5py.Dataset) -> Generator[None]:
+    """Read what lies in HDF5's heaps, where damage may make it run in circles, and the first and last of the rest."""
+    if dataset.ndim == 0 or dataset.size == 0:
+        dataset[()]
+    elif not dataset.dtype.hasobject:
+        dataset[0], dataset[-1]
+    else:
+        for start in range(0, len(dataset), STRINGS_AT_ONCE):
+            dataset[start : start + STRINGS_AT_ONCE]
+            yield
+    yield
+
+
+def check_folder(path: Path, allow_external: bool) -> None:
+    """Follow the symbolic links below a folder.
+
+    Raises
+    ------
+    DataError
+        If one leads out of the folder and that is not allowed, or nowhere.
+    """
+    root, seen = os.path.realpath(path), set[str]()
+    for folder, folders, files in os.walk(root, followlinks=allow_external):
+        if os.path.realpath(folder) in seen:  # a link leads here, perhaps from below
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        for place in (os.path.join(folder, name) for name in (*folders, *files)):  # noqa: PTH118
+            if not os.path.islink(place):  # noqa: PTH114
+                continue
+            target, shown = os.path.realpath(place), os.path.relpath(place, root)
+            if not os.path.exists(target):  # noqa: PTH110
+                raise DataError(f"{path}: {shown} is a link to {target!r}, which is missing")
+            if not allow_external and os.path.commonpath([root, target]) != root:
+                raise DataError(
+                    f"{path}: {shown} is a link out of the store, to {target!r}; to follow it, add {OPTION}"
+                )

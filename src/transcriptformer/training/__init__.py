@@ -1,0 +1,18 @@
+"""Cells in, a checkpoint out: `fit(load_train_config(options))`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transcriptformer.training.config import load_train_config
+    from transcriptformer.training.run import fit
+
+__all__ = ["fit", "load_train_config"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "fit":  # PyTorch comes with it, and is not needed to check settings
+        return import_module("transcriptformer.training.run").fit
+    if name == "load_train_config":
+        return import_module("transcriptformer.training.config").load_train_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

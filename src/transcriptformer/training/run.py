@@ -1,0 +1,263 @@
+"""Cells in, a checkpoint out."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from transcriptformer.checkpoint.load import LABEL_HEAD
+from transcriptformer.checkpoint.write import write_checkpoint
+from transcriptformer.data.fingerprint import identify, identify_file
+from transcriptformer.errors import TrainingError
+from transcriptformer.model.lora import merged_state_dict
+from transcriptformer.runtime.device import choose_device, compute_dtype
+from transcriptformer.runtime.memory import is_out_of_memory, keep_freed_memory
+from transcriptformer.runtime.processes import plan_processes
+from transcriptformer.runtime.signals import Ended, tell
+from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning
+from transcriptformer.storage.workspace import flat
+from transcriptformer.training.baseline import Baseline, start_from_frequencies
+from transcriptformer.training.batch_size import training_limits
+from transcriptformer.training.callbacks import OnStep, Saving
+from transcriptformer.training.config import TrainConfig
+from transcriptformer.training.corpus import Corpus
+from transcriptformer.training.data_module import TrainingData, count_streams
+from transcriptformer.training.folder import TrainingFolder, WholeFiles
+from transcriptformer.training.metrics import MetricsFile, plot_losses, read_metrics
+from transcriptformer.training.module import TrainingModule, Weights
+from transcriptformer.training.start import StartingPoint, count_parameters, prepare
+
+logger = logging.getLogger(__name__)
+
+LIGHTNING_PRECISION: dict[torch.dtype, Any] = {
+    torch.float32: "32-true",
+    torch.bfloat16: "bf16-mixed",
+    torch.float16: "16-mixed",
+}
+
+_FREE_TO_CHANGE = {
+    "model.data_config.n_data_workers",
+    *(
+        f"training.{name}"
+        for name in (
+            *("output_path", "resume", "device", "num_gpus", "num_nodes", "attention", "tokens_per_batch"),
+            *("save_every", "log_every", "patience", "data_files", "validation_files"),
+            *("protein_embeddings", "checkpoint_path"),
+        )
+    ),
+}
+"""Settings that say how to compute, not what; a run may go on with others. (Files are compared by what is in them.)"""
+
+
+class Trained(NamedTuple):
+    """What training has come to.
+
+    Attributes
+    ----------
+    checkpoint
+        Folder in the published layout.
+    n_steps
+        Steps after which the weights in it were taken.
+    validation
+        Its figures in the validation then, by name; empty where there was none.
+    baseline
+        The loss of genes and counts by frequency alone, weighted like the model's.
+    baseline_parts
+        The two losses that it is made of.
+    """
+
+    checkpoint: Path
+    n_steps: int
+    validation: dict[str, float]
+    baseline: float
+    baseline_parts: Baseline
+
+    def describe(self) -> str:
+        """The same in words, a few lines."""
+        lines = [f"{self.checkpoint}: weights of step {self.n_steps}"]
+        if self.validation:
+            lines.append(f"validation loss {_told(self.validation, 'validation_')}")
+        parts = self.baseline_parts
+        lines.append(
+            f"by frequency alone {self.baseline:.3f} (genes {parts.gene_nll:.3f}, counts {parts.count_nll:.3f})"
+        )
+        if "validation_label_accuracy" in self.validation:
+            lines.append(f"labels told right {100 * self.validation['validation_label_accuracy']:.1f} %")
+        return "\n".join(lines)
+
+
+def _told(figures: Mapping[str, float], prefix: str) -> str:
+    """A loss and the parts it is made of."""
+    names = (("gene_nll", "genes"), ("count_nll", "counts"), ("label_loss", "labels"))
+    parts = [f"{word} {figures[prefix + name]:.3f}" for name, word in names if prefix + name in figures]
+    return f"{figures[prefix + 'loss']:.3f} ({', '.join(parts)})"
+
+
+def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
+    """What `transcriptformer train` does: learn from cells and write a checkpoint, in one or several processes.
+
+    Returns
+    -------
+    What came out; None in a process that leaves the writing to another one.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If a file, the starting point or a setting cannot be used, a loss is not a number, or the disk is full; what was
+        saved until then stays and `resume` goes on from it.
+    """
+    training = config.training
+    device = choose_device(training.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    processes = plan_processes(training, device)
+    folder = TrainingFolder(Path(training.output_path))
+    watchdog = processes.watchdog()
+    saving = Saving(folder, training, MetricsFile(folder.metrics), watchdog, on_step)
+    options = processes.trainer_options(watchdog, backend="nccl" if device.type == "cuda" else "gloo")
+    trainer = _trainer(config, device, options, folder, saving)
+    if not trainer.is_global_zero:  # one process tells what all of them find
+        logging.getLogger("transcriptformer").setLevel(logging.ERROR)
+    with watchdog, closing(Corpus(training, config.model.data_config)) as corpus:
+        try:
+            start = prepare(config, corpus)
+            n_learned, n_weights = count_parameters(start.model, start.label_head)
+            logger.info("%s of %s weights are learned", f"{n_learned:,}", f"{n_weights:,}")
+            if n_learned == 0:
+                raise TrainingError("training.freeze: everything is frozen, there is nothing to learn")
+            module = TrainingModule(start.model, start.label_head, config)
+            identity = _identify(config, corpus, count_streams(config, processes.total))
+            yaml = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+            begin = partial(folder.begin, identity, yaml, training.resume)
+            if trainer.is_global_zero:
+                folder.lock()
+            if training.resume and folder.is_complete:
+                if trainer.is_global_zero:
+                    begin()
+                logger.info("%s is complete already", folder.path)
+            else:
+                protein_dim = start.model.gene_embeddings.embedding.embedding_dim
+                limits = training_limits(config, device, protein_dim, n_learned, n_weights, processes.per_node)
+                readers = corpus.readers(start.gene_vocab, start.aux_vocabs, config.model.model_config.seq_len)
+                pad, n_tokens, ready = (
+                    start.gene_vocab.pad,
+                    len(start.gene_vocab),
+                    _Ready(start, config, module, saving),
+                )
+                data = TrainingData(
+                    corpus, readers, config, limits, pad, n_tokens, folder, processes.total, begin, ready
+                )
+                watchdog.care_for(processes.launch())
+                _run(trainer, module, data, folder.last if training.resume and folder.last.is_file() else None)
+            return _finish(config, folder, start, module) if trainer.is_global_zero else None
+        except (KeyboardInterrupt, Ended) as error:
+            tell(error, saving.what_is_kept())
+            raise
+        finally:
+            if trainer.is_global_zero:
+                folder.end()
+
+
+def _trainer(
+    config: TrainConfig,
+    device: torch.device,
+    options: Mapping[str, Any],
+    folder: TrainingFolder,
+    saving: Saving,
+) -> pl.Trainer:
+    training = config.training
+    has_tensorboard = find_spec("tensorboard") is not None
+    with quiet_lightning():
+        return pl.Trainer(
+            accelerator=device.type,
+            **{**options, "plugins": [*options.get("plugins", []), WholeFiles()]},
+            precision=LIGHTNING_PRECISION[compute_dtype(training.precision, device)],
+            max_epochs=-1,
+            limit_val_batches=None if training.has_validation else 0,
+            callbacks=[saving],
+            logger=TensorBoardLogger(folder.path, name="tensorboard", version="") if has_tensorboard else False,
+            log_every_n_steps=training.log_every,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+class _Ready:
+    """Tells all that wait for it what the first look at the cells has shown."""
+
+    def __init__(self, start: StartingPoint, config: TrainConfig, module: TrainingModule, saving: Saving) -> None:
+        self.start, self.config, self.module, self.saving = start, config, module, saving
+
+    def __call__(self, data: TrainingData) -> None:
+        split, labels = data.split, self.start.labels
+        of_rows = {"training": labels, "validation": labels[split.is_validated]} if len(labels) else {}
+        self.module.expect(data.n_steps, data.epochs.n_steps(0), of_rows, split.describe)
+        self.saving.expect(data.n_steps, data.validate_every)
+        training = self.config.training
+        if training.checkpoint_path is None and training.start_from_frequencies:
+            start_from_frequencies(self.start.model, data.statistics)
+        logger.info(
+            "%d cells are learned from, %d validated on; %d steps, %d in an epoch",
+            *(split.is_learned.sum(), split.is_validated.sum(), data.n_steps, data.epochs.n_steps(0)),
+        )
+
+
+def _run(trainer: pl.Trainer, module: TrainingModule, data: TrainingData, state: Path | None) -> None:
+    try:
+        with plain_lightning(trainer):
+            trainer.fit(module, datamodule=data, ckpt_path=state)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory: lower training.tokens_per_batch, which is {data.limits.max_tokens}"
+        ) from error
+
+
+def _finish(config: TrainConfig, folder: TrainingFolder, start: StartingPoint, module: TrainingModule) -> Trained:
+    """Write the checkpoint with the weights of the best validation, and the picture; say what it has come to."""
+    state = WholeFiles().load_checkpoint(folder.best)
+    baseline = Baseline.load(folder.baseline)
+    weights = Weights(config.gene_loss_weight, *config.other_loss_weights)
+    loss = weights.gene * baseline.gene_nll + weights.count * baseline.count_nll
+    if not folder.is_complete:
+        plot_losses(folder.metrics, folder.plot, loss if weights.label == 0 else None)
+        module.load_state_dict(state["state_dict"], strict=False)
+        merged = merged_state_dict(start.model)
+        write_checkpoint(folder.checkpoint, config.model, start.gene_files, start.aux_vocabs, merged, start.label_head)
+    step = int(state["global_step"])
+    rows = [row for row in read_metrics(folder.metrics) if int(row["step"]) == step and row["validation_loss"]]
+    figures = (
+        {name: float(value) for name, value in rows[-1].items() if name.startswith("validation_") and value}
+        if rows
+        else {}
+    )
+    return Trained(folder.checkpoint, step, figures, loss, baseline)
+
+
+def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, Any]:
+    """What decides about the numbers of a run: settings, files, starting point, and the order of the cells."""
+    training = config.training
+    start = [Path(file) for file in training.protein_embeddings]
+    if training.checkpoint_path is not None:
+        folder = Path(training.checkpoint_path)
+        data = config.model.data_config
+        vocabularies = [*data.esm2_mappings, *(f"{column}_vocab.json" for column in data.aux_cols)]
+        start += [folder / "model_weights.pt", *folder.glob(LABEL_HEAD), *(folder / "vocabs" / v for v in vocabularies)]
+    return {
+        "settings": {key: value for key, value in flat(asdict(config)) if key not in _FREE_TO_CHANGE},
+        "streams": n_streams,
+        "cells": [identify(source.name) for source in corpus.sources],
+        "start": [identify_file(file) for file in start],
+    }

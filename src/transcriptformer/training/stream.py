@@ -1,0 +1,138 @@
+"""The cells of a training run as a stream of steps, each a list of batches of cells of like length."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from transcriptformer.data.batches import Batch, BatchLimits, CellBlock, as_is, batches_of
+from transcriptformer.data.prefetch import prefetch
+from transcriptformer.data.reader import CellReader
+from transcriptformer.data.tokenize import Tokens
+from transcriptformer.data.workers import start_workers
+from transcriptformer.training.order import Epochs, Piece
+
+STEPS_AHEAD = 4
+"""Steps that are made ready while one is computed."""
+
+
+class TrainingDataset(IterableDataset[CellBlock]):
+    """What one process of several takes from the shuffled cells, step by step, for as many steps as there are.
+
+    A worker serves some of the process's streams; what the workers yield in turn makes up a step.
+
+    Parameters
+    ----------
+    readers
+        The sources.
+    epochs
+        The order of their cells.
+    steps
+        Which steps to serve.
+    process, n_processes
+        Which process this is.
+    """
+
+    def __init__(
+        self, readers: Sequence[CellReader], epochs: Epochs, steps: range, process: int = 0, n_processes: int = 1
+    ) -> None:
+        self.readers, self.epochs, self.steps = readers, epochs, steps
+        self.process, self.n_processes = process, n_processes
+
+    def __iter__(self) -> Iterator[CellBlock]:
+        worker = get_worker_info()
+        number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        shard, n_shards = self.process * n_workers + number, self.n_processes * n_workers
+        n_streams = self.epochs.n_streams
+        streams = range(shard * n_streams // n_shards, (shard + 1) * n_streams // n_shards)
+        n_left = len(self.steps)
+        if n_left == 0:
+            return
+        epoch, first_step = self.epochs.locate(self.steps.start)
+        while n_left > 0:
+            of_streams = [self._steps(epoch, stream, first_step) for stream in streams]
+            for parts in zip(*of_streams, strict=True):
+                if n_left == 0:
+                    return
+                yield join(parts)
+                n_left -= 1
+            epoch, first_step = epoch + 1, 0
+
+    def _steps(self, epoch: int, stream: int, first_step: int) -> Iterator[CellBlock]:
+        """The cells of one stream, step by step."""
+        number, begin, window = -1, 0, None
+        for start, stop in pairwise(self.epochs.cells_of_steps(epoch, stream)[first_step:].tolist()):
+            parts = []
+            while start < stop:
+                if window is None or self.epochs.window_of(stream, start) != number:
+                    number = self.epochs.window_of(stream, start)
+                    begin, order, pieces = self.epochs.window(epoch, stream, number)
+                    window = take(join([self._read(piece) for piece in pieces]), order)
+                end = min(stop, begin + len(window.rows))
+                parts.append(take(window, np.arange(start - begin, end - begin)))
+                start = end
+            yield join(parts)
+
+    def _read(self, piece: Piece) -> CellBlock:
+        reader, start = self.readers[piece.source].with_seed(piece.seed), int(piece.cells[0])
+        aux_tokens = reader.aux_tokens(start, int(piece.cells[-1]) + 1)[piece.cells - start]
+        return CellBlock(piece.rows, reader.tokens(start, piece.cells), aux_tokens)
+
+
+def join(parts: Sequence[CellBlock]) -> CellBlock:
+    """Cells of several blocks, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = Tokens.join([part.tokens for part in parts])
+    return CellBlock(np.concatenate([p.rows for p in parts]), tokens, np.concatenate([p.aux_tokens for p in parts]))
+
+
+def take(block: CellBlock, cells: np.ndarray) -> CellBlock:
+    """Some cells of a block (cells,), in that order."""
+    return CellBlock(block.rows[cells], block.tokens.take(cells), block.aux_tokens[cells])
+
+
+class StepLoader:
+    """The steps of a dataset, each as the batches it is computed in; a thread makes them ahead.
+
+    Parameters
+    ----------
+    dataset
+        Where the cells come from.
+    limits
+        Of a batch.
+    pad
+        Token after a cell's last gene.
+    seq_len
+        Most positions of a cell.
+    n_workers
+        Processes that read; 0: this one does.
+    pin_memory
+        Put batches where a GPU can fetch them by itself.
+    """
+
+    def __init__(
+        self,
+        dataset: TrainingDataset,
+        limits: BatchLimits,
+        pad: int,
+        seq_len: int,
+        n_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.limits, self.pad, self.seq_len, self.pin_memory = limits, pad, seq_len, pin_memory
+        self.n_parts = max(1, n_workers)
+        self.parts: DataLoader[CellBlock] = DataLoader(
+            dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers
+        )
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        parts = start_workers(self.parts)  # here, for it may start processes, which a thread should not
+        return prefetch(self._steps(parts), STEPS_AHEAD)
+
+    def _steps(self, parts: Iterator[CellBlock]) -> Iterator[list[Batch]]:
+        for first in parts:
+            step = join([first, *(next(parts) for _ in range(self.n_parts - 1))])
+            batches = batches_of(step, self.limits, self.pad, self.seq_len)
+            yield [batch.pinned() if self.pin_memory else batch for batch in batches]

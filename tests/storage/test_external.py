@@ -1,0 +1,483 @@
+"""Files that take parts of themselves from other files."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import psutil
+import pytest
+
+from tests.golden_cases import CHECKPOINT, TOLERANCE, relative_error
+from tests.h5ad_files import random_adata
+from transcriptformer.api import embed, load
+from transcriptformer.checkpoint.load import load_checkpoint
+from transcriptformer.checkpoint.published import load_config
+from transcriptformer.checkpoint.vocabs import read_gene_ids, read_protein_embeddings
+from transcriptformer.data.fingerprint import WHOLE_BYTES, fingerprint
+from transcriptformer.data.source import CellSource, open_source
+from transcriptformer.errors import CheckpointError, DataError, UsageError
+from transcriptformer.runtime.isolated import CrashedError, run_isolated
+from transcriptformer.storage.external import OPTION, Guard
+
+N_CELLS = 24
+SECRET = b"root:x:0:0:root:/root:/bin/bash\n" * 8
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Holds cells.h5ad, which lacks nothing; the same as other.h5ad; and a file that nobody should see."""
+    random_adata(N_CELLS).write_h5ad(tmp_path / "cells.h5ad")
+    shutil.copy(tmp_path / "cells.h5ad", tmp_path / "other.h5ad")
+    (tmp_path / "secret").write_bytes(SECRET)
+    return tmp_path
+
+
+def raw_data_elsewhere(file: h5py.File, folder: Path) -> str:
+    column = file["obs"].create_dataset("leak", (N_CELLS,), "u1", external=[(str(folder / "secret"), 0, N_CELLS)])
+    column.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    file["obs"].attrs["column-order"] = ["assay", "leak"]
+    return "obs/leak"
+
+
+def counts_elsewhere(file: h5py.File, folder: Path) -> str:
+    (folder / "counts").write_bytes(file["X/data"][:].tobytes())
+    shape, dtype = file["X/data"].shape, file["X/data"].dtype
+    del file["X/data"]
+    file["X"].create_dataset("data", shape, dtype, external=[(str(folder / "counts"), 0, h5py.h5f.UNLIMITED)])
+    return "X/data"
+
+
+def link_to(name: str) -> Callable[[h5py.File, Path], str]:
+    def replace(file: h5py.File, folder: Path) -> str:
+        del file[name]
+        file[name] = h5py.ExternalLink("other.h5ad", f"/{name}")
+        return name
+
+    return replace
+
+
+def soft_link_over_a_link(file: h5py.File, folder: Path) -> str:
+    del file["X/data"]
+    file["elsewhere"] = h5py.ExternalLink("other.h5ad", "/")
+    file["X/data"] = h5py.SoftLink("/elsewhere/X/data")
+    return "elsewhere"
+
+
+def virtual(file: h5py.File, folder: Path) -> str:
+    shape, dtype = file["X/data"].shape, file["X/data"].dtype
+    del file["X/data"]
+    layout = h5py.VirtualLayout(shape, dtype)
+    layout[:] = h5py.VirtualSource("other.h5ad", "X/data", shape)
+    file["X"].create_virtual_dataset("data", layout)
+    return "X/data"
+
+
+def categories_of_an_old_column(file: h5py.File, folder: Path) -> str:
+    """As anndata 0.7.0 wrote them: an attribute refers to a dataset that nothing else needs to lead to."""
+    del file["obs/assay"]
+    hidden = file.create_dataset("hidden", (N_CELLS,), "S1", external=[(str(folder / "secret"), 0, N_CELLS)])
+    file["obs/assay"] = np.arange(N_CELLS, dtype=np.int8)
+    file["obs/assay"].attrs["categories"] = hidden.ref
+    del file["hidden"]
+    file["hidden"] = hidden
+    file["obs"].create_group("__categories")
+    return "obs/assay@categories"
+
+
+ELSEWHERE = {
+    "raw data": raw_data_elsewhere,
+    "counts": counts_elsewhere,
+    "X": link_to("X"),
+    "obs": link_to("obs"),
+    "var": link_to("var"),
+    "a column": link_to("obs/assay"),
+    "over a soft link": soft_link_over_a_link,
+    "virtual": virtual,
+    "categories": categories_of_an_old_column,
+}
+
+
+def rewrite(folder: Path, edit: Callable[[h5py.File, Path], str]) -> str:
+    with h5py.File(folder / "cells.h5ad", "r+") as file:
+        return edit(file, folder)
+
+
+def read_all(folder: Path, allow_external_links: bool = False) -> CellSource:
+    source = open_source(folder / "cells.h5ad", allow_external_links=allow_external_links)
+    source.obs.rows(0, N_CELLS)
+    source.counts(0, N_CELLS)
+    return source
+
+
+@pytest.mark.parametrize("edit", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_what_lies_in_another_file_is_refused(folder: Path, edit: Callable[[h5py.File, Path], str]) -> None:
+    place = rewrite(folder, edit)
+    with pytest.raises(DataError) as refusal:
+        read_all(folder)
+    assert place in str(refusal.value)
+    assert "another file" in str(refusal.value)
+    assert OPTION in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ELSEWHERE if kind not in ("raw data", "categories")])
+def test_it_is_read_where_that_is_allowed(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(folder, ELSEWHERE[kind])
+    expected = open_source(folder / "other.h5ad").counts(0, N_CELLS).toarray()
+    np.testing.assert_array_equal(read_all(folder, True).counts(0, N_CELLS).toarray(), expected)
+
+
+def test_raw_data_of_another_file_can_be_allowed(folder: Path) -> None:
+    rewrite(folder, raw_data_elsewhere)
+    column = read_all(folder, True).obs.rows(0, N_CELLS)["leak"]
+    assert bytes(column.tolist()) == SECRET[:N_CELLS]
+
+
+def shorten(folder: Path) -> None:
+    random_adata(2).write_h5ad(folder / "other.h5ad")
+    (folder / "counts").write_bytes(b"1234")
+
+
+def remove(folder: Path) -> None:
+    (folder / "other.h5ad").unlink()
+    (folder / "counts").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("lose", [remove, shorten])
+@pytest.mark.parametrize("edit", [virtual, counts_elsewhere])
+def test_what_is_missing_there_is_never_taken_for_zeros(
+    folder: Path, edit: Callable[[h5py.File, Path], str], lose: Callable[[Path], None]
+) -> None:
+    rewrite(folder, edit)
+    (folder / "counts").touch()
+    lose(folder)
+    with pytest.raises(DataError, match=r"X/data is in another file, .*, which is missing or too short"):
+        read_all(folder, True)
+
+
+def made_of(*parts: slice) -> Callable[[h5py.File, Path], str]:
+    def replace(file: h5py.File, folder: Path) -> str:
+        shape, dtype = file["X/data"].shape, file["X/data"].dtype
+        file["kept"] = file["X/data"]
+        del file["X/data"]
+        layout = h5py.VirtualLayout(shape, dtype)
+        for part in parts:
+            layout[part] = h5py.VirtualSource(".", "kept", shape)[part]
+        file["X"].create_virtual_dataset("data", layout)
+        return "X/data"
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    "parts", [[slice(100)], [slice(2, None)] * 2, [slice(0, None, 2)] * 2], ids=["half", "most twice", "every other"]
+)
+def test_a_virtual_dataset_must_be_complete(folder: Path, parts: list[slice]) -> None:
+    rewrite(folder, made_of(*parts))
+    with pytest.raises(DataError, match="X/data is a virtual dataset, a part of which has no source"):
+        read_all(folder, True)
+
+
+@pytest.mark.parametrize(
+    "parts", [[slice(200), slice(100, None)], [slice(0, None, 2), slice(1, None, 2)]], ids=["overlap", "interleaved"]
+)
+def test_the_parts_of_a_virtual_dataset_may_lie_anyhow(folder: Path, parts: list[slice]) -> None:
+    expected = read_all(folder).counts(0, N_CELLS)
+    rewrite(folder, made_of(*parts))
+    found = read_all(folder, True).counts(0, N_CELLS)
+    assert (found != expected).nnz == 0
+
+
+@pytest.mark.parametrize(("second", "is_whole"), [([1, 4], True), ([1, 3], False)])
+def test_the_parts_of_a_virtual_dataset_may_have_any_shape(tmp_path: Path, second: list[int], is_whole: bool) -> None:
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    for places in ([0, 2, 3], second):
+        space = h5py.h5s.create_simple((5,))
+        space.select_none()
+        for place in places:
+            space.select_hyperslab((place,), (1,), op=h5py.h5s.SELECT_OR)
+        properties.set_virtual(space, b".", b"kept", h5py.h5s.create_simple((len(places),)))
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["kept"] = np.arange(3.0)
+        h5py.h5d.create(file.id, b"X", h5py.h5t.NATIVE_DOUBLE, h5py.h5s.create_simple((5,)), dcpl=properties)
+        refused = pytest.raises(DataError, match="X is a virtual dataset, a part of which has no source")
+        with nullcontext() if is_whole else refused:
+            Guard("x.h5", allow_external=False).check(file["X"], "X")
+
+
+def test_a_virtual_dataset_of_itself_comes_to_an_end(folder: Path) -> None:
+    def itself(file: h5py.File, folder: Path) -> str:
+        shape, dtype = file["X/data"].shape, file["X/data"].dtype
+        del file["X/data"]
+        layout = h5py.VirtualLayout(shape, dtype)
+        layout[:] = h5py.VirtualSource(".", "X/data", shape)
+        file["X"].create_virtual_dataset("data", layout)
+        return "X/data"
+
+    rewrite(folder, itself)
+    with pytest.raises(DataError, match=r"cells\.h5ad: "):
+        read_all(folder, True)
+
+
+@pytest.mark.parametrize("target", ["/nowhere", "/obs/assay", "assay"], ids=["dangling", "circle", "itself"])
+def test_a_link_that_leads_nowhere_is_an_error(folder: Path, target: str) -> None:
+    def replace(file: h5py.File, folder: Path) -> str:
+        del file["obs/assay"]
+        file["obs/assay"] = h5py.SoftLink(target)
+        return "obs/assay"
+
+    rewrite(folder, replace)
+    with pytest.raises(DataError, match=r"cells\.h5ad: damaged: /obs/assay cannot be opened"):
+        read_all(folder)
+
+
+def test_links_within_the_file_are_followed(folder: Path) -> None:
+    with h5py.File(folder / "cells.h5ad", "r+") as file:
+        file.move("X", "counts")
+        file["X"] = h5py.SoftLink("/alias")
+        file["alias"] = h5py.SoftLink("counts")
+        file["obs/assay"].parent["again"] = file["obs"]  # a circle of hard links
+    expected = open_source(folder / "other.h5ad").counts(0, N_CELLS).toarray()
+    np.testing.assert_array_equal(read_all(folder).counts(0, N_CELLS).toarray(), expected)
+
+
+def test_what_is_not_read_may_lie_anywhere(folder: Path) -> None:
+    with h5py.File(folder / "cells.h5ad", "r+") as file:
+        file["uns/elsewhere"] = h5py.ExternalLink("nowhere.h5ad", "/")
+    read_all(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*legacy|.*old")
+def test_of_an_old_layout_all_is_read(folder: Path) -> None:
+    with h5py.File(folder / "cells.h5ad", "r+") as file:
+        names = np.array([(f"c{i}",) for i in range(N_CELLS)], dtype=[("index", "S8")])
+        del file["obs"]
+        file["obs"] = names
+        file["uns/elsewhere"] = h5py.ExternalLink("other.h5ad", "/")
+    with pytest.raises(DataError, match=rf"uns/elsewhere is an external link .*{OPTION[:10]}"):
+        read_all(folder)
+
+
+def test_counts_of_a_backed_anndata_count_as_read(folder: Path) -> None:
+    rewrite(folder, virtual)
+    options = {"model.data_config.allow_external_links": True}
+    adata = anndata.read_h5ad(folder / "cells.h5ad", backed="r")
+    with pytest.raises(DataError, match=r"the AnnData: X/data is a virtual dataset .*--allow-external-links"):
+        embed(adata, load(CHECKPOINT, device="cpu", precision="32"))
+    embed(adata, load(CHECKPOINT, device="cpu", precision="32", settings=options))
+    adata.file.close()
+    embeddings = adata.obsm["X_transcriptformer"]
+    expected = embed(folder / "other.h5ad", load(CHECKPOINT, device="cpu", precision="32"))
+    assert expected is not None
+    assert relative_error(embeddings, expected.obsm["X_transcriptformer"]) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr:UserWarning", "ignore:Consolidated metadata")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("../secret", "a link out of the store, to .*/secret'.*--allow"), ("nowhere", "which is missing")],
+)
+def test_a_zarr_store_does_not_link_out_of_itself(folder: Path, target: str, message: str) -> None:
+    random_adata(3).write_zarr(folder / "cells.zarr")
+    open_source(folder / "cells.zarr")
+    (folder / "renamed.zarr").symlink_to("cells.zarr")  # the user's own link
+    open_source(folder / "renamed.zarr")
+    (folder / "cells.zarr" / "obs" / "chunk").symlink_to(Path("..") / target)
+    with pytest.raises(DataError, match=f"obs/chunk is {message}|obs/chunk is .*{message}"):
+        open_source(folder / "cells.zarr")
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr:UserWarning", "ignore:Consolidated metadata")
+def test_links_of_a_zarr_store_can_be_allowed(folder: Path) -> None:
+    random_adata(N_CELLS).write_zarr(folder / "cells.zarr")
+    shutil.move(folder / "cells.zarr" / "obs", folder / "obs")
+    (folder / "cells.zarr" / "obs").symlink_to("../obs")
+    with pytest.raises(DataError, match="obs is a link out of the store"):
+        open_source(folder / "cells.zarr")
+    assert len(open_source(folder / "cells.zarr", allow_external_links=True)) == N_CELLS
+    (folder / "obs" / "itself").symlink_to("../obs")
+    open_source(folder / "cells.zarr", allow_external_links=True)
+    (folder / "obs" / "chunk").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"obs/chunk is a link to .*nowhere', which is missing"):
+        open_source(folder / "cells.zarr", allow_external_links=True)
+
+
+@pytest.mark.parametrize("url", ["reference://", "simplecache::s3://bucket/cells.zarr", "reference::file:///x.json"])
+def test_urls_that_lead_to_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match=r"leads on to other files; .*--allow-external-links"):
+        open_source(url)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("keys", read_gene_ids), ("arrays", lambda path: read_protein_embeddings([path]))]
+)
+def test_protein_embeddings_of_another_file_are_refused(
+    tmp_path: Path, name: str, read: Callable[[Path], object]
+) -> None:
+    shutil.copy(CHECKPOINT / "vocabs" / "homo_sapiens_gene.h5", tmp_path / "other.h5")
+    shutil.copy(tmp_path / "other.h5", tmp_path / "gene.h5")
+    with h5py.File(tmp_path / "gene.h5", "r+") as file:
+        del file[name]
+        file[name] = h5py.ExternalLink("other.h5", name)
+    with pytest.raises(CheckpointError, match=rf"gene\.h5: /{name} is an external link to another file, 'other\.h5'"):
+        read(tmp_path / "gene.h5")
+    assert len(read_gene_ids(tmp_path / "gene.h5", allow_external=True)) > 0
+    assert len(read_protein_embeddings([tmp_path / "gene.h5"], allow_external=True)[0]) > 0
+
+
+def test_one_embedding_in_another_file_is_refused(tmp_path: Path) -> None:
+    shutil.copy(CHECKPOINT / "vocabs" / "homo_sapiens_gene.h5", tmp_path / "gene.h5")
+    (tmp_path / "secret").write_bytes(SECRET)
+    gene = read_gene_ids(tmp_path / "gene.h5")[3]
+    with h5py.File(tmp_path / "gene.h5", "r+") as file:
+        shape = file[f"arrays/{gene}"].shape
+        del file[f"arrays/{gene}"]
+        file["arrays"].create_dataset(gene, shape, "u1", external=[(str(tmp_path / "secret"), 0, shape[0])])
+    with pytest.raises(CheckpointError, match=rf"arrays/{gene} is raw data in another file"):
+        read_protein_embeddings([tmp_path / "gene.h5"])
+
+
+def test_a_vocabulary_outside_of_the_checkpoint_is_refused(checkpoint_copy: Path, tmp_path: Path) -> None:
+    vocab = checkpoint_copy / "vocabs" / "homo_sapiens_gene.h5"
+    shutil.move(vocab, tmp_path / "gene.h5")
+    vocab.symlink_to(tmp_path / "gene.h5")
+    with pytest.raises(CheckpointError, match=r"homo_sapiens_gene\.h5: is a link out of the folder, .*--allow"):
+        load_checkpoint(checkpoint_copy, load_config(checkpoint_copy))
+    options = {"model.data_config.allow_external_links": True}
+    load_checkpoint(checkpoint_copy, load_config(checkpoint_copy, options))
+
+
+def endless() -> Generator[None]:
+    while True:
+        pass
+    yield
+
+
+def crash() -> Generator[None]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    yield
+
+
+@pytest.mark.parametrize(("steps", "message"), [(endless, "never ends"), (crash, "crashes")])
+def test_reading_that_crashes_or_never_ends_is_an_error(steps: Callable[[], Generator[None]], message: str) -> None:
+    with pytest.raises(CrashedError, match=message):
+        run_isolated(steps)
+
+
+def test_errors_of_isolated_reading_come_back() -> None:
+    def refuse() -> Generator[None]:
+        yield
+        raise DataError("no")
+
+    def fail() -> Generator[None]:
+        yield
+        raise KeyError("lost")
+
+    with pytest.raises(DataError, match=r"^no$"):
+        run_isolated(refuse)
+    with pytest.raises(RuntimeError, match="'lost'"):
+        run_isolated(fail)
+
+
+def test_what_isolated_reading_finds_comes_back() -> None:
+    def find() -> Generator[None, None, list[int]]:
+        yield
+        return [os.getpid()]
+
+    assert run_isolated(find) != [os.getpid()]
+
+
+def test_a_file_is_read_where_nobody_waits_for_children(folder: Path) -> None:
+    code = """
+import signal, sys
+from transcriptformer.data.source import open_source
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as whoever starts us may do
+print(len(open_source(sys.argv[1])))
+"""
+    done = subprocess.run([sys.executable, "-c", code, folder / "cells.h5ad"], capture_output=True, text=True)
+    assert done.stdout.strip() == str(N_CELLS), done.stderr
+
+
+def test_isolated_reading_ends_with_a_parent_that_is_killed() -> None:
+    code = """
+import os, time
+from transcriptformer.runtime.isolated import run_isolated
+
+def steps():
+    print(os.getpid(), flush=True)
+    while True:
+        time.sleep(0.01)
+        yield
+
+run_isolated(steps)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        deadline = time.monotonic() + 2
+        with suppress(psutil.NoSuchProcess):
+            while child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+                time.sleep(0.01)
+            is_over = child.status() == psutil.STATUS_ZOMBIE
+            child.kill()
+            assert is_over
+
+
+def test_damage_of_what_is_not_read_is_a_sign_of_more(folder: Path) -> None:
+    with h5py.File(folder / "cells.h5ad", "r+") as file:
+        place = h5py.h5o.get_info(file.create_group("uns/more").id).addr
+    with (folder / "cells.h5ad").open("r+b") as opened:
+        opened.seek(place)
+        opened.write(b"\xff" * 8)
+    with pytest.raises(DataError, match=r"cells\.h5ad: cannot be read: truncated or damaged"):
+        read_all(folder)
+
+
+@pytest.mark.slow
+def test_a_damaged_heap_that_is_not_read_does_no_harm(folder: Path) -> None:
+    """A file that is too large to be hashed whole; HDF5 never ends reading an attribute of it that nobody needs."""
+    path = folder / "cells.h5ad"
+    with h5py.File(path, "r+") as file:
+        file["uns"].create_dataset("large", (WHOLE_BYTES,), "u1")[-1] = 1
+        file["uns"].attrs["note"] = "x" * 100
+    with path.open("r+b") as opened:
+        content = opened.read()
+        heap = content.rindex(b"GCOL")
+        assert content.index(b"x" * 100, heap) == heap + 32
+        opened.seek(heap + 16)
+        opened.write(bytes(120))
+    assert fingerprint(path) != fingerprint(folder / "other.h5ad")
+    assert len(read_all(folder)) == N_CELLS
+
+
+def test_a_signal_is_not_lost_at_a_fork() -> None:
+    """Python prints and forgets what its hooks raise, such as the one of `logging`."""
+    code = """
+import os, signal
+from transcriptformer.runtime.isolated import run_isolated
+from transcriptformer.runtime.signals import Ended, handling
+
+def steps():
+    return 1
+    yield
+
+for hook in ("before", "after_in_parent"):
+    os.register_at_fork(**{hook: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    with handling():
+        try:
+            run_isolated(steps)
+        except Ended:
+            print("ended")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\nended\n", "")
