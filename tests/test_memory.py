@@ -19,13 +19,11 @@ from transcriptformer.checkpoint.vocabs import read_aux_vocab, read_gene_vocab
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
 LOAD_AND_PRINT_PEAK_MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
+from tests.peak_memory import peak_memory
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
-
-def peak_memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 path, precision = Path(sys.argv[1]), sys.argv[2]
 config = load_config(path, {"model.inference_config.precision": precision, "model.inference_config.device": "cpu"})
@@ -54,7 +52,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 def test_loading_holds_the_weights_once(large_checkpoint: Path, precision: str) -> None:
     code = [sys.executable, "-c", LOAD_AND_PRINT_PEAK_MEMORY, str(large_checkpoint), precision]
@@ -79,7 +77,7 @@ def few_and_many_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
     "options", [(), ("--emb-type", "cge"), ("--emb-type", "cge", "--cge-pool", "gene")], ids=" ".join
 )

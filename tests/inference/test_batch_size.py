@@ -93,9 +93,10 @@ def full_cells(path: Path, n_cells: int) -> None:
 
 
 PRINT_BYTES_PER_TOKEN = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
+from tests.peak_memory import peak_memory
 from transcriptformer.inference.batch_size import bytes_per_token
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
@@ -116,7 +117,7 @@ def peak_memory_after(n_cells, n_positions):
     )
     with torch.inference_mode():
         module.predict_step(batch, 0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()
 
 few, many = 20, 60  # the first batches also take what does not grow with them
 before = peak_memory_after(few, 500)
@@ -126,7 +127,7 @@ print(more / ((many - few) * 500), bytes_per_token(checkpoint))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("attention", ["blockwise", "plain"])
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 @pytest.mark.parametrize("keys", ["[embeddings]", "[embeddings,llh]"])
