@@ -181,7 +181,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(mid_size
     full_cells(tmp_path / "cells.h5ad", 80)
     limited = embed_in_limited_memory(mid_sized, tmp_path / "cells.h5ad", tmp_path / "limited", 80, 300)
     assert limited.returncode == 0, limited.stderr
-    assert "out of memory with 80 cells of 500 genes: going on in halves" in limited.stderr
+    assert "out of memory with 80 cells of 500 tokens: continuing in halves" in limited.stderr
     assert "Traceback" not in limited.stderr
     unlimited = embed_in_limited_memory(mid_sized, tmp_path / "cells.h5ad", tmp_path / "unlimited", 4, 0)
     assert unlimited.returncode == 0, unlimited.stderr

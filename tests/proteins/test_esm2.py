@@ -144,7 +144,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_so_are_later_ones(folder: Path)
 
 
 def test_one_protein_that_does_not_fit_is_one_clear_line(folder: Path) -> None:
-    with pytest.raises(TranscriptFormerError, match="single protein of 200 residues on cpu; use another device"):
+    with pytest.raises(TranscriptFormerError, match="single protein of 202 tokens; use another device"):
         LittleMemory(folder, 2, "32", CPU).residue_means(random_proteins([200]))
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
 from transcriptformer.data.prefetch import prefetch
-from transcriptformer.data.reader import CellReader
+from transcriptformer.data.reader import CellBlock, CellReader
 from transcriptformer.data.tokenize import Tokens
-from transcriptformer.data.workers import start_workers
+from transcriptformer.data.workers import shard_of_worker, start_workers
 
 BATCHES_AHEAD = 4
 """Batches that are made ready while one is computed."""
@@ -57,24 +57,6 @@ class BatchLimits:
     """Most positions, padding included; a single cell may have more."""
 
 
-class CellBlock(NamedTuple):
-    """Consecutive cells as tokens, on their way from the process that reads to the one that computes.
-
-    Attributes
-    ----------
-    rows
-        Where each cell stands among the kept cells (cells,), int64.
-    tokens
-        Their genes and counts, ragged.
-    aux_tokens
-        (cells, columns), int64.
-    """
-
-    rows: np.ndarray
-    tokens: Tokens
-    aux_tokens: np.ndarray
-
-
 class CellDataset(IterableDataset[CellBlock]):
     """The kept cells of several sources, as a stream of blocks of consecutive cells, each of which is read at once.
 
@@ -107,9 +89,7 @@ class CellDataset(IterableDataset[CellBlock]):
         self.process, self.n_processes, self.is_done = process, n_processes, is_done
 
     def __iter__(self) -> Iterator[CellBlock]:
-        worker = get_worker_info()
-        number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        shard, n_shards = self.process * n_workers + number, self.n_processes * n_workers
+        shard, n_shards = shard_of_worker(self.process, self.n_processes)
         # Small inputs are cut into smaller blocks, so that every process and worker has some.
         n_left = self.n_kept - int(self.is_done.sum())
         share = max(1, -(-n_left // (2 * n_shards)))
@@ -120,8 +100,7 @@ class CellDataset(IterableDataset[CellBlock]):
             if (todo := ~self.is_done[rows]).any()
         )
         for reader, start, cells, rows in islice(unfinished, shard, None, n_shards):
-            aux_tokens = reader.aux_tokens(start, int(cells[-1]) + 1)[cells - start]
-            yield CellBlock(rows, reader.tokens(start, cells), aux_tokens)
+            yield reader.block(start, cells, rows)
 
 
 def _blocks(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,24 @@ from transcriptformer.data.tokenize import Tokens, order_genes, select_genes, sh
 from transcriptformer.vocab import AuxVocab, GeneVocab
 
 logger = logging.getLogger(__name__)
+
+
+class CellBlock(NamedTuple):
+    """Consecutive cells as tokens, on their way from the process that reads to the one that computes.
+
+    Attributes
+    ----------
+    rows
+        Where each cell stands among the kept cells (cells,), int64.
+    tokens
+        Their genes and counts, ragged.
+    aux_tokens
+        (cells, columns), int64.
+    """
+
+    rows: np.ndarray
+    tokens: Tokens
+    aux_tokens: np.ndarray
 
 
 class CellReader:
@@ -66,6 +85,17 @@ class CellReader:
     def selected_genes(self, start: int, stop: int) -> Tokens:
         """Genes of the vocabulary that the cells from `start` to before `stop` express, with their counts as read."""
         return select_genes(self.source.counts(start, stop), self.column_tokens)
+
+    def block(self, start: int, cells: np.ndarray, rows: np.ndarray) -> CellBlock:
+        """Read `cells`, indices in the source (cells,), ascending, of a block that begins at `start`.
+
+        Parameters
+        ----------
+        rows
+            Where each of them stands among the kept cells (cells,).
+        """
+        aux_tokens = self.aux_tokens(start, int(cells[-1]) + 1)[cells - start]
+        return CellBlock(rows, self.tokens(start, cells), aux_tokens)
 
     def tokens(self, start: int, cells: np.ndarray) -> Tokens:
         """Tokens of `cells`, indices in the source (cells,), ascending, of a block that begins at `start`."""

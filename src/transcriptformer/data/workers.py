@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Semaphore
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.runtime.parents import POLL_INTERVAL, dismiss, serve, workers
@@ -56,6 +56,19 @@ def start_workers(loader: "DataLoader[T]") -> Iterator[T]:
         for worker in forked:
             dismiss(worker)
     raise TranscriptFormerError("data workers do not start; try again with --n-data-workers 0")
+
+
+def shard_of_worker(process: int, n_processes: int) -> tuple[int, int]:
+    """Which share of the data this worker serves, and how many shares there are.
+
+    Parameters
+    ----------
+    process, n_processes
+        Process of the run that it reads for, and how many there are.
+    """
+    worker = get_worker_info()
+    number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+    return process * n_workers + number, n_processes * n_workers
 
 
 def _recording(processes: list[BaseProcess]) -> BaseContext:

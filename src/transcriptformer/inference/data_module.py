@@ -98,11 +98,9 @@ class FileRun(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read through the inputs and make the workspace, or see that it is of this very run; in one process only."""
-        if self.workspace.exists:
-            self.workspace.check_same(self.identity)
+        if self.workspace.continues(self.identity):
             self.survey = self._kept_survey()
         else:
-            self.workspace.refuse_unknown()
             self.inputs.check_obs(as_zarr=self.workspace.output.suffix == ".zarr")
             self.survey = self._new_survey()
             with self.workspace.create(self.identity):

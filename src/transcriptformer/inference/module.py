@@ -1,6 +1,5 @@
 """Models as LightningModules."""
 
-import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -10,15 +9,12 @@ from torch import Tensor
 
 from transcriptformer.config import InferenceConfig
 from transcriptformer.data.batches import Batch, BatchLoader
-from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.model.attention.flex import choose_attention
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.model.label_head import LabelHead
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.runtime.device import compute_dtype
-from transcriptformer.runtime.memory import is_out_of_memory
-
-logger = logging.getLogger(__name__)
+from transcriptformer.runtime.memory import Halving
 
 
 class Prediction(NamedTuple):
@@ -65,44 +61,29 @@ class EmbeddingModule(pl.LightningModule):
     def __init__(self, inference: InferenceConfig, pad: int) -> None:
         super().__init__()
         self.inference, self.pad = inference, pad
-        self.most_positions = 2**62
+        self.halving = Halving(self.predict, _size, _split, _join, "cell", "use another device or --precision 16-mixed")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
         """What is wanted of a batch; one that does not fit into memory is halved, and so are later ones of its size."""
-        n_cells, n_positions = batch.gene_tokens.shape
-        if n_cells > 1 and n_cells * n_positions > self.most_positions:
-            return self._in_halves(batch, batch_idx)
-        try:
-            return self.predict(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if n_cells == 1:
-                raise TranscriptFormerError(
-                    f"out of memory with a single cell of {n_positions} positions on {self.device}; "
-                    "use another device or --precision 16-mixed"
-                ) from error
-        # Outside of `except`, whose traceback would hold on to the tensors.
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.most_positions = n_cells * n_positions // 2
-        logger.warning("out of memory with %d cells of %d genes: going on in halves", n_cells, n_positions)
-        return self._in_halves(batch, batch_idx)
+        return self.halving(batch)
 
     def predict(self, batch: Batch) -> Prediction:
         """What is wanted of a batch, at once."""
         raise NotImplementedError
 
-    def _in_halves(self, batch: Batch, batch_idx: int) -> Prediction:
-        middle = len(batch.rows) // 2
-        halves = Batch(*(x[:middle] for x in batch)), Batch(*(x[middle:] for x in batch))
-        first, second = (self.predict_step(half, batch_idx) for half in halves)
-        joined = {
-            name: torch.cat([a, b])
-            for name, a, b in zip(Prediction._fields, first, second, strict=True)
-            if a is not None and b is not None
-        }
-        return Prediction(**joined)
+
+def _size(batch: Batch) -> tuple[int, int]:
+    return len(batch.rows), batch.gene_tokens.numel()
+
+
+def _split(batch: Batch) -> tuple[Batch, Batch]:
+    middle = len(batch.rows) // 2
+    return Batch(*(x[:middle] for x in batch)), Batch(*(x[middle:] for x in batch))
+
+
+def _join(first: Prediction, second: Prediction) -> Prediction:
+    parts = zip(Prediction._fields, first, second, strict=True)
+    return Prediction(**{name: torch.cat([a, b]) for name, a, b in parts if a is not None and b is not None})
 
 
 class TranscriptFormerModule(EmbeddingModule):

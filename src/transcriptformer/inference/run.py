@@ -32,7 +32,7 @@ from transcriptformer.runtime.processes import Processes, plan_processes
 from transcriptformer.runtime.signals import tell
 from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning
 from transcriptformer.storage.atomic import check_writable
-from transcriptformer.storage.workspace import Workspace, differences
+from transcriptformer.storage.workspace import Workspace, is_same
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def run(
 def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
     """Whether an earlier run of the same has written its result."""
     made = read_provenance(output) if output.exists() else None
-    return made is not None and "run" in made and not list(differences(json.loads(made["run"]), identity))
+    return made is not None and "run" in made and is_same(json.loads(made["run"]), identity)
 
 
 def _as_list(sources: Source | Sequence[Source]) -> list[Path | str | anndata.AnnData]:

@@ -30,7 +30,7 @@ from transcriptformer.runtime.watchdog import Watchdog
 from transcriptformer.storage.atomic import atomic_write, check_room, check_writable
 from transcriptformer.storage.hdf5 import new_hdf5
 from transcriptformer.storage.results import Pieces, kept_pieces, open_pieces
-from transcriptformer.storage.workspace import Workspace, differences
+from transcriptformer.storage.workspace import Workspace, is_same
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,9 @@ def embed_proteins(
         if settings.resume and not workspace.exists and _is_complete(output, identity):
             logger.info("%s is complete already", output)
         else:
-            _open(workspace, identity)
+            if not workspace.continues(identity):
+                with workspace.create(identity):
+                    pass
             job = Job(folder, layer, settings.precision, workspace.folder, workspace.run_id, config.hidden_size)
             try:
                 n_computed = _compute(proteome, job, settings, devices, on_progress)
@@ -248,19 +250,9 @@ def _is_complete(output: Path, identity: dict[str, Any]) -> bool:
     try:
         with h5py.File(output) as file:
             made = json.loads(file.attrs[PROVENANCE])
-        return not list(differences(made["run"], identity))
+        return is_same(made["run"], identity)
     except (OSError, KeyError, TypeError, ValueError):
         return False
-
-
-def _open(workspace: Workspace, identity: dict[str, Any]) -> None:
-    """Make the folder of the results, or see that what is there is of this very run."""
-    if workspace.exists:
-        workspace.check_same(identity)
-    else:
-        workspace.refuse_unknown()
-        with workspace.create(identity):
-            pass
 
 
 def _compute(

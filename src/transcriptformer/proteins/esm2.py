@@ -12,7 +12,7 @@ from transcriptformer.errors import CheckpointError, DownloadError, TranscriptFo
 from transcriptformer.proteins.alphabet import N_TOKENS, PAD, tokenize
 from transcriptformer.proteins.fasta import missing_extra
 from transcriptformer.runtime.device import compute_dtype
-from transcriptformer.runtime.memory import is_out_of_memory
+from transcriptformer.runtime.memory import Halving
 
 if TYPE_CHECKING:
     from transformers import EsmConfig, EsmModel
@@ -144,7 +144,14 @@ class Esm2:
             if isinstance(module, torch.nn.Linear):
                 module.to(self.dtype)
         self.model.to(device).eval()
-        self.most_tokens = 2**62
+        self.halving = Halving(
+            self._residue_means,
+            _size,
+            _split,
+            lambda first, second: np.concatenate([first, second]),
+            "protein",
+            "use another device, --precision 16-mixed or a smaller --max-length",
+        )
 
     @torch.inference_mode()
     def residue_means(self, sequences: Sequence[str]) -> np.ndarray:
@@ -157,29 +164,7 @@ class Esm2:
         TranscriptFormerError
             If memory does not suffice for one protein.
         """
-        n_tokens = len(sequences) * (max(map(len, sequences)) + 2)
-        if len(sequences) > 1 and n_tokens > self.most_tokens:
-            return self._in_halves(sequences)
-        try:
-            return self._residue_means(sequences)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(sequences) == 1:
-                raise TranscriptFormerError(
-                    f"out of memory with a single protein of {len(sequences[0])} residues on {self.device}; use "
-                    "another device, --precision 16-mixed or a smaller --max-length"
-                ) from error
-        # Outside of `except`, whose traceback would hold on to the tensors.
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.most_tokens = n_tokens // 2
-        logger.warning("out of memory with %d proteins, %d tokens: going on in halves", len(sequences), n_tokens)
-        return self._in_halves(sequences)
-
-    def _in_halves(self, sequences: Sequence[str]) -> np.ndarray:
-        middle = len(sequences) // 2
-        return np.concatenate([self.residue_means(sequences[:middle]), self.residue_means(sequences[middle:])])
+        return self.halving(sequences)
 
     def _residue_means(self, sequences: Sequence[str]) -> np.ndarray:
         lengths = torch.tensor([len(residues) for residues in sequences], device=self.device)
@@ -198,6 +183,15 @@ class Esm2:
                 "weights are damaged; --precision 32 reaches furthest"
             )
         return means
+
+
+def _size(sequences: Sequence[str]) -> tuple[int, int]:
+    return len(sequences), len(sequences) * (max(map(len, sequences)) + 2)
+
+
+def _split(sequences: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    middle = len(sequences) // 2
+    return sequences[:middle], sequences[middle:]
 
 
 def _load(folder: Path) -> "EsmModel":

@@ -1,10 +1,20 @@
 """How much memory a run may use, and what happens when there is none left."""
 
 import ctypes
+import logging
 import sys
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import psutil
 import torch
+
+from transcriptformer.errors import TranscriptFormerError
+
+logger = logging.getLogger(__name__)
+
+B = TypeVar("B")
+R = TypeVar("R")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of two settings in glibc's malloc.h."""
@@ -48,3 +58,69 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class Halving(Generic[B, R]):
+    """Computes batches; one that does not fit into memory is halved, and so are later ones of its size.
+
+    Parameters
+    ----------
+    compute
+        From a batch to its result.
+    size
+        Items and tokens of a batch, padding included.
+    split
+        A batch of several items as two.
+    join
+        The results of two halves as one.
+    unit
+        What an item is called.
+    advice
+        What to do where a single item does not fit.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[B], R],
+        size: Callable[[B], tuple[int, int]],
+        split: Callable[[B], tuple[B, B]],
+        join: Callable[[R, R], R],
+        unit: str,
+        advice: str,
+    ) -> None:
+        self.compute, self.size, self.split, self.join = compute, size, split, join
+        self.unit, self.advice = unit, advice
+        self.max_tokens = sys.maxsize
+
+    def __call__(self, batch: B) -> R:
+        """Compute a batch.
+
+        Raises
+        ------
+        TranscriptFormerError
+            If a single item does not fit into memory.
+        """
+        n_items, n_tokens = self.size(batch)
+        if n_items > 1 and n_tokens > self.max_tokens:
+            return self._in_halves(batch)
+        try:
+            return self.compute(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if n_items == 1:
+                raise TranscriptFormerError(
+                    f"out of memory with a single {self.unit} of {n_tokens} tokens; {self.advice}"
+                ) from error
+        # Outside of `except`, whose traceback would hold on to the tensors.
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        self.max_tokens = n_tokens // 2
+        logger.warning(
+            "out of memory with %d %ss of %d tokens: continuing in halves", n_items, self.unit, n_tokens // n_items
+        )
+        return self._in_halves(batch)
+
+    def _in_halves(self, batch: B) -> R:
+        first, second = self.split(batch)
+        return self.join(self(first), self(second))

@@ -63,13 +63,25 @@ class Workspace:
         """Whether an earlier run left something to go on with."""
         return self._run_json.is_file()
 
-    def refuse_unknown(self) -> None:
-        """Raise UsageError where there are results, and nothing says of what."""
+    def continues(self, identity: Mapping[str, Any]) -> bool:
+        """Whether an earlier run of the same left something to continue.
+
+        Raises
+        ------
+        UsageError
+            If what is here is of other inputs, another checkpoint or other settings, or nothing says of what.
+        DamagedError
+            If what says so is damaged.
+        """
+        if self.exists:
+            check_same(self._run()["identity"], identity, self.folder)
+            return True
         if any(self.folder.glob("p*-*.safetensors")):
             raise UsageError(
                 f"{self.folder}: holds results of an earlier run, but {self._run_json.name}, which says of what, is "
                 "missing; delete that folder to begin anew"
             )
+        return False
 
     @contextmanager
     def create(self, identity: Mapping[str, Any]) -> Iterator[None]:
@@ -89,10 +101,6 @@ class Workspace:
     def run_id(self) -> str:
         """Random id of the run that the folder was made for."""
         return str(self._run()["id"])
-
-    def check_same(self, identity: Mapping[str, Any]) -> None:
-        """Raise UsageError where the earlier run was of other inputs, another checkpoint or other settings."""
-        check_same(self._run()["identity"], identity, self.folder)
 
     def note_done(self, is_done: np.ndarray) -> None:
         """Note which of the kept cells (cells,) need not be computed: the same for all processes of a run."""
@@ -136,6 +144,11 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> 
             f"--resume: {folder} holds another run; changed: {'; '.join(changes[:5])}{more}; undo the change, "
             "or delete that folder to begin anew"
         )
+
+
+def is_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two identities are of the same run."""
+    return next(differences(old, new), None) is None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

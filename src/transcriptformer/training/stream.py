@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
-from transcriptformer.data.batches import Batch, BatchLimits, CellBlock, as_is, batches_of
+from transcriptformer.data.batches import Batch, BatchLimits, as_is, batches_of
 from transcriptformer.data.prefetch import prefetch
-from transcriptformer.data.reader import CellReader
+from transcriptformer.data.reader import CellBlock, CellReader
 from transcriptformer.data.tokenize import Tokens
-from transcriptformer.data.workers import start_workers
+from transcriptformer.data.workers import shard_of_worker, start_workers
 from transcriptformer.training.order import Epochs, Piece
 
 STEPS_AHEAD = 4
@@ -41,9 +41,7 @@ class TrainingDataset(IterableDataset[CellBlock]):
         self.process, self.n_processes = process, n_processes
 
     def __iter__(self) -> Iterator[CellBlock]:
-        worker = get_worker_info()
-        number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        shard, n_shards = self.process * n_workers + number, self.n_processes * n_workers
+        shard, n_shards = shard_of_worker(self.process, self.n_processes)
         n_streams = self.epochs.n_streams
         streams = range(shard * n_streams // n_shards, (shard + 1) * n_streams // n_shards)
         n_left = len(self.steps)
@@ -75,9 +73,8 @@ class TrainingDataset(IterableDataset[CellBlock]):
             yield join(parts)
 
     def _read(self, piece: Piece) -> CellBlock:
-        reader, start = self.readers[piece.source].with_seed(piece.seed), int(piece.cells[0])
-        aux_tokens = reader.aux_tokens(start, int(piece.cells[-1]) + 1)[piece.cells - start]
-        return CellBlock(piece.rows, reader.tokens(start, piece.cells), aux_tokens)
+        reader = self.readers[piece.source].with_seed(piece.seed)
+        return reader.block(int(piece.cells[0]), piece.cells, piece.rows)
 
 
 def join(parts: Sequence[CellBlock]) -> CellBlock:
