@@ -1,4 +1,4 @@
-# `make test` and `make demo` work on a fresh machine that has python3 (3.11.4 or later), make and a network to PyPI.
+# `make test` and `make demo` need only python3 (3.11.4 or later), make and access to PyPI.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,26 +6,26 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 DEMO := build/demo
 PYTEST := $(BIN)/python -m pytest
-AT_ONCE := -n 2 --dist worksteal  # two tests at a time, more than which memory may not allow
+AT_ONCE := -n 2 --dist worksteal  # more parallel tests may exceed memory
 
 .PHONY: test test-all test-faults test-kills test-gpu lint types unit demo demo-model clean
 
-## lint, types and all tests but the slow ones
+## lint, types and all tests except slow ones
 test: lint types unit
 
-## the same with the slow tests
+## lint, types and all tests
 test-all: lint types
 	$(PYTEST) $(AT_ONCE)
 
-## every call that writes below an output folder fails in turn; needs Linux and a C compiler
+## fault injection for every call that writes below an output folder; needs Linux and a C compiler
 test-faults: $(INSTALLED)
 	$(PYTEST) $(AT_ONCE) tests/faults
 
-## processes of all kinds of runs, killed at 1,200 random moments: half a day
+## kill processes of all kinds of runs at 1,200 random moments; takes half a day
 test-kills: $(INSTALLED)
 	TRANSCRIPTFORMER_KILL_ROUNDS=50 $(PYTEST) tests/test_kills.py
 
-## the tests that need a CUDA device
+## tests that need a CUDA device
 test-gpu: $(INSTALLED)
 	$(PYTEST) -m gpu
 
@@ -39,11 +39,11 @@ types: $(INSTALLED)
 unit: $(INSTALLED)
 	$(PYTEST) $(AT_ONCE) -m "not slow"
 
-## embed blood cells with the model that comes with the package, and draw them
+## embed blood cells with the bundled model and draw a UMAP
 demo: $(INSTALLED)
 	$(BIN)/transcriptformer demo --output-path demo_results
 
-## train that model anew
+## retrain the bundled model
 demo-model: $(INSTALLED)
 	rm -rf $(DEMO)
 	$(BIN)/python scripts/prepare_demo.py $(DEMO)
@@ -59,5 +59,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	$(BIN)/python -W ignore -c "import umap"  # which compiles itself the first time
+	$(BIN)/python -W ignore -c "import umap"  # compiles on first import
 	touch $@

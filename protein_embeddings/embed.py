@@ -1,4 +1,4 @@
-"""`transcriptformer embed-proteins` for people who work from this folder: `python embed.py --fasta FILE`."""
+"""Run `transcriptformer embed-proteins` from this folder: `python embed.py --fasta FILE`."""
 
 import sys
 from importlib.metadata import entry_points

@@ -1,4 +1,4 @@
-"""Measure loading, reading, tokenizing and embedding, for a checkpoint and a file, on this machine.
+"""Measure loading, reading, tokenizing and embedding of a checkpoint and a file on this machine.
 
     python scripts/benchmark.py CHECKPOINT FILE [--precision 32] [--cells 16] [--copies 1] [--json]
     python scripts/benchmark.py CHECKPOINT FILE --reference PYTHON [--repeats 3] [--cells 6] [--command]
@@ -6,21 +6,21 @@
     python scripts/benchmark.py CHECKPOINT FILE --stream [--workers 2] [--batch-size 64]
     python scripts/benchmark.py CHECKPOINT FILE --make-cells 1000000
 
-- load: seconds from the folder to a model that is ready to run, and the most memory the process held meanwhile. Run it
-  twice: the first run may read the weights from disk, the second finds them in the file cache.
-- tokenize: cells per second from counts in memory (CSR) to batches ready for the model, in one process and on one core;
-  median of five. A file is aligned with the vocabulary once, however many cells it has; `--copies 20` repeats the cells
-  of a small example until they weigh as they do in a file of the usual size.
-- embed: cells and tokens per second through the model, the first batch apart; which share of the positions is padding;
-  where the time goes; and which fraction of this machine's own matrix-product rate the linear layers amount to, as if
-  nothing else took any time. `--cells 0` leaves it out.
-- reference: runs of the published package, which PYTHON has, and of this one in turn, and the ratio of the medians;
-  with `--command` of whole commands in the shell, start-up and loading included.
-- plot: seconds per cell over genes per cell, of cells that are cut to fewer and fewer genes.
-- stream (instead of these): cells per second of the first pass over a file and of the batches that reach the main
-  process from the workers, with counts left on disk; and the most memory that the main process held.
-- make-cells: writes a file of random cells with 20,000 genes of which about 1 % is expressed, and a tiny checkpoint
-  with random weights for these genes.
+- load: seconds from the folder to a ready model, and peak memory of the process. Run it twice: the first run may read
+  the weights from disk, the second finds them in the file cache.
+- tokenize: cells per second from counts in memory (CSR) to model-ready batches, in one process on one core; median of
+  five. A file is aligned with the vocabulary once; `--copies 20` repeats the cells of a small example to amortize this
+  cost as a file of typical size would.
+- embed: cells and tokens per second through the model, excluding the first batch; share of padding; time per stage; and
+  the fraction of this machine's matrix-product rate that the linear layers would reach if nothing else took time.
+  `--cells 0` skips it.
+- reference: alternating runs of the published package, installed for PYTHON, and of this one, and the ratio of the
+  medians; with `--command`, of whole shell commands, including start-up and loading.
+- plot: seconds per cell against genes per cell, for cells truncated to fewer and fewer genes.
+- stream (instead of these): cells per second of the first pass over a file and of the batches that the main process
+  receives from the workers, with counts left on disk; and peak memory of the main process.
+- make-cells: write a file of random cells with 20,000 genes, about 1 % expressed, and a tiny checkpoint with random
+  weights for these genes.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from embedding_speed import measure_embedding
 from rich.console import Console
 from rich.table import Table
 from scipy import sparse
-from versus_reference import REFERENCE_SPEED, compare, compare_commands, plot_over_genes
+from versus_reference import compare, compare_commands, plot_over_genes
 
 from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint, read_vocabs
 from transcriptformer.checkpoint.published import load_config
@@ -58,25 +58,25 @@ GENES = [f"ENSG{i:011}" for i in range(N_GENES)]
 
 
 def main() -> None:
-    """Run the measurements that were asked for and print them."""
+    """Run the requested measurements and print them."""
     logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(description="Measure loading, tokenizing and embedding on this machine.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("file", type=Path)
     parser.add_argument("--precision", default="16-mixed")
-    parser.add_argument("--batch-size", type=int, help="default: auto; 8 where nothing is embedded")
+    parser.add_argument("--batch-size", type=int, help="default: auto, or 8 without embedding")
     parser.add_argument("--cells", type=int, default=16, help="cells to embed; 0: none")
-    parser.add_argument("--only-embed", action="store_true", help="leave the tokenizing out")
+    parser.add_argument("--only-embed", action="store_true", help="skip tokenizing")
     parser.add_argument("--attention", default="auto", help="auto, blockwise, flex, plain")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--reference", metavar="PYTHON", help="interpreter that has the published package")
-    parser.add_argument("--reference-script", type=Path, default=REFERENCE_SPEED, help="what it runs")
-    parser.add_argument("--reference-cells", type=int, help="cells for it, if not as many")
-    parser.add_argument("--no-compile", action="store_true", help="run it without compiling")
+    parser.add_argument("--reference", metavar="PYTHON", help="interpreter with the published package")
+    parser.add_argument("--reference-script", type=Path, metavar="PY", help="script that prints s/cell as JSON")
+    parser.add_argument("--reference-cells", type=int, help="cells for the reference; default: --cells")
+    parser.add_argument("--no-compile", action="store_true", help="run the reference without compilation")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs with --reference")
     parser.add_argument("--command", action="store_true", help="with --reference: compare whole commands")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw seconds per cell over genes per cell")
-    parser.add_argument("--copies", type=int, default=1, help="how often to repeat the cells before tokenizing")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot seconds per cell against genes per cell")
+    parser.add_argument("--copies", type=int, default=1, help="repetitions of the cells before tokenizing")
     parser.add_argument("--stream", action="store_true", help="read the file in blocks, from disk")
     parser.add_argument("--workers", type=int, default=0, help="worker processes of --stream")
     parser.add_argument("--make-cells", type=int, metavar="N", help="write CHECKPOINT and FILE, N random cells")
@@ -86,6 +86,8 @@ def main() -> None:
         make_checkpoint(arguments.checkpoint)
         make_cells(arguments.file, arguments.make_cells)
         return
+    if arguments.reference and not arguments.command and arguments.reference_script is None:
+        parser.error("--reference needs --reference-script")
     if arguments.plot:
         show(plot_over_genes(arguments, GENES_PER_CELL), as_json=arguments.json)
         return
@@ -146,7 +148,7 @@ def make_checkpoint(path: Path, seed: int = 0) -> None:
 
 
 def make_cells(path: Path, n_cells: int, seed: int = 0) -> None:
-    """Write random cells block by block, as an h5ad with a CSR matrix; memory does not grow with their number."""
+    """Write random cells block by block, in constant memory, as an h5ad with a CSR matrix."""
     rng = np.random.default_rng(seed)
     genes = pd.DataFrame({"ensembl_id": GENES}, index=[f"g{i}" for i in range(N_GENES)])
     obs = pd.DataFrame(
@@ -178,7 +180,7 @@ def make_cells(path: Path, n_cells: int, seed: int = 0) -> None:
 
 
 def measure_streaming(file: Path, checkpoint: Checkpoint, batch_size: int) -> dict[str, float]:
-    """Both passes over a file that stays on disk."""
+    """Measure both passes over a file that stays on disk."""
     inputs = Inputs([file], checkpoint)
     started = time.perf_counter()
     survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
@@ -199,7 +201,7 @@ def measure_streaming(file: Path, checkpoint: Checkpoint, batch_size: int) -> di
 
 
 def measure_tokenizing(file: Path, checkpoint: Checkpoint, batch_size: int, copies: int) -> dict[str, float]:
-    """From an AnnData in memory to every one of its batches; the first pass is not counted."""
+    """Measure the time from an AnnData in memory to all its batches, without the first pass."""
     once = anndata.read_h5ad(file)
     adata = anndata.concat([once] * copies, merge="same", index_unique="-") if copies > 1 else once
     survey = survey_cells(Inputs([adata], checkpoint).readers, checkpoint.config.model.data_config)
@@ -218,7 +220,7 @@ def measure_tokenizing(file: Path, checkpoint: Checkpoint, batch_size: int, copi
 
 
 def show(figures: Mapping[str, object], as_json: bool) -> None:
-    """Print as JSON or as a table, with the machine."""
+    """Print figures and machine as JSON or a table."""
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": _cpu_name()}
     if as_json:
         print(json.dumps({**machine, **figures}))
@@ -231,7 +233,7 @@ def show(figures: Mapping[str, object], as_json: bool) -> None:
 
 
 def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""How fast `download-data` is beside `curl`, from a server on loopback: `python -m scripts.download_speed`."""
+"""Compare the speed of `download-data` with `curl` on a loopback server: `python -m scripts.download_speed`."""
 
 import argparse
 import json
@@ -18,10 +18,10 @@ from tests.web import Web, serve
 
 
 def main() -> None:
-    """Fetch the same files in turn, and print a table of medians."""
+    """Alternate both commands on the same files and print medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=100)
-    parser.add_argument("--megabytes", type=int, default=10, help="of each file")
+    parser.add_argument("--megabytes", type=int, default=10, help="size of each file")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"curl": [], "download-data": []}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(arguments.repeats):
-            for name, fetch in (("curl", by_curl), ("download-data", by_us)):
+            for name, fetch in (("curl", fetch_with_curl), ("download-data", fetch_with_download_data)):
                 into = Path(folder) / f"{name}{i}"
                 into.mkdir()
                 started = time.perf_counter()
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def serve_files(pipe: Connection, n_files: int, megabytes: int) -> None:
-    """A service with so many datasets, all of the same h5ad, filled up with bytes behind its end."""
+    """Serve a catalogue of `n_files` datasets, copies of one h5ad padded to `megabytes`; send the address to `pipe`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.h5ad"
         counts = sparse.random(1000, 2000, 0.1, "csr", np.float32, np.random.default_rng(0))
@@ -73,15 +73,15 @@ def serve_files(pipe: Connection, n_files: int, megabytes: int) -> None:
         time.sleep(3600)
 
 
-def by_curl(address: str, folder: Path, n_files: int, workers: int) -> None:
-    """All files into a folder."""
+def fetch_with_curl(address: str, folder: Path, n_files: int, workers: int) -> None:
+    """Fetch all files into a folder with curl."""
     command = ["curl", "--silent", "--fail", "--parallel", "--parallel-max", str(workers)]
     command += ["--remote-name-all", f"{address}/[0-{n_files - 1}].h5ad"]
     subprocess.run(command, cwd=folder, check=True)
 
 
-def by_us(address: str, folder: Path, n_files: int, workers: int) -> None:
-    """The same by our command, which also looks into each file."""
+def fetch_with_download_data(address: str, folder: Path, n_files: int, workers: int) -> None:
+    """Fetch all files with `download-data`, which also validates them."""
     command = [str(Path(sys.executable).with_name("transcriptformer")), "download-data", "--species", "homo sapiens"]
     command += ["--output-dir", str(folder), "--processes", str(workers)]
     subprocess.run(

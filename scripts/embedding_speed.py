@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py` measures of embedding: rates, stages, and how near they come to the machine's own."""
+"""Embedding measurements of `scripts/benchmark.py`: rates, stages, and the share of the machine's matrix rate."""
 
 import statistics
 import tempfile
@@ -23,7 +23,7 @@ from transcriptformer.inference.module import TranscriptFormerModule
 from transcriptformer.inference.output import to_anndata, write_anndata
 from transcriptformer.inference.recording import MemoryRecorder, layout_of
 from transcriptformer.inference.run import make_module
-from transcriptformer.model.attention.flex import ATTENTION
+from transcriptformer.model.attention.choose import ATTENTION
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.runtime.device import compute_dtype
 from transcriptformer.runtime.memory import keep_freed_memory
@@ -32,10 +32,10 @@ MATRIX_REPEATS = 5
 
 
 def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[str, float]:
-    """Seconds of every stage from an AnnData in memory to an h5ad file, and what follows from them.
+    """Time every stage from an AnnData in memory to an h5ad file, and derive rates.
 
-    A first pass over the first batch, which may wait for a compiler, is timed apart; rates are of all batches after
-    it. The stages within the model are those of the last batch, `stage_one_batch_s` in all; the others of all cells.
+    A warm-up pass over the first batch, which may compile, is timed separately. Stages within the model are timed on
+    the last batch (`stage_one_batch_s` in total), the others on all cells.
     """
     model, device = checkpoint.model, checkpoint.device
     assert isinstance(model, TranscriptFormer), "ESM2-CE has no encoder to measure"
@@ -58,13 +58,13 @@ def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[st
     with torch.inference_mode():
         started = time.perf_counter()
         module.predict_step(Batch(*(tensor.to(device) for tensor in batches[0])), 0)
-        wait(device)
-        first_pass = time.perf_counter() - started
+        synchronize(device)
+        warm_up = time.perf_counter() - started
         for i, batch in enumerate(batches):
             with timed("transfer", stages, device):
-                there = Batch(*(tensor.to(device) for tensor in batch))
+                on_device = Batch(*(tensor.to(device) for tensor in batch))
             started = time.perf_counter()
-            embeddings = module.predict_step(there, i).embeddings
+            embeddings = module.predict_step(on_device, i).embeddings
             assert embeddings is not None
             arrays = {"rows": batch.rows.numpy(), "embeddings": embeddings.cpu().numpy()}  # waits for the device
             seconds.append(time.perf_counter() - started)
@@ -85,7 +85,7 @@ def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[st
         "attention": next(name for name, path in ATTENTION.items() if path is model.transformer_encoder.attention),  # type: ignore[dict-item]
         "cells": n_cells,
         "genes_per_cell": genes / n_cells,
-        "first_batch_s": first_pass,
+        "first_batch_s": warm_up,
         "s_per_cell": total / n_cells,
         "embed_cells_per_s": n_cells / total,
         "embed_tokens_per_s": genes / total,
@@ -98,31 +98,31 @@ def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[st
 
 
 def matrix_rate(width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of a product of square-ish matrices as large as the model's, in its type."""
+    """Floating-point operations per second of a matrix product of the model's width and dtype."""
     x, weight = (torch.randn(n, width, device=device).to(dtype) for n in (max(2048, width), width))
     torch.nn.functional.linear(x, weight)
     seconds = []
     for _ in range(MATRIX_REPEATS):
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
         torch.nn.functional.linear(x, weight)
-        wait(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return 2 * x.shape[0] * width**2 / statistics.median(seconds)
 
 
 @contextmanager
 def timed(name: str, stages: dict[str, float], device: torch.device | None = None) -> Iterator[None]:
-    """Add the seconds of what happens inside to a stage."""
+    """Add the seconds of the enclosed code to a stage."""
     started = time.perf_counter()
     yield
-    wait(device)
+    synchronize(device)
     stages[name] += time.perf_counter() - started
 
 
 @contextmanager
 def stage_clock(model: TranscriptFormer, stages: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Add the seconds of the model's parts to stages, while one batch runs; the device is waited for at every step."""
+    """Add the seconds of the model's parts to `stages` while one batch runs, synchronizing at every step."""
     watched: dict[str, list[torch.nn.Module]] = {"gene embedding": [model.gene_embeddings]}
     for name, parts in {
         "attention, projections included": ("self_attn",),
@@ -134,14 +134,14 @@ def stage_clock(model: TranscriptFormer, stages: dict[str, float], device: torch
     started: dict[torch.nn.Module, float] = {}
 
     def start(module: torch.nn.Module, _inputs: Any) -> None:
-        wait(device)
+        synchronize(device)
         started[module] = time.perf_counter()
 
     handles = []
     for name, modules in watched.items():
 
         def stop(module: torch.nn.Module, _inputs: Any, _output: Any, name: str = name) -> None:
-            wait(device)
+            synchronize(device)
             stages[name] += time.perf_counter() - started[module]
 
         for module in modules:
@@ -152,17 +152,17 @@ def stage_clock(model: TranscriptFormer, stages: dict[str, float], device: torch
         handle.remove()
 
 
-def wait(device: torch.device | None) -> None:
-    """Until the device has done what it was given."""
+def synchronize(device: torch.device | None) -> None:
+    """Wait until the device is idle."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def cut_genes(cells: anndata.AnnData, most: int) -> anndata.AnnData:
-    """The same cells with no more than their first `most` genes."""
+def truncate_genes(cells: anndata.AnnData, max_genes: int) -> anndata.AnnData:
+    """Keep at most the first `max_genes` expressed genes of each cell."""
     counts = sparse.csr_array(cells.X, copy=True)
     counts.eliminate_zeros()
-    place = np.arange(counts.nnz) - np.repeat(counts.indptr[:-1], np.diff(counts.indptr))
-    counts.data[place >= most] = 0
+    rank = np.arange(counts.nnz) - np.repeat(counts.indptr[:-1], np.diff(counts.indptr))
+    counts.data[rank >= max_genes] = 0
     counts.eliminate_zeros()
     return anndata.AnnData(counts, obs=cells.obs, var=cells.var)

@@ -1,4 +1,4 @@
-"""Write what the demo's model is trained from, into a folder: the cells that are not held out, and the genes' features.
+"""Write the training data of the demo model to a folder: cells that are not held out, and gene features.
 
     python scripts/prepare_demo.py FOLDER
 

@@ -1,4 +1,4 @@
-"""How fast proteins are embedded, sorted by length and batched by tokens, or 16 at a time as they come in the file.
+"""Compare protein embedding in length-sorted, token-limited batches with batches of 16 in file order.
 
 `python -m scripts.protein_speed`
 """
@@ -20,15 +20,15 @@ from transcriptformer.proteins.fasta import Protein
 from transcriptformer.proteins.isoforms import FIRST, Proteome, choose_isoforms
 
 MEDIAN, SIGMA = 375, 0.8
-"""Of the log-normal distribution of lengths, which resembles that of an animal's proteins."""
+"""Log-normal length distribution, similar to that of animal proteins."""
 
 
 def main() -> None:
-    """Embed the same proteins in both ways, in turn, and print medians."""
+    """Alternate both batching strategies on the same proteins and print medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--proteins", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=6, help="as many as esm2_t6_8M has")
+    parser.add_argument("--layers", type=int, default=6, help="default: as in esm2_t6_8M")
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--heads", type=int, default=20)
     parser.add_argument("--tokens-per-batch", type=int, default=TOKENS_PER_BATCH["cpu"])
@@ -37,15 +37,15 @@ def main() -> None:
     fixed = [proteome.sequences[i : i + 16] for i in range(0, arguments.proteins, 16)]
     ours = [batch.sequences for batch in plan_batches(proteome, arguments.tokens_per_batch, MAX_LENGTH)]
     with tempfile.TemporaryDirectory() as folder:
-        made = convert(random_esm2(arguments.layers, arguments.width, arguments.heads), Path(folder) / "model")
-        model = Esm2(made, arguments.layers, "32", torch.device("cpu"))
-    ways = {"16 in file order": fixed, "sorted, by tokens": ours}
-    for name, batches in ways.items():
-        print(f"{name:18} {len(batches)} batches, {100 * padding_share(batches):.0f} % of the tokens are padding")
+        model_folder = convert(random_esm2(arguments.layers, arguments.width, arguments.heads), Path(folder) / "model")
+        model = Esm2(model_folder, arguments.layers, "32", torch.device("cpu"))
+    strategies = {"16 in file order": fixed, "sorted, by tokens": ours}
+    for name, batches in strategies.items():
+        print(f"{name:18} {len(batches)} batches, {100 * padding_share(batches):.0f} % padding")
     model.residue_means(ours[-1])
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in strategies}
     for _ in range(arguments.repeats):
-        for name, batches in ways.items():
+        for name, batches in strategies.items():
             started = time.perf_counter()
             for batch in batches:
                 model.residue_means(batch)
@@ -55,11 +55,11 @@ def main() -> None:
         rate = arguments.proteins / median
         print(f"{name:18} {median:.2f} s ({min(values):.2f} to {max(values):.2f}), {rate:.1f} proteins/s")
     ratios = [slow / fast for slow, fast in zip(*seconds.values(), strict=True)]
-    print(f"ratio of pairs: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"ratio over pairs: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 def random_proteome(n_proteins: int) -> Proteome:
-    """Proteins of random letters, as long as proteins are."""
+    """Random proteins with log-normal lengths."""
     rng = np.random.default_rng(0)
     lengths = np.maximum(rng.lognormal(np.log(MEDIAN), SIGMA, n_proteins), 30).astype(int)
     proteins = [Protein(str(i), random_protein(rng, int(length))) for i, length in enumerate(lengths)]
@@ -67,7 +67,7 @@ def random_proteome(n_proteins: int) -> Proteome:
 
 
 def padding_share(batches: list[list[str]]) -> float:
-    """Of the tokens of all batches."""
+    """Share of padding among the tokens of all batches."""
     n_all = sum(len(batch) * (max(map(len, batch)) + 2) for batch in batches)
     return 1 - sum(len(residues) + 2 for batch in batches for residues in batch) / n_all
 

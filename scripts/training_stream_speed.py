@@ -1,10 +1,10 @@
-"""Measure how fast shuffled cells reach the training loop, and how well they are mixed.
+"""Measure the speed and mixing of the shuffled training stream.
 
     python scripts/benchmark.py TINY FILE --make-cells 1000000
     python scripts/training_stream_speed.py TINY FILE [--workers 2] [--batch-size 256]
 
-One epoch over the file: cells per second from the file to batches ready for the model, whether every cell came once,
-of how many blocks of consecutive cells a step is made, and the most memory that the main process held.
+Over one epoch: cells per second from the file to model-ready batches, whether every cell is seen once, blocks of
+consecutive cells per step, and peak memory of the main process.
 """
 
 import argparse
@@ -25,9 +25,9 @@ MIB = 2**20
 
 
 def main() -> None:
-    """Run one epoch and print what it showed."""
-    parser = argparse.ArgumentParser(description="Measure the stream of shuffled cells.")
-    parser.add_argument("checkpoint", type=Path, help="whose vocabularies are used")
+    """Run one epoch and print the figures."""
+    parser = argparse.ArgumentParser(description="Measure the shuffled training stream.")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint that provides the vocabularies")
     parser.add_argument("file", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=256)
@@ -53,8 +53,8 @@ def main() -> None:
         n_visits[rows] += 1
         n_blocks.append(len(np.unique(rows // training.block_size)))
     seconds = time.perf_counter() - started
-    print(f"{n_cells} cells, {n_cells / seconds:,.0f} cells/s; every one once: {bool((n_visits == 1).all())}")
-    print(f"blocks per step: median {np.median(n_blocks):.0f}, least {min(n_blocks)}, steps {len(n_blocks)}")
+    print(f"{n_cells} cells, {n_cells / seconds:,.0f} cells/s; each cell seen once: {bool((n_visits == 1).all())}")
+    print(f"blocks per step: median {np.median(n_blocks):.0f}, minimum {min(n_blocks)}; {len(n_blocks)} steps")
     print(f"peak memory of the main process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 

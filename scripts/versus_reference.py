@@ -1,4 +1,4 @@
-"""The published package as a yardstick: runs of it and of this one in turn, for `scripts/benchmark.py`."""
+"""Comparison with the published package, in alternating runs, for `scripts/benchmark.py`."""
 
 import argparse
 import json
@@ -10,19 +10,16 @@ import time
 from pathlib import Path
 
 import anndata
-from embedding_speed import cut_genes
-
-REFERENCE_SPEED = Path(__file__).parents[2] / "shared" / "tools" / "reference_speed.py"
-"""A script that prints the published package's seconds per cell as JSON, by default."""
+from embedding_speed import truncate_genes
 
 REFERENCE_STEP = 7
-"""It is drawn at the first and the last point, for it takes its time."""
+"""The slow reference is measured only at every seventh point: the first and the last."""
 
 REFERENCE_PRECISION = {"16-mixed": "bf16", "bf16-mixed": "bf16", "32": "32"}
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, object]:
-    """Alternate, and give medians with their ranges, and the ratio of the medians."""
+    """Alternate runs; return medians with ranges, and the ratio of the medians."""
     ours: list[dict[str, float]] = []
     reference: list[dict[str, float]] = []
     for _ in range(arguments.repeats):
@@ -41,7 +38,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def compare_commands(arguments: argparse.Namespace) -> dict[str, object]:
-    """Whole commands on the first cells of the file, from the shell to the result, in turn."""
+    """Alternate whole commands, from the shell to the result, on the first cells of the file."""
     seconds: dict[str, list[float]] = {"reference": [], "ours": []}
     commands = {
         "reference": [str(Path(arguments.reference).with_name("transcriptformer")), "inference"],
@@ -70,7 +67,7 @@ def compare_commands(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def plot_over_genes(arguments: argparse.Namespace, genes_per_cell: list[int]) -> dict[str, object]:
-    """Seconds per cell for cells cut to so many genes, drawn as a PNG; of the reference too, where there is one."""
+    """Plot seconds per cell against genes per cell as a PNG, for both packages if a reference is given."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,7 +79,7 @@ def plot_over_genes(arguments: argparse.Namespace, genes_per_cell: list[int]) ->
     with tempfile.TemporaryDirectory() as folder:
         for i, n_genes in enumerate(genes_per_cell):
             data = Path(folder) / f"{n_genes}.h5ad"
-            cut_genes(cells, n_genes).write_h5ad(data)
+            truncate_genes(cells, n_genes).write_h5ad(data)
             for name, run_once in runs.items():
                 if run_once is reference_once and i % REFERENCE_STEP:
                     continue
@@ -100,7 +97,7 @@ def plot_over_genes(arguments: argparse.Namespace, genes_per_cell: list[int]) ->
 
 
 def ours_once(arguments: argparse.Namespace, data: Path) -> dict[str, float]:
-    """One run of this package, in a process of its own."""
+    """Run this package once, in a subprocess."""
     command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), str(arguments.checkpoint), str(data)]
     command += ["--json", "--cells", str(arguments.cells), "--precision", arguments.precision, "--only-embed"]
     command += ["--attention", arguments.attention, "--device", arguments.device]
@@ -110,7 +107,7 @@ def ours_once(arguments: argparse.Namespace, data: Path) -> dict[str, float]:
 
 
 def reference_once(arguments: argparse.Namespace, data: Path) -> dict[str, float]:
-    """One run of the published package, by its interpreter."""
+    """Run the published package once, with its interpreter."""
     precision = "fp16" if arguments.device == "cuda" else REFERENCE_PRECISION[arguments.precision]
     device = "cuda" if arguments.device == "cuda" else "cpu"
     command = [arguments.reference, str(arguments.reference_script), str(arguments.checkpoint), str(data)]
@@ -120,7 +117,7 @@ def reference_once(arguments: argparse.Namespace, data: Path) -> dict[str, float
 
 
 def last_json(command: list[str]) -> dict[str, float]:
-    """What a command prints as its last line."""
+    """Parse the last line that a command prints."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
@@ -128,5 +125,5 @@ def last_json(command: list[str]) -> dict[str, float]:
 
 
 def spread(values: list[float]) -> str:
-    """Least and most."""
+    """Format the range as minimum to maximum."""
     return f"{min(values):.3g} to {max(values):.3g}"

@@ -1,4 +1,4 @@
-"""Archives that tests make, good and bad."""
+"""Valid and malicious archives for tests."""
 
 import io
 import tarfile
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def pack(folder: Path, archive: Path, name: str) -> Path:
-    """A folder as the `.tar.gz` of one folder of that name."""
+    """Pack a folder as a `.tar.gz`, with `name` as the only top-level folder."""
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, arcname=name)
     return archive
 
 
 def pack_members(archive: Path, members: Iterable[tarfile.TarInfo], content: bytes = b"content") -> Path:
-    """Just these members; files have the content."""
+    """Pack these members only; regular files get `content`."""
     with tarfile.open(archive, "w:gz") as tar:
         for member in members:
             if member.isreg():
@@ -45,4 +45,4 @@ HOSTILE: dict[str, Callable[[str], list[tarfile.TarInfo]]] = {
     "a device": lambda name: [member(f"{name}/device", tarfile.CHRTYPE)],
     "a pipe": lambda name: [member(f"{name}/pipe", tarfile.FIFOTYPE)],
 }
-"""Members of archives that must not be unpacked, for the folder of that name."""
+"""Members that must not be unpacked, by description and given the name of the expected folder."""

@@ -1,6 +1,7 @@
-"""The command in processes of its own, which may be killed like those of a user."""
+"""Running the command in separate processes, which tests can kill."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -22,14 +23,23 @@ def inference_command(*options: object, checkpoint: Path = CHECKPOINT) -> list[s
     return [str(part) for part in (COMMAND, *fixed, *options)]
 
 
+_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
 def default_signals() -> None:
-    """Undo what shells and nohup do: they have commands in the background ignore signals."""
+    """Make a child process handle signals by default, and end with the process of the tests.
+
+    Background commands of non-interactive shells, and nohup, ignore signals.
+    """
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
+    if sys.platform == "linux":
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def start(command: list[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """Run in a process group of its own."""
+    """Start a command in a new process group."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -37,16 +47,16 @@ def start(command: list[str], env: Mapping[str, str] | None = None) -> subproces
         text=True,
         start_new_session=True,
         preexec_fn=default_signals,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},  # threads that wait for a busy core slow it down
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},  # more threads slow it down on a busy machine
     )
 
 
 def finish(process: subprocess.Popen[str], kill_after: float | None = None) -> subprocess.CompletedProcess[str]:
-    """Wait for the end, or kill the whole group at once, as a scheduler does; nothing is left running."""
+    """Wait for a process, or kill its process group after a delay as schedulers do; nothing is left running."""
     try:
         process.wait(300 if kill_after is None else kill_after)
     except subprocess.TimeoutExpired:
-        assert kill_after is not None, "it hangs"
+        assert kill_after is not None, "command timed out"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -63,7 +73,7 @@ def read_result(path: Path) -> anndata.AnnData:
 
 
 def assert_same(result: anndata.AnnData, expected: anndata.AnnData) -> None:
-    """The same cells in the same order, with the same metadata and numbers."""
+    """Assert the same cells in the same order, with the same metadata and results."""
     assert list(result.obs_names) == list(expected.obs_names)
     pd.testing.assert_frame_equal(result.obs, expected.obs)
     assert result.obsm.keys() == expected.obsm.keys()
@@ -71,8 +81,8 @@ def assert_same(result: anndata.AnnData, expected: anndata.AnnData) -> None:
         assert relative_error(result.obsm[key], expected.obsm[key]) < TOLERANCE
     assert result.uns.keys() == expected.uns.keys()
     for key in expected.uns.keys() - {"transcriptformer"}:
-        values, wanted = np.asarray(result.uns[key]), np.asarray(expected.uns[key])
-        if wanted.dtype.kind == "f":
-            assert np.isnan(wanted).all() or relative_error(values, wanted) < TOLERANCE
+        actual, desired = np.asarray(result.uns[key]), np.asarray(expected.uns[key])
+        if desired.dtype.kind == "f":
+            assert np.isnan(desired).all() or relative_error(actual, desired) < TOLERANCE
         else:
-            np.testing.assert_array_equal(values, wanted)
+            np.testing.assert_array_equal(actual, desired)

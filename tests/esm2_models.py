@@ -1,4 +1,4 @@
-"""Small random ESM-2 models, made with fair-esm, and the same weights for transformers."""
+"""Small random ESM-2 models of fair-esm, and their conversion to transformers."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ _RENAMED = {
 
 
 def random_esm2(layers: int = LAYERS, width: int = WIDTH, heads: int = HEADS, seed: int = 0) -> esm.ESM2:
-    """With weights and biases large enough that every part of the model shows in its states."""
+    """Return a model whose weights and biases are large enough that every part affects the hidden states."""
     torch.manual_seed(seed)
     model = esm.ESM2(layers, width, heads)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def random_esm2(layers: int = LAYERS, width: int = WIDTH, heads: int = HEADS, se
 
 
 def convert(model: esm.ESM2, folder: Path) -> Path:
-    """Write it as transformers reads it, under the names of the published files."""
+    """Save a model for transformers, with the file names of the published models."""
     folder.mkdir(parents=True)
     EsmConfig(
         vocab_size=len(model.alphabet),

@@ -1,4 +1,4 @@
-"""Functions that may crash or hang, each in a fork of a process that has everything imported already."""
+"""Running functions that may crash or hang in forked processes with all imports preloaded."""
 
 import faulthandler
 import multiprocessing
@@ -11,56 +11,56 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 ADDRESS_SPACE = 16 * 2**30
-"""A damaged file may declare any size; it fails here before the machine does."""
+"""Limit on the address space, because damaged files may declare any size."""
 
 
 class Outcome(NamedTuple):
-    """What a function returned, or how else it ended: hung, by a signal, or with a traceback."""
+    """Return value of a function, or a description of its failure: a hang, a crash or a traceback."""
 
     value: Any = None
-    trouble: str = ""
+    failure: str = ""
 
 
 SERVER = multiprocessing.get_context("forkserver")
-"""A process without threads to fork from: a fork of this one might wait for ever for threads that it does not have."""
+"""Context that forks from a single-threaded server, because forks of a multi-threaded process may deadlock."""
 
 SERVER.set_forkserver_preload(["transcriptformer.inference.run", "tests.test_mutated_files"])
 
 
 def run_forked(function: Callable[[], Any], seconds: float) -> Outcome:
-    """Call a function, which is pickled, in a process of its own, for so many seconds at most.
+    """Call a picklable function in a separate process, limited to `seconds` of CPU time.
 
-    The seconds are of the processor, so that a busy machine makes no difference; who waits gets some more.
+    CPU time does not depend on the load of the machine; real time is limited to ten times as much.
     """
-    ours, theirs = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=_call, args=(function, theirs, round(seconds)))
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=_call, args=(function, sender, round(seconds)))
     process.start()
-    theirs.close()
+    sender.close()
     try:
-        if not ours.poll(10 * seconds):
-            return Outcome(trouble=f"no end after {10 * seconds} s")
-        return Outcome(*ours.recv())
+        if not receiver.poll(10 * seconds):
+            return Outcome(failure=f"timed out after {10 * seconds} s")
+        return Outcome(*receiver.recv())
     except EOFError:
-        return Outcome(trouble=f"crashed, or no end after {seconds} s")
+        return Outcome(failure=f"crashed, or exceeded {seconds} s of CPU time")
     finally:
-        ours.close()
+        receiver.close()
         process.kill()
         process.join()
 
 
-def _call(function: Callable[[], Any], answer: Any, seconds: int) -> NoReturn:
+def _call(function: Callable[[], Any], sender: Any, seconds: int) -> NoReturn:
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.resetwarnings()
-    warnings.simplefilter("ignore")  # as errors, they would hide what a user sees
-    with tempfile.TemporaryFile() as sink:  # for what libraries print
+    warnings.simplefilter("ignore")  # pytest turns them into errors, which users do not see
+    with tempfile.TemporaryFile() as sink:  # discard the output of libraries
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
     try:
-        answer.send((function(), ""))
+        sender.send((function(), ""))
     except BaseException:
-        answer.send((None, traceback.format_exc()))
+        sender.send((None, traceback.format_exc()))
     finally:
         os._exit(0)

@@ -1,4 +1,4 @@
-"""The golden cases: what the published package computes, and how to run the same here."""
+"""Golden cases: results of the published package, with the settings that reproduce them."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """One `expected/*.npz` with the checkpoint and the data it was computed from."""
+    """Expected results of one `expected/*.npz`, with the checkpoint and the data they were computed from."""
 
     name: str
     checkpoint: Path
@@ -53,12 +53,12 @@ class GoldenCase:
 
 
 def synthetic_cases(*names: str) -> list[GoldenCase]:
-    """The cases of the suite that this repository carries."""
+    """Return cases of the suite in this repository."""
     return _cases(SYNTHETIC, "synthetic", names)
 
 
 def real_cases(*names: str) -> list[Any]:
-    """The cases of real cells, which live beside a developer's checkout; one skipped test where they are absent."""
+    """Return cases with real cells, stored next to the checkout; a single skipped case if they are absent."""
     cases = _cases(REAL, "real", names) if REAL.is_dir() else []
     absent = pytest.param(None, marks=pytest.mark.skip(reason=f"no real cells in {REAL}"))
     return cases or [absent]
@@ -87,7 +87,7 @@ def _cases(root: Path, label: str, names: Sequence[str]) -> list[GoldenCase]:
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """‖a−b‖/‖b‖ over the entries that are numbers; NaN has to stand where NaN is expected."""
+    """Return ‖a−b‖/‖b‖ over the non-NaN entries; NaNs must be in the same places."""
     assert actual.shape == expected.shape
     np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
     a, b = np.nan_to_num(actual.astype(np.float64)), np.nan_to_num(expected.astype(np.float64))

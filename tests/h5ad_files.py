@@ -1,4 +1,4 @@
-"""Small AnnData objects and h5ad files for tests, with the genes of the synthetic checkpoint."""
+"""Small AnnData objects for tests, with genes of the synthetic checkpoint."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ GENES = read_gene_ids(CHECKPOINT / "vocabs" / "homo_sapiens_gene.h5")
 
 
 def make_adata(counts: Any, genes: list[str] | None = None, assay: str = "10x multiome") -> anndata.AnnData:
-    """Cells named c0, c1, … with these counts (cells, genes), of the first genes of the vocabulary."""
+    """Make cells c0, c1, … with the given counts (cells, genes) of the first genes of the vocabulary."""
     counts = np.asarray(counts, dtype=np.float32)
     genes = GENES[: counts.shape[1]] if genes is None else genes
     return anndata.AnnData(
@@ -25,6 +25,6 @@ def make_adata(counts: Any, genes: list[str] | None = None, assay: str = "10x mu
 
 
 def random_adata(n_cells: int, n_genes: int = 200, density: float = 0.3, seed: int = 0) -> anndata.AnnData:
-    """Cells with random counts between 1 and 60; some genes may be empty."""
+    """Make cells with random counts below 60, of which a fraction `density` is nonzero."""
     rng = np.random.default_rng(seed)
     return make_adata(rng.integers(1, 60, (n_cells, n_genes)) * (rng.random((n_cells, n_genes)) < density))

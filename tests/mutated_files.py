@@ -1,4 +1,4 @@
-"""Files with damage that a seed decides: flipped bytes, truncations, zeroed stretches, swapped blocks."""
+"""Files with seeded random damage: flipped bytes, truncation, zeroed ranges, swapped blocks."""
 
 import shutil
 from collections.abc import Callable
@@ -14,7 +14,7 @@ N_CELLS, N_GENES = 24, 60
 
 
 def the_cells() -> anndata.AnnData:
-    """Cells with every kind of metadata that h5ad files hold."""
+    """Return cells with all kinds of metadata columns."""
     adata = random_adata(N_CELLS, n_genes=N_GENES)
     numbers = np.arange(N_CELLS)
     adata.obs["assay"] = pd.Categorical(np.where(numbers % 2, "10x multiome", "Smart-seq2"))
@@ -62,7 +62,7 @@ def truncate(content: bytearray, rng: np.random.Generator) -> None:
     del content[rng.integers(len(content)) :]
 
 
-def zero_a_stretch(content: bytearray, rng: np.random.Generator) -> None:
+def zero_range(content: bytearray, rng: np.random.Generator) -> None:
     length = min(int(rng.integers(1, 512)), len(content))
     start = rng.integers(len(content) - length + 1)
     content[start : start + length] = bytes(length)
@@ -76,11 +76,11 @@ def swap_blocks(content: bytearray, rng: np.random.Generator) -> None:
     content[here], content[there] = content[there], content[here]
 
 
-KINDS = (flip_bytes, truncate, zero_a_stretch, swap_blocks)
+KINDS = (flip_bytes, truncate, zero_range, swap_blocks)
 
 
 def mutate(source: Path, target: Path, seed: int) -> str:
-    """Copy a file or store with one kind of damage, and say which."""
+    """Copy a file or store, damage the copy, and return a description of the damage."""
     rng = np.random.default_rng(seed)
     kind = KINDS[seed % len(KINDS)]
     shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)

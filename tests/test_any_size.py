@@ -1,4 +1,4 @@
-"""How cells are stored, read, dealt out and written does not show in the result."""
+"""Results do not depend on how cells are stored, read, sharded and written."""
 
 import random
 import signal
@@ -20,7 +20,7 @@ from transcriptformer.checkpoint.published import load_config
 from transcriptformer.inference.run import embed, run
 
 STORED_AS = ("csr.h5ad", "csc.h5ad", "dense.h5ad", "csr.zarr", "dense.zarr")
-# The first cell of every file has more than 5 genes; of several cells one is always this near the mean.
+# Each filter keeps at least one cell per file: the first has more than 5 genes, and one is always close to the mean.
 FILTERS: tuple[dict[str, float], ...] = ({}, {"min_expressed_genes": 5}, {"filter_outliers": 1.5})
 
 
@@ -40,7 +40,7 @@ class Run:
     ending: str
 
     def files(self) -> list[anndata.AnnData]:
-        """From cells without any gene to cells with more than the model has positions."""
+        """Cells from no genes to more than the model has positions."""
         files = []
         for i, n_cells in enumerate(self.sizes):
             rng = np.random.default_rng([self.seed, i])
@@ -50,7 +50,7 @@ class Run:
             adata.X = adata.X.multiply(rng.random(adata.shape) < share[:, None]).tocsr()
             adata.obs_names = [f"file{i}-{name}" for name in adata.obs_names]
             adata.obs["depth"] = adata.X.sum(axis=1).A1
-            adata.strings_to_categoricals()  # as a file has them
+            adata.strings_to_categoricals()  # as in a file
             files.append(adata)
         return files
 
@@ -90,7 +90,7 @@ FIXED: dict[str, object] = {
 }
 
 ZARR_V2 = "ignore:Writing zarr v2 data will no longer be the default"
-GENERATE = (Phase.explicit, Phase.reuse, Phase.generate)  # without shrinking, which would take minutes
+GENERATE = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking would take minutes
 
 RUNS = st.builds(
     Run,
@@ -99,7 +99,7 @@ RUNS = st.builds(
     seed=st.integers(0, 2**16),
     filters=st.sampled_from(FILTERS),
     oom_dataloader=st.booleans(),
-    workers=st.sampled_from([0, 0, 0, 2]),  # whose processes take a while to start
+    workers=st.sampled_from([0, 0, 0, 2]),  # rarely workers, which are slow to start
     batch_size=st.one_of(st.integers(1, 9), st.just("auto")),
     tokens_per_batch=st.sampled_from([None, 1, 300]),
     block_size=st.integers(1, 30),
@@ -119,7 +119,7 @@ def check(way: Run) -> None:
 @settings(max_examples=8, phases=GENERATE)
 @given(way=RUNS)
 @pytest.mark.filterwarnings(ZARR_V2)
-def test_the_result_does_not_depend_on_how_cells_are_stored_read_dealt_out_and_written(way: Run) -> None:
+def test_the_result_does_not_depend_on_how_cells_are_processed(way: Run) -> None:
     check(way)
 
 
@@ -127,14 +127,14 @@ def test_the_result_does_not_depend_on_how_cells_are_stored_read_dealt_out_and_w
 @settings(max_examples=120, phases=GENERATE)
 @given(way=RUNS)
 @pytest.mark.filterwarnings(ZARR_V2)
-def test_nor_does_it_in_many_more_ways(way: Run) -> None:
+def test_the_result_is_the_same_in_many_more_ways(way: Run) -> None:
     check(way)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(ZARR_V2)
 @pytest.mark.parametrize("seed", range(4))
-def test_nor_does_it_for_commands_that_are_killed_and_resumed(seed: int, tmp_path: Path) -> None:
+def test_the_result_is_the_same_if_killed_and_resumed(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     n_files = rng.choice([1, 3])
     way = Run(

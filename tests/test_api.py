@@ -1,4 +1,4 @@
-"""The Python API as it is used in a notebook."""
+"""The Python API as used in a notebook."""
 
 import logging
 import shutil
@@ -39,7 +39,7 @@ def cells() -> anndata.AnnData:
     return anndata.read_h5ad(CELLS)
 
 
-def test_embeddings_are_added_beside_the_counts(
+def test_embeddings_are_added_without_changing_the_counts(
     cells: anndata.AnnData, model: Checkpoint, expected: np.ndarray
 ) -> None:
     before = cells.copy()
@@ -50,7 +50,7 @@ def test_embeddings_are_added_beside_the_counts(
     assert cells.uns["X_transcriptformer"]["checkpoint"] == "checkpoint"
 
 
-def test_a_copy_leaves_the_input_alone(cells: anndata.AnnData, model: Checkpoint, expected: np.ndarray) -> None:
+def test_a_copy_does_not_modify_the_input(cells: anndata.AnnData, model: Checkpoint, expected: np.ndarray) -> None:
     result = tf.embed(cells, model, copy=True, key_added="X_tf")
     assert result is not None
     assert relative_error(result.obsm["X_tf"], expected) < TOLERANCE
@@ -95,9 +95,9 @@ def test_counts_may_be_in_a_layer_or_in_raw(cells: anndata.AnnData, model: Check
     with_raw.X = cells.X
     tf.embed(with_raw, model)
     assert relative_error(with_raw.obsm["X_transcriptformer"], expected) < TOLERANCE
-    with pytest.raises(tf.TranscriptFormerError, match="has no layer 'spliced'; there are: counts"):
+    with pytest.raises(tf.TranscriptFormerError, match="has no layer 'spliced'; its layers are: counts"):
         tf.embed(cells, model, layer="spliced")
-    with pytest.raises(tf.TranscriptFormerError, match="one of them only"):
+    with pytest.raises(tf.TranscriptFormerError, match="mutually exclusive; use only one of them"):
         tf.embed(cells, model, layer="counts", use_raw=True)
 
 
@@ -110,7 +110,7 @@ def test_gene_ids_are_found_in_the_index(model: Checkpoint) -> None:
     np.testing.assert_array_equal(by_index.obsm["X_transcriptformer"], adata.obsm["X_transcriptformer"])
 
 
-def test_cells_that_filters_leave_out_have_no_embedding(caplog: pytest.LogCaptureFixture) -> None:
+def test_filtered_cells_have_no_embedding(caplog: pytest.LogCaptureFixture) -> None:
     model = tf.load(
         CHECKPOINT,
         device="cpu",
@@ -130,10 +130,10 @@ def test_cells_that_filters_leave_out_have_no_embedding(caplog: pytest.LogCaptur
 
 def test_gene_embeddings_are_pooled_by_gene_and_by_group(cells: anndata.AnnData, model: Checkpoint) -> None:
     golden = np.load(SYNTHETIC / "expected" / "cge.npz")
-    every = tf.gene_embeddings(cells, model, pool=None)
-    assert relative_error(every.obsm["embeddings"], golden["cge_embeddings"]) < TOLERANCE
-    assert every.obs["gene"].tolist() == golden["cge_gene_names"].tolist()
-    assert every.obs["cell"].tolist() == cells.obs_names[golden["cge_cell_indices"]].tolist()
+    unpooled = tf.gene_embeddings(cells, model, pool=None)
+    assert relative_error(unpooled.obsm["embeddings"], golden["cge_embeddings"]) < TOLERANCE
+    assert unpooled.obs["gene"].tolist() == golden["cge_gene_names"].tolist()
+    assert unpooled.obs["cell"].tolist() == cells.obs_names[golden["cge_cell_indices"]].tolist()
 
     by_gene = tf.gene_embeddings(cells, model)
     gene = by_gene.obs_names[7]
@@ -171,7 +171,7 @@ OF_ANNDATA = KINDS[:3]
 
 
 def layered() -> anndata.AnnData:
-    """Counts in X; twice as many in a layer, thrice in .raw; gene ids in one column, names in another."""
+    """Counts in X, doubled in a layer, tripled in .raw; gene ids and symbols in two columns."""
     adata = random_adata(6)
     adata.layers["double"] = adata.X * 2
     adata.var["symbol"] = [f"g{i}" for i in range(adata.n_vars)]
@@ -184,7 +184,7 @@ def layered() -> anndata.AnnData:
 
 @pytest.fixture(scope="module")
 def multiples(model: Checkpoint) -> dict[int, np.ndarray]:
-    """What the counts, and multiples of them, are embedded as."""
+    """Expected embeddings of the counts and of multiples of them."""
     found = {}
     for factor in (1, 2, 3):
         adata = random_adata(6)
@@ -195,7 +195,7 @@ def multiples(model: Checkpoint) -> dict[int, np.ndarray]:
 
 
 def as_kind(adata: anndata.AnnData, kind: str, folder: Path) -> Any:
-    """The same cells as data of another kind."""
+    """Convert cells to data of the given kind."""
     if kind == "in memory":
         return adata.copy()
     if kind == "view":
@@ -230,7 +230,7 @@ with_all_kinds = pytest.mark.parametrize("kind", KINDS)
         ({"gene_col_name": "ensembl_id"}, 3),
     ],
 )
-def test_counts_come_from_where_they_are_asked_for(
+def test_counts_come_from_the_requested_place(
     kind: str, options: dict[str, Any], factor: int, model: Checkpoint, multiples: dict[int, np.ndarray], tmp_path: Path
 ) -> None:
     result = embedded(as_kind(layered(), kind, tmp_path), model, **options)
@@ -241,15 +241,15 @@ def test_counts_come_from_where_they_are_asked_for(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": "spliced"}, "has no layer 'spliced'; there are: double"),
-        ({"layer": ""}, "has no layer ''; there are: double"),
-        ({"layer": "double", "use_raw": True}, "layer 'double' and use_raw=True: .*one of them only"),
+        ({"layer": "spliced"}, "has no layer 'spliced'; its layers are: double"),
+        ({"layer": ""}, "has no layer ''; its layers are: double"),
+        ({"layer": "double", "use_raw": True}, "layer 'double' and use_raw=True are .*only one of them"),
         ({"use_raw": "yes"}, "use_raw .*'yes'"),
         ({"gene_col_name": "symbol"}, "none of its|no gene|not in the vocabulary"),
         ({"gene_col_name": "gene"}, "no column 'gene'"),
     ],
 )
-def test_what_is_not_there_is_said(
+def test_missing_inputs_are_named(
     kind: str, options: dict[str, Any], message: str, model: Checkpoint, tmp_path: Path
 ) -> None:
     data = as_kind(layered(), kind, tmp_path)
@@ -295,7 +295,7 @@ def test_gene_ids_in_the_index_are_found_unless_a_column_is_named(
 
 
 @with_all_kinds
-def test_settings_say_where_counts_are_unless_a_call_does(
+def test_arguments_override_where_settings_say_counts_are(
     kind: str, multiples: dict[int, np.ndarray], tmp_path: Path
 ) -> None:
     model = tf.load(CHECKPOINT, device="cpu", precision="32", settings={"model.data_config.layer": "double"})
@@ -306,13 +306,13 @@ def test_settings_say_where_counts_are_unless_a_call_does(
 
 @with_all_kinds
 @pytest.mark.parametrize("key", ["", ".", "a/b", None, 3])
-def test_a_key_that_no_file_can_hold_is_refused(kind: str, key: Any, model: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(tf.TranscriptFormerError, match=r"key_added=.*: a name without '/' is needed"):
+def test_an_unwritable_key_is_refused(kind: str, key: Any, model: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(tf.TranscriptFormerError, match=r"key_added=.*: must be a name without '/'"):
         tf.embed(as_kind(layered(), kind, tmp_path), model, key_added=key)
 
 
 @with_all_kinds
-def test_what_is_under_the_key_is_replaced(kind: str, model: Checkpoint, tmp_path: Path) -> None:
+def test_an_existing_key_is_overwritten(kind: str, model: Checkpoint, tmp_path: Path) -> None:
     adata = layered()
     adata.obsm["X_tf"] = np.zeros((6, 3))
     adata.uns["X_tf"] = "old"
@@ -335,7 +335,7 @@ def test_a_copy_is_made_of_any_kind(
         np.testing.assert_array_equal(result.X.toarray(), random_adata(6).X.toarray())
 
 
-def test_a_view_of_a_backed_anndata_is_embedded_as_a_copy_only(
+def test_a_view_of_a_backed_anndata_requires_a_copy(
     model: Checkpoint, multiples: dict[int, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     view = as_kind(layered(), "backed", tmp_path)[[4, 1]]
@@ -343,7 +343,7 @@ def test_a_view_of_a_backed_anndata_is_embedded_as_a_copy_only(
     assert result is not None
     np.testing.assert_allclose(result.obsm["X_transcriptformer"], multiples[3][[4, 1]], rtol=1e-5, atol=1e-6)
     caplog.clear()
-    with caplog.at_level(logging.INFO), pytest.raises(tf.TranscriptFormerError, match="give copy=True"):
+    with caplog.at_level(logging.INFO), pytest.raises(tf.TranscriptFormerError, match="use copy=True"):
         tf.embed(view, model)
     assert not caplog.text  # nothing was read
 
@@ -359,7 +359,7 @@ def test_a_view_of_a_backed_anndata_is_embedded_as_a_copy_only(
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_how_cells_are_read_does_not_change_them(
+def test_how_cells_are_read_does_not_change_the_result(
     kind: str, settings: dict[str, object], multiples: dict[int, np.ndarray], tmp_path: Path
 ) -> None:
     model = tf.load(CHECKPOINT, device="cpu", precision="32", batch_size=3, settings=settings)
@@ -379,7 +379,7 @@ def with_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @with_all_kinds
-def test_labels_llh_and_filters_go_together(kind: str, with_labels: Path, tmp_path: Path) -> None:
+def test_labels_llh_and_filters_can_be_combined(kind: str, with_labels: Path, tmp_path: Path) -> None:
     settings = {
         "model.inference_config.output_keys": ["llh"],
         "model.data_config.min_expressed_genes": 2,
@@ -411,23 +411,23 @@ def test_gene_embeddings_need_no_labels(
     model = tf.load(with_labels, device="cpu", precision="32", settings=settings)
     result = tf.gene_embeddings(as_kind(layered(), kind, tmp_path), model, pool=pool)
     assert result.obsm["embeddings"].shape == (result.n_obs, 32)
-    assert "gene_embeddings leaves out llh" in caplog.text
+    assert "gene_embeddings ignores the output key llh" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ({}, {"emb_type": "cge"}, "emb_type has no effect here"),
-        ({}, {"cge_pool": "donor"}, "cge_pool has no effect here"),
-        ({}, {"output_filename": "x.h5ad"}, "output_filename has no effect here"),
-        ({}, {"resume": True}, "resume has no effect here"),
-        ({}, {"num_gpus": 2}, "num_gpus has no effect here"),
-        ({"batch_size": 3}, {"batch_size": 4}, r"batch_size: given twice, as an argument \(3\) and in settings \(4\)"),
-        ({"precision": "32"}, {"precision": "bf16-mixed"}, "precision: given twice"),
+        ({}, {"emb_type": "cge"}, "emb_type has no effect in the Python API"),
+        ({}, {"cge_pool": "donor"}, "cge_pool has no effect in the Python API"),
+        ({}, {"output_filename": "x.h5ad"}, "output_filename has no effect in the Python API"),
+        ({}, {"resume": True}, "resume has no effect in the Python API"),
+        ({}, {"num_gpus": 2}, "num_gpus has no effect in the Python API"),
+        ({"batch_size": 3}, {"batch_size": 4}, r"batch_size: conflicting values, argument 3 and settings 4"),
+        ({"precision": "32"}, {"precision": "bf16-mixed"}, "precision: conflicting values"),
         ({}, {"no_such": 1}, "no_such: no such configuration key"),
     ],
 )
-def test_settings_that_would_be_ignored_are_refused(
+def test_settings_without_effect_are_refused(
     arguments: dict[str, Any], settings: dict[str, object], message: str
 ) -> None:
     settings = {f"model.inference_config.{name}": value for name, value in settings.items()}
@@ -435,7 +435,7 @@ def test_settings_that_would_be_ignored_are_refused(
         tf.load(CHECKPOINT, **{"device": "cpu", **arguments}, settings=settings)
 
 
-def test_settings_may_repeat_what_is_so() -> None:
+def test_settings_may_repeat_defaults_and_arguments() -> None:
     settings = {"emb_type": "cell", "cge_pool": None, "device": "cpu", "batch_size": 3}
     settings = {f"model.inference_config.{name}": value for name, value in settings.items()}
     model = tf.load(CHECKPOINT, device="cpu", settings=settings)
@@ -445,5 +445,5 @@ def test_settings_may_repeat_what_is_so() -> None:
 @pytest.mark.parametrize("data", [3, None, [3], [None]])
 def test_data_of_another_type_is_refused(data: Any, model: Checkpoint) -> None:
     for function in (tf.embed, tf.gene_embeddings):
-        with pytest.raises(tf.TranscriptFormerError, match="an AnnData, a path or a list of paths is needed"):
+        with pytest.raises(tf.TranscriptFormerError, match="must be an AnnData, a path or a list of paths"):
             function(data, model)

@@ -15,7 +15,7 @@ def edit_config_json(checkpoint: Path, section: str, **values: object) -> None:
     path.write_text(json.dumps(config))
 
 
-def test_defaults_are_the_published_ones() -> None:
+def test_defaults_match_the_published_package() -> None:
     model = load_config(CHECKPOINT).model
     assert model.data_config.gene_col_name == "ensembl_id"
     assert model.data_config.clip_counts == 30
@@ -30,18 +30,18 @@ def test_defaults_are_the_published_ones() -> None:
     assert model.model_type == "transcriptformer"
 
 
-def test_batches_are_as_large_as_suits_the_machine() -> None:
+def test_the_default_batch_size_is_auto() -> None:
     assert load_config(CHECKPOINT).model.inference_config.batch_size == "auto"
 
 
-def test_what_was_trained_comes_from_the_checkpoint() -> None:
+def test_the_architecture_comes_from_the_checkpoint() -> None:
     model = load_config(CHECKPOINT).model
     assert (model.model_config.num_layers, model.model_config.seq_len) == (2, 127)
     assert model.data_config.aux_cols == ["assay"]
     assert model.data_config.esm2_mappings == ["homo_sapiens_gene.h5"]
 
 
-def test_later_layers_win(checkpoint_copy: Path) -> None:
+def test_later_sources_override_earlier_ones(checkpoint_copy: Path) -> None:
     edit_config_json(checkpoint_copy, "data_config", clip_counts=7, special_tokens=["unknown", "[PAD]"])
     key = "model.data_config.clip_counts"
     assert load_config(checkpoint_copy).model.data_config.special_tokens == ["unknown", "[PAD]"]
@@ -60,12 +60,12 @@ def test_aux_cols_may_be_a_string_a_list_or_null(checkpoint_copy: Path, publishe
     assert load_config(checkpoint_copy).model.data_config.aux_cols == expected
 
 
-def test_unknown_keys_of_a_checkpoint_are_told_and_left_out(
+def test_unknown_keys_of_a_checkpoint_are_ignored_with_a_warning(
     checkpoint_copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     edit_config_json(checkpoint_copy, "model_config", flux_capacitor=3)
     load_config(checkpoint_copy)
-    assert "unknown key model.model_config.flux_capacitor is left out" in caplog.text
+    assert "ignoring unknown key model.model_config.flux_capacitor" in caplog.text
     assert len(caplog.records) == 1
 
 
@@ -79,7 +79,7 @@ def test_unknown_keys_of_a_checkpoint_are_told_and_left_out(
         (["obs_keys=[]"], []),
     ],
 )
-def test_overrides_reach_into_lists_and_replace_them(overrides: list[str], expected: list[str]) -> None:
+def test_overrides_replace_lists_and_their_items(overrides: list[str], expected: list[str]) -> None:
     overrides = [f"model.inference_config.{override}" for override in overrides]
     assert load_config(CHECKPOINT, {}, overrides).model.inference_config.obs_keys == expected
 
@@ -87,7 +87,7 @@ def test_overrides_reach_into_lists_and_replace_them(overrides: list[str], expec
 @pytest.mark.parametrize(
     ("text", "value"), [("true", True), ("false", False), ("null", None), ("auto", "auto"), ("True", True)]
 )
-def test_use_raw_takes_the_published_values(text: str, value: bool | str | None) -> None:
+def test_use_raw_accepts_the_published_values(text: str, value: bool | str | None) -> None:
     assert load_config(CHECKPOINT, {}, [f"model.data_config.use_raw={text}"]).model.data_config.use_raw == value
 
 
@@ -114,13 +114,13 @@ def test_use_raw_takes_the_published_values(text: str, value: bool | str | None)
         ("model.inference_config.obs_keys.x=1", "obs_keys.x: "),
         ("model.data_config.seed=-1", "seed: must be from 0 to 9,223,372,036,854,775,807, not -1"),
         ("model.data_config.gene_col_name=???", "gene_col_name'"),
-        ("model.data_config.clip_counts", "not of the form key.path=value"),
+        ("model.data_config.clip_counts", "is not of the form key.path=value"),
         ("model.inference_config.obs_keys=a,b", r"a list as \[a,b\]"),
         ("+model.data_config.new=1", "give one plain key.path=value"),
         ("~model.data_config.clip_counts", "give one plain key.path=value"),
     ],
 )
-def test_a_bad_override_is_an_error_that_names_the_key(override: str, message: str) -> None:
+def test_an_invalid_override_is_an_error_that_names_the_key(override: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_config(CHECKPOINT, {}, [override])
 

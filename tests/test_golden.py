@@ -1,4 +1,4 @@
-"""Our numbers are those of the published package, on synthetic cells and, where they are at hand, on real ones."""
+"""Results equal those of the published package, on synthetic cells and, if available, on real ones."""
 
 import shutil
 
@@ -13,9 +13,8 @@ from transcriptformer.inference.batch_size import batch_limits
 from transcriptformer.inference.inputs import Inputs
 from transcriptformer.inference.run import embed
 from transcriptformer.model.attention import flex
-from transcriptformer.model.attention.blockwise import trainable_attention
+from transcriptformer.model.attention.choose import ATTENTION
 from transcriptformer.model.attention.definition import Attention
-from transcriptformer.model.attention.flex import ATTENTION
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
 each_case = pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_new_species_and_the_baseline_equal_the_reference(case: GoldenCase, atte
 def test_embeddings_of_the_compiled_attention_equal_the_reference(
     case: GoldenCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flex, "SHORT", 0)  # the synthetic cells are shorter than where it pays
+    monkeypatch.setattr(flex, "MIN_LENGTH", 0)  # the synthetic cells are shorter than the default
     torch.compiler.reset()
     assert_embeddings_equal(case, "flex")
 
@@ -96,7 +95,7 @@ def test_training_forward_equals_the_reference(case: GoldenCase, attention: str)
 
 @pytest.mark.parametrize("case", synthetic_cases("cell", "normalize", "clip5"), ids=str)
 def test_training_forward_with_gradients_equals_the_reference(case: GoldenCase) -> None:
-    assert_training_forward_equal(case, trainable_attention)
+    assert_training_forward_equal(case, ATTENTION["blockwise"])
 
 
 def assert_training_forward_equal(case: GoldenCase, attention: Attention) -> None:

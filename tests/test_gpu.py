@@ -1,4 +1,4 @@
-"""The numbers, the paths and the pipeline on a CUDA device; skipped where there is none (`make test-gpu`)."""
+"""Results, attention paths and the pipeline on a CUDA device; skipped without one (`make test-gpu`)."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from transcriptformer.checkpoint.published import load_config
 from transcriptformer.data.batches import Batch
 from transcriptformer.inference.module import TranscriptFormerModule
 from transcriptformer.inference.run import embed, make_module
-from transcriptformer.model.attention.blockwise import trainable_attention
-from transcriptformer.model.attention.definition import Attention, blockwise_attention, count_bias, plain_attention
+from transcriptformer.model.attention.blockwise import blockwise_attention
+from transcriptformer.model.attention.definition import Attention, ScoreMod, count_bias, plain_attention
 from transcriptformer.model.attention.flex import flex_attention
 from transcriptformer.training.run import fit
 
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
 ]
 HALF_TOLERANCE = 2e-2
-"""As for bfloat16 on a CPU."""
+"""The same as for bfloat16 on a CPU."""
 
 
 def on_gpu(source: object, **inference: object) -> anndata.AnnData:
@@ -59,7 +59,7 @@ def test_gene_embeddings_equal_the_reference(case: GoldenCase) -> None:
 
 @pytest.mark.parametrize("attention", ["plain", "blockwise", "flex"])
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
-def test_half_precision_is_near_float32(precision: str, attention: str) -> None:
+def test_half_precision_is_close_to_float32(precision: str, attention: str) -> None:
     exact = on_gpu(CELLS).obsm["embeddings"]
     assert relative_error(on_gpu(CELLS, precision=precision, attention=attention).obsm["embeddings"], exact) < (
         HALF_TOLERANCE
@@ -76,16 +76,16 @@ def test_attention_is_the_same_on_every_path(dtype: torch.dtype, on_diagonal: bo
     bias = count_bias(30 * torch.rand(2, 700, generator=generator, device="cuda"), 1e-6)
     allowed = torch.rand(2, 700, generator=generator, device="cuda") < 0.9
     allowed[:, 0] = False
-    exact = plain_attention(q.float(), k.float(), v.float(), bias, allowed, softcap, on_diagonal)
+    exact = plain_attention(q.float(), k.float(), v.float(), ScoreMod(bias, allowed, softcap, on_diagonal))
     tolerance = 1e-3 if dtype == torch.float32 else HALF_TOLERANCE  # the compiled kernel multiplies in TF32
     with torch.inference_mode():
         for path in (blockwise_attention, flex_attention):
-            result = path(q, k, v, bias, allowed, softcap, on_diagonal).float()
+            result = path(q, k, v, ScoreMod(bias, allowed, softcap, on_diagonal)).float()
             assert (result - exact).norm() <= tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("emb_type", ["cell", "cge"])
-def test_no_batch_makes_the_host_wait(emb_type: str) -> None:
+def test_batches_do_not_synchronize_the_device(emb_type: str) -> None:
     options = {"device": "cuda", "emb_type": emb_type, "output_keys": ["embeddings", "llh"]}
     config = load_config(CHECKPOINT, {f"model.inference_config.{key}": value for key, value in options.items()})
     checkpoint = load_checkpoint(CHECKPOINT, config)
@@ -94,25 +94,25 @@ def test_no_batch_makes_the_host_wait(emb_type: str) -> None:
     module.prepare(np.array([31] * 4))
     tokens = torch.randint(7, 200, (4, 32)).pin_memory()
     batch = Batch(torch.arange(4), tokens, torch.ones(4, 32).pin_memory(), torch.zeros(4, 1, dtype=torch.int64))
-    there = Batch(*(values.cuda(non_blocking=True) for values in batch))
+    on_device = Batch(*(values.cuda(non_blocking=True) for values in batch))
     with torch.inference_mode():
-        module.predict_step(there, 0)  # what is made once is made
+        module.predict_step(on_device, 0)  # warm-up
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            module.predict_step(there, 1)
+            module.predict_step(on_device, 1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_run_is_the_same_whatever_the_size_of_its_batches() -> None:
+def test_the_result_does_not_depend_on_the_batch_size() -> None:
     cells = random_adata(300)
-    suitable, small = (on_gpu(cells, batch_size=size).obsm["embeddings"] for size in ("auto", 7))
-    assert relative_error(small, suitable) < TOLERANCE
+    auto, small = (on_gpu(cells, batch_size=size).obsm["embeddings"] for size in ("auto", 7))
+    assert relative_error(small, auto) < TOLERANCE
 
 
 def test_a_second_run_of_the_same_checkpoint_is_the_same() -> None:
-    """Between them the model is moved off the device and back."""
+    """Between the runs, the model is moved off the device and back."""
     options = {"model.inference_config.device": "cuda", "model.inference_config.precision": "32"}
     checkpoint = load_checkpoint(CHECKPOINT, load_config(CHECKPOINT, options))
     first, second = (embed([CELLS], checkpoint).obsm["embeddings"] for _ in range(2))
@@ -120,16 +120,16 @@ def test_a_second_run_of_the_same_checkpoint_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("length", [100, 384, 700])
-@pytest.mark.parametrize("attention", [flex_attention, trainable_attention], ids=["flex", "blockwise"])
+@pytest.mark.parametrize("attention", [flex_attention, blockwise_attention], ids=["flex", "blockwise"])
 def test_gradients_equal_the_definition(attention: Attention, length: int) -> None:
-    """Also of a query that sees no key, such as that of an unknown assay."""
+    """Includes a query without allowed keys, such as that of an unknown assay."""
     found = []
     for path in (attention, plain_attention):
         torch.manual_seed(0)
         q, k, v = (torch.randn(2, 4, length, 32, device="cuda", requires_grad=True) for _ in range(3))
         bias, allowed = torch.rand(2, length, device="cuda"), torch.rand(2, length, device="cuda") > 0.2
         allowed[0, 0] = False
-        output = path(q, k, v, bias, allowed, 10.0, False)
+        output = path(q, k, v, ScoreMod(bias, allowed, 10.0, False))
         weights = torch.randn(output.shape, device="cuda")
         found.append([output, *torch.autograd.grad(output, (q, k, v), weights)])
     for ours, plain in zip(*found, strict=True):
@@ -137,7 +137,7 @@ def test_gradients_equal_the_definition(attention: Attention, length: int) -> No
 
 
 @pytest.mark.parametrize("precision", ["32", "16-mixed", "bf16-mixed"])
-def test_training_on_a_gpu_follows_that_on_a_cpu(tmp_path: Path, precision: str) -> None:
+def test_training_losses_on_a_gpu_match_a_cpu(tmp_path: Path, precision: str) -> None:
     cells = write_cells(tmp_path / "cells.h5ad")
     settings: dict[str, Any] = {"model__model_config__dropout": 0.0, "model__model_config__seq_len": 127}
     fit(config_of(tmp_path / "cpu", cells, **settings))

@@ -1,4 +1,4 @@
-"""A cell's embedding depends on the cell alone."""
+"""A cell's embedding depends only on the cell."""
 
 from collections.abc import Callable
 from functools import cache
@@ -25,7 +25,7 @@ FORMATS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda matrix: matrix.toarray(),
 }
 CELLS_OF_EVERY_LENGTH = random_adata(12, n_genes=200, density=0.5)
-for i in range(12):  # from no gene at all to more than the model has positions
+for i in range(12):  # from no genes to more than the model has positions
     CELLS_OF_EVERY_LENGTH.X[i] = CELLS_OF_EVERY_LENGTH.X[i].multiply(np.arange(200) < 17 * i)
 
 
@@ -49,7 +49,7 @@ def results(source: Any, batch_size: int = 5, precision: str = "32") -> anndata.
 
 @cache
 def reference(precision: str = "32") -> anndata.AnnData:
-    """Every cell in a batch of its own."""
+    """Results with a batch size of 1."""
     return results(CELLS_OF_EVERY_LENGTH, batch_size=1, precision=precision)
 
 
@@ -80,7 +80,7 @@ def test_worker_processes_change_nothing() -> None:
     assert relative_error(result.obsm["embeddings"], reference().obsm["embeddings"]) < TOLERANCE
 
 
-def test_bfloat16_is_near_float32() -> None:
+def test_bfloat16_is_close_to_float32() -> None:
     exact, rounded = (results(CELLS, precision=precision).obsm["embeddings"] for precision in ("32", "bf16-mixed"))
     assert 0 < relative_error(rounded, exact) < 2e-2
 
@@ -88,13 +88,13 @@ def test_bfloat16_is_near_float32() -> None:
 @given(order=st.permutations(range(12)), batch_size=st.integers(2, 12))
 @settings(max_examples=8)
 def test_in_16_mixed_a_cell_does_not_depend_on_its_neighbours(order: list[int], batch_size: int) -> None:
-    alone = reference("16-mixed").obsm["embeddings"]
+    expected = reference("16-mixed").obsm["embeddings"]
     together = results(CELLS_OF_EVERY_LENGTH[order].copy(), batch_size, precision="16-mixed").obsm["embeddings"]
     for row, cell in enumerate(order):
-        assert relative_error(together[row], alone[cell]) < 1e-3
+        assert relative_error(together[row], expected[cell]) < 1e-3
 
 
-def test_a_cell_without_genes_has_the_embedding_of_start_alone_and_no_llh() -> None:
+def test_a_cell_without_genes_has_an_embedding_but_no_llh() -> None:
     result = reference()
     assert np.isfinite(result.obsm["embeddings"][0]).all()
     assert np.isnan(result.uns["llh"]["llh"].iloc[0])

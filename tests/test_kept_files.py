@@ -1,4 +1,4 @@
-"""What a run has kept is read back as it was, computed again, or refused in one line; never a wrong number."""
+"""Damaged intermediate files are recomputed or refused in one line; results are never wrong."""
 
 import shutil
 from collections.abc import Callable
@@ -26,7 +26,7 @@ DAMAGES = ("flipped", "cut", "emptied", "deleted", "replaced")
 
 
 class EndedError(Exception):
-    """Stands for whatever ends a run."""
+    """Any exception that ends a run."""
 
 
 def damage(path: Path, how: str) -> None:
@@ -42,8 +42,8 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _keep_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transcriptformer.storage.results.SECONDS_AT_RISK", 0)
-    monkeypatch.setattr("transcriptformer.inference.pooling.SECONDS_AT_RISK", 0)
+    monkeypatch.setattr("transcriptformer.storage.results.FLUSH_SECONDS", 0)
+    monkeypatch.setattr("transcriptformer.inference.pooling.FLUSH_SECONDS", 0)
 
 
 def options_for(folder: Path, kind: str) -> dict[str, object]:
@@ -66,7 +66,7 @@ def resume(folder: Path, kind: str) -> Result:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, anndata.AnnData]]:
-    """What a run of a kind kept that was ended halfway, and the result of an unbroken one."""
+    """Intermediate results of a run ended halfway, and the result of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("ended")
     random_adata(N_CELLS).write_h5ad(folder / "cells.h5ad")
     made: dict[str, tuple[Path, anndata.AnnData]] = {}
@@ -92,7 +92,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("kind", ["cell", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cge", "pooled"))])
-def test_results_that_were_damaged_are_computed_again(
+def test_damaged_results_are_recomputed(
     kind: str, how: str, ended: Callable[[str], tuple[Path, anndata.AnnData]]
 ) -> None:
     kept, expected = ended(kind)
@@ -111,7 +111,7 @@ def test_results_that_were_damaged_are_computed_again(
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_survey_is_made_again(how: str, ended: Callable[[str], tuple[Path, anndata.AnnData]]) -> None:
+def test_damaged_survey_is_recomputed(how: str, ended: Callable[[str], tuple[Path, anndata.AnnData]]) -> None:
     kept, expected = ended("cell")
     folder = shutil.copytree(kept, kept.with_name(f"survey {how}"))
     damage(folder / "embeddings.h5ad.parts" / "survey.safetensors", how)
@@ -122,9 +122,7 @@ def test_a_damaged_survey_is_made_again(how: str, ended: Callable[[str], tuple[P
 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGES if how != "deleted"])
-def test_where_it_is_not_known_what_was_computed_nothing_is_believed(
-    how: str, ended: Callable[[str], tuple[Path, anndata.AnnData]]
-) -> None:
+def test_damaged_run_json_is_an_error(how: str, ended: Callable[[str], tuple[Path, anndata.AnnData]]) -> None:
     kept, _ = ended("cell")
     folder = shutil.copytree(kept, kept.with_name(f"run {how}"))
     damage(folder / "embeddings.h5ad.parts" / "run.json", how)
@@ -137,7 +135,7 @@ def test_where_it_is_not_known_what_was_computed_nothing_is_believed(
 
 
 @pytest.mark.parametrize("with_resume", [False, True])
-def test_results_of_which_nothing_says_what_they_are_are_refused_and_stay(
+def test_results_without_run_json_are_refused_and_kept(
     with_resume: bool, ended: Callable[[str], tuple[Path, anndata.AnnData]]
 ) -> None:
     kept, _ = ended("cell")
@@ -146,12 +144,12 @@ def test_results_of_which_nothing_says_what_they_are_are_refused_and_stay(
     (parts / "run.json").unlink()
     before = {path: path.read_bytes() for path in parts.iterdir()}
     config = load_config(CHECKPOINT, {**options_for(folder, "cell"), "model.inference_config.resume": with_resume})
-    with pytest.raises(UsageError, match=r"holds results of an earlier run, but run\.json, .* is missing; delete"):
+    with pytest.raises(UsageError, match=r"contains results of an earlier run, but run\.json is missing; delete"):
         run([folder.parent / "cells.h5ad"], CHECKPOINT, config)
     assert {path: path.read_bytes() for path in parts.iterdir()} == before
 
 
-def test_pieces_of_another_run_of_the_same_kind_are_not_believed(
+def test_pieces_of_another_run_are_discarded(
     ended: Callable[[str], tuple[Path, anndata.AnnData]], tmp_path: Path
 ) -> None:
     kept, expected = ended("cell")
@@ -168,12 +166,12 @@ def test_pieces_of_another_run_of_the_same_kind_are_not_believed(
         shutil.copy(foreign, folder / "embeddings.h5ad.parts")
     result = resume(folder, "cell")
     assert result.exit_code == 0, result.output
-    assert "of another run; its results are computed again" in result.stderr
+    assert "belongs to another run; its results are recomputed" in result.stderr
     assert_same(read_result(folder / "embeddings.h5ad"), expected)
 
 
 @pytest.mark.parametrize("with_resume", [False, True])
-def test_a_run_at_work_is_named_and_not_touched(
+def test_concurrent_run_is_named_and_untouched(
     with_resume: bool, ended: Callable[[str], tuple[Path, anndata.AnnData]]
 ) -> None:
     kept, _ = ended("cell")
@@ -182,14 +180,14 @@ def test_a_run_at_work_is_named_and_not_touched(
     before = {path: path.read_bytes() for path in parts.iterdir()}
     with held_by_another(folder / ".embeddings.h5ad.lock") as other:
         config = load_config(CHECKPOINT, {**options_for(folder, "cell"), "model.inference_config.resume": with_resume})
-        with pytest.raises(UsageError, match=rf"another run is at work there \(process {other.pid} on "):
+        with pytest.raises(UsageError, match=rf"in use by another run \(process {other.pid} on "):
             run([folder.parent / "cells.h5ad"], CHECKPOINT, config)
     assert {path: path.read_bytes() for path in parts.iterdir()} == before
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """Cells, a training run that was ended, and an unbroken one."""
+    """Cells, an interrupted training run and an uninterrupted one."""
     folder = tmp_path_factory.mktemp("trained")
     cells = write_cells(folder / "cells.h5ad")
 
@@ -205,7 +203,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 @pytest.mark.parametrize("how", ["flipped", *(pytest.param(how, marks=pytest.mark.slow) for how in DAMAGES[1:])])
 @pytest.mark.parametrize("name", ["survey.safetensors", "statistics.safetensors", "baseline.json"])
-def test_what_training_knows_of_the_cells_is_found_out_again(
+def test_damaged_training_statistics_are_recomputed(
     name: str, how: str, trained: tuple[Path, Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cells, ended_run, whole = trained
@@ -220,7 +218,7 @@ def test_what_training_knows_of_the_cells_is_found_out_again(
     ("name", "how"),
     [(name, how) for name in ("run.json", "last.ckpt") for how in DAMAGES if (name, how) != ("last.ckpt", "deleted")],
 )
-def test_a_training_state_that_cannot_be_relied_on_is_refused(
+def test_damaged_training_state_is_refused(
     name: str, how: str, trained: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     cells, ended_run, _ = trained
@@ -231,20 +229,23 @@ def test_a_training_state_that_cannot_be_relied_on_is_refused(
 
 
 @pytest.mark.parametrize("how", ["flipped", "deleted"])
-def test_without_the_best_weights_training_does_not_go_on(
+def test_training_does_not_resume_without_its_best_weights(
     how: str, trained: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    """Not even until they are needed."""
+    """It fails at the start, not only when the weights are needed."""
     cells, ended_run, whole = trained
     for run_folder in (ended_run, whole):
         folder = shutil.copytree(run_folder, tmp_path / run_folder.name)
         damage(folder / "state" / "best.ckpt", how)
-        with pytest.raises(CheckpointError, match=r"best\.ckpt: (truncated|missing).*; name another folder"):
-            fit(config_of(folder, cells, save_every=1, resume=True), lambda *progress: pytest.fail("it goes on"))
+        with pytest.raises(CheckpointError, match=r"best\.ckpt: (truncated|missing).*; choose another --output-path"):
+            fit(
+                config_of(folder, cells, save_every=1, resume=True),
+                lambda *progress: pytest.fail("training was resumed"),
+            )
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
-def test_a_complete_run_stays_so_without_its_figures(
+def test_complete_run_stays_complete_without_its_metrics(
     how: str, trained: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     cells, _, whole = trained
@@ -255,20 +256,20 @@ def test_a_complete_run_stays_so_without_its_figures(
     assert done.checkpoint == folder / "checkpoint"
 
 
-def test_without_its_state_training_begins_anew_and_says_so(
+def test_training_without_a_state_restarts_with_a_warning(
     trained: tuple[Path, Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cells, ended_run, whole = trained
     folder = shutil.copytree(ended_run, tmp_path / "run")
     (folder / "state" / "last.ckpt").unlink()
     fit(config_of(folder, cells, save_every=1, resume=True))
-    assert "last.ckpt: missing; training begins anew" in caplog.text
+    assert "last.ckpt: missing; training starts over" in caplog.text
     assert_same_run(folder, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])
-def test_every_flipped_bit_of_a_training_state_is_noticed(
+def test_every_flipped_bit_of_a_training_state_is_detected(
     name: str, trained: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     cells, _, whole = trained
@@ -286,7 +287,7 @@ def test_every_flipped_bit_of_a_training_state_is_noticed(
         except TranscriptFormerError as error:
             noticed.append(str(error))
             continue
-        assert_same_run(folder, whole)  # a bit that nothing depends on
+        assert_same_run(folder, whole)  # an unused bit
         (folder / "checkpoint" / "config.json").unlink()
     assert len(noticed) > 5
     assert all(name in message for message in noticed)

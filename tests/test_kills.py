@@ -1,6 +1,6 @@
-"""Processes of a run that are killed or told to end, at any moment: none stays, one line says it, nothing is lost.
+"""Kill or signal the processes of a run at any moment: all end, one line reports it, and nothing is lost.
 
-`TRANSCRIPTFORMER_KILL_ROUNDS` says how often each kind of run gets each signal; each round takes ten to twenty seconds
+`TRANSCRIPTFORMER_KILL_ROUNDS` is the number of rounds per kind of run and signal; a round takes ten to twenty seconds
 (`make test-kills`: 50 rounds of each).
 """
 
@@ -27,29 +27,29 @@ from tests.training.training_runs import GENE_FILE, SMALL, assert_same_run, writ
 
 ROUNDS = int(os.environ.get("TRANSCRIPTFORMER_KILL_ROUNDS", "1"))
 
-SECONDS_TO_END = 10.0
+END_TIMEOUT = 10.0
 
 N_CELLS = 2000
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-LAST_WORDS = re.compile(r"(ERROR: |INFO: (ended by|interrupted))")
+END_MESSAGE = re.compile(r"(ERROR: |INFO: (ended by|interrupted))")
 
 
 @dataclass
 class Run:
-    """A command that is started again and again until it is done.
+    """A command that is restarted until it is complete.
 
     Attributes
     ----------
     folder
-        Of its output.
+        Output folder.
     command
-        With `--resume`, which does no harm the first time.
+        Command line with `--resume`, which has no effect on the first start.
     compare
-        Fails unless its output is that of an unbroken run.
+        Fails unless the output equals that of an uninterrupted run.
     result
-        What its output has in the end.
+        Path in the output folder that exists once the run is complete.
     """
 
     folder: Path
@@ -75,10 +75,10 @@ class Run:
         return self.log.read_text(errors="replace").splitlines()
 
     def is_computing(self) -> bool:
-        return any(re.search("are in the vocabulary|cells are learned from", line) for line in self.lines)
+        return any(re.search("are in the vocabulary|training and .* validation cells", line) for line in self.lines)
 
     def complete(self) -> None:
-        """Go on to the end, and see that the result is that of an unbroken run."""
+        """Run to the end and compare the result with that of an uninterrupted run."""
         process = self.start()
         assert process.wait(300) == 0, self.lines
         self.compare(self.folder)
@@ -87,7 +87,7 @@ class Run:
 
 
 def members(group: int) -> list[psutil.Process]:
-    """The living processes of a group, the oldest first."""
+    """Running processes of a group, oldest first."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -99,7 +99,7 @@ def members(group: int) -> list[psutil.Process]:
 
 
 def handles_signals(process: subprocess.Popen[bytes]) -> bool:
-    """Whether the command has come so far that it handles SIGTERM."""
+    """Whether the command has installed its SIGTERM handler."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:
@@ -116,7 +116,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], 
 
 
 def ranks_and_workers(main: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """The processes of a run that compute, and those that read."""
+    """Compute processes and data workers of a run."""
     ranks: list[psutil.Process] = []
     workers: list[psutil.Process] = []
     for process in members(main):
@@ -130,8 +130,8 @@ def ranks_and_workers(main: int) -> tuple[list[psutil.Process], list[psutil.Proc
 
 
 def assert_ended(run: Run, process: subprocess.Popen[bytes], main_was_killed: bool) -> None:
-    """No process is left after ten seconds, and one line says why, and how to go on."""
-    until = time.monotonic() + SECONDS_TO_END
+    """No process is left after ten seconds, and one line says why and how to resume."""
+    until = time.monotonic() + END_TIMEOUT
     while members(process.pid) and time.monotonic() < until:
         process.poll()
         time.sleep(0.05)
@@ -140,23 +140,23 @@ def assert_ended(run: Run, process: subprocess.Popen[bytes], main_was_killed: bo
         member.kill()
     code = process.wait(10)
     assert left == [], run.lines
-    if (run.folder / run.result).exists():  # all is done, and the signal met an interpreter that goes
+    if (run.folder / run.result).exists():  # complete: the signal arrived during interpreter shutdown
         run.counts["finished before"] += 1
         return
     assert all(re.match("(INFO|WARNING|ERROR): ", line) for line in run.lines), run.lines
-    words = [line for line in run.lines if LAST_WORDS.match(line)]
+    messages = [line for line in run.lines if END_MESSAGE.match(line)]
     if main_was_killed:
         assert code == -signal.SIGKILL
-        assert len(words) <= 1, run.lines
+        assert len(messages) <= 1, run.lines
     else:
         assert code in (1, 129, 130, 143), (code, run.lines)
-        assert len(words) == 1, run.lines
-        assert words[0].endswith("the same command with --resume goes on")
+        assert len(messages) == 1, run.lines
+        assert messages[0].endswith("rerun the same command with --resume to continue")
     run.counts["ended"] += 1
 
 
 def strike(run: Run, sent: signal.Signals, rng: random.Random) -> None:
-    """Start the run, or go on with it, and send a signal to some of its processes at some moment."""
+    """Start or resume the run, and send a signal to some of its processes at a random moment."""
     process = run.start()
     if rng.random() < 0.25:
         wait_until(lambda: handles_signals(process), process)
@@ -177,7 +177,7 @@ def strike(run: Run, sent: signal.Signals, rng: random.Random) -> None:
     for victim in targets[target]:
         if victim.is_running():
             victim.send_signal(sent)
-    if target == "worker" and sent != signal.SIGKILL:  # which are the affair of the other processes
+    if target == "worker" and sent != signal.SIGKILL:  # ignored by workers
         process.wait(120)
     run.counts[target] += 1
     assert_ended(run, process, sent == signal.SIGKILL and target in ("group", "main") and process.wait(10) < 0)
@@ -185,20 +185,20 @@ def strike(run: Run, sent: signal.Signals, rng: random.Random) -> None:
 
 @pytest.fixture(scope="module")
 def embedding(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Makes runs of `inference`."""
+    """Create runs of `inference`."""
     folder = tmp_path_factory.mktemp("embedding")
     random_adata(N_CELLS, density=0.4).write_h5ad(folder / "cells.h5ad")
     fixed = ["--data-file", folder / "cells.h5ad", "--batch-size", 1]
     fixed += ["--config-override", "model.data_config.block_size=50"]
 
     @cache
-    def unbroken() -> anndata.AnnData:
+    def uninterrupted() -> anndata.AnnData:
         subprocess.run(inference_command(*fixed, "--output-path", folder), check=True, capture_output=True)
         return read_result(folder / "embeddings.h5ad")
 
     def compare(output: Path) -> None:
         assert [path.name for path in output.iterdir()] == ["embeddings.h5ad"]
-        assert_same(read_result(output / "embeddings.h5ad"), unbroken())
+        assert_same(read_result(output / "embeddings.h5ad"), uninterrupted())
 
     def make(output: Path, n_processes: int, n_workers: int) -> Run:
         options = ["--num-gpus", n_processes, "--n-data-workers", n_workers, "--output-path", output, "--resume"]
@@ -209,7 +209,7 @@ def embedding(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Makes runs of `train`."""
+    """Create runs of `train`."""
     folder = tmp_path_factory.mktemp("training")
     cells = write_cells(folder / "cells.h5ad")
     settings = {**SMALL, "training.save_every": 3, "training.max_epochs": 60}
@@ -222,14 +222,16 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         return [*fixed, *spread, "--output-path", str(output)]
 
     @cache
-    def unbroken(n_processes: int) -> Path:
-        output = folder / f"unbroken-{n_processes}"
+    def uninterrupted(n_processes: int) -> Path:
+        output = folder / f"uninterrupted-{n_processes}"
         subprocess.run(command(output, n_processes, 0), check=True, capture_output=True)
         return output
 
     def make(output: Path, n_processes: int, n_workers: int) -> Run:
         resumed = [*command(output, n_processes, n_workers), "--resume"]
-        return Run(output, resumed, lambda done: assert_same_run(done, unbroken(n_processes)), "checkpoint/config.json")
+        return Run(
+            output, resumed, lambda done: assert_same_run(done, uninterrupted(n_processes)), "checkpoint/config.json"
+        )
 
     return make
 
@@ -244,7 +246,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         ("training", 2, 2),
     ],
 )
-def test_at_random_moments(
+def test_signals_at_random_moments(
     kind: str,
     n_processes: int,
     n_workers: int,
@@ -262,14 +264,14 @@ def test_at_random_moments(
     run.complete()
     with capsys.disabled():
         seconds = (time.monotonic() - started) / ROUNDS
-        told = ", ".join(f"{name}: {n}" for name, n in sorted(run.counts.items()))
-        print(f"\n{kind}, {n_processes} × {n_workers}, {sent.name}: {ROUNDS} rounds of {seconds:.1f} s; {told}")  # noqa: T201
+        summary = ", ".join(f"{name}: {n}" for name, n in sorted(run.counts.items()))
+        print(f"\n{kind}, {n_processes} × {n_workers}, {sent.name}: {ROUNDS} rounds of {seconds:.1f} s; {summary}")  # noqa: T201
 
 
 @pytest.mark.parametrize(
     "target", [*(pytest.param(rank, marks=pytest.mark.slow) for rank in ("main", "last")), "worker"]
 )
-def test_a_killed_process_takes_the_others_along(target: str, embedding: Callable[..., Run], tmp_path: Path) -> None:
+def test_killed_process_ends_the_others(target: str, embedding: Callable[..., Run], tmp_path: Path) -> None:
     run = embedding(tmp_path / "out", 2, 2)
     process = run.start()
     wait_until(lambda: run.is_computing() and len(ranks_and_workers(process.pid)[1]) >= 4, process)
@@ -277,9 +279,9 @@ def test_a_killed_process_takes_the_others_along(target: str, embedding: Callabl
     victim = {"main": ranks[0], "last": ranks[-1], "worker": workers[-1]}[target]
     victim.kill()
     assert_ended(run, process, main_was_killed=target == "main")
-    said = {
+    expected = {
         "main": "the first process of this run was killed",
         "last": f"process 1 of 2 ({victim.pid}) was ended by SIGKILL",
-        "worker": f"a data worker (process {victim.pid}) was ended by SIGKILL; fewer --n-data-workers",
+        "worker": f"a data worker (process {victim.pid}) was ended by SIGKILL; reduce --n-data-workers",
     }
-    assert any(said[target] in line for line in run.lines), run.lines
+    assert any(expected[target] in line for line in run.lines), run.lines

@@ -1,4 +1,4 @@
-"""Memory depends neither on how many cells there are nor on how large the results are; weights are held once."""
+"""Memory use depends neither on the number of cells nor on the size of the results; weights are held once."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ print(peak_memory() - before)
 
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The synthetic checkpoint's settings at a width of 1,024: about 300 MB of random weights."""
+    """The synthetic checkpoint scaled to width 1,024: about 300 MB of random weights."""
     path = tmp_path_factory.mktemp("large") / "checkpoint"
     shutil.copytree(CHECKPOINT, path)
     published = json.loads((path / "config.json").read_text())
@@ -68,8 +68,8 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 
 
 @pytest.fixture(scope="module")
-def few_and_many_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cells that fill the sequence: 10,000 of them have 1,270,000 gene embeddings of 128 bytes."""
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 and 10,000 full-length cells; the latter have 1,270,000 gene embeddings of 128 bytes."""
     folder = tmp_path_factory.mktemp("cells")
     for n_cells in (1_000, 10_000):
         random_adata(n_cells, n_genes=130, density=1).write_h5ad(folder / f"{n_cells}.h5ad")
@@ -81,12 +81,10 @@ def few_and_many_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "options", [(), ("--emb-type", "cge"), ("--emb-type", "cge", "--cge-pool", "gene")], ids=" ".join
 )
-def test_ten_times_the_cells_take_no_more_memory(
-    few_and_many_cells: Path, options: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_memory_does_not_grow_with_the_number_of_cells(files: Path, options: tuple[str, ...], tmp_path: Path) -> None:
     peaks = []
     for n_cells in (1_000, 10_000):
-        data = few_and_many_cells / f"{n_cells}.h5ad"
+        data = files / f"{n_cells}.h5ad"
         command = inference_command("--data-file", data, "--output-path", tmp_path / str(n_cells), *options)
         run = [sys.executable, "-c", RUN_AND_PRINT_PEAK_MEMORY, *command]
         peaks.append(int(subprocess.run(run, check=True, capture_output=True, text=True).stdout))

@@ -1,7 +1,7 @@
-"""Damaged files: one ERROR line, or exactly the right result; no traceback, no crash, no hang.
+"""Damaged files give one ERROR line or the correct result, never a traceback, crash or hang.
 
-Each file is embedded by the command, in a fork of this process. A result is right if it is that of the file without
-damage, or that of what anndata reads from the damaged file.
+Each file is embedded by the command, in a forked process. A result is correct if it equals that of the undamaged file,
+or that of what anndata reads from the damaged file.
 """
 
 import importlib
@@ -22,25 +22,25 @@ from tests.golden_cases import CHECKPOINT
 from tests.mutated_files import LAYOUTS, mutate
 from transcriptformer.cli.main import app
 
-importlib.import_module("transcriptformer.inference.run")  # now, so that no fork has to
+importlib.import_module("transcriptformer.inference.run")  # before forking
 
 SECONDS = 20
 
-N_FEW, N_ALL, N_AT_ONCE = 2, 100, 25
-"""Seeds for each layout: in `make test`, in `make test-all`, and in one test of the latter."""
+N_FAST, N_SLOW, N_PER_TEST = 2, 100, 25
+"""Seeds per layout in `make test` and in `make test-all`, and seeds per test of the latter."""
 
-FAILED_ONCE: Mapping[str, tuple[int, ...]] = {
+REGRESSION_SEEDS: Mapping[str, tuple[int, ...]] = {
     "csr.h5ad": (0, 11, 42, 50, 56, 62, 64),
     "dense.h5ad": (4, 6, 11, 24, 28, 38, 40, 68, 91, 95),
     "gzip.h5ad": (3, 14, 26, 39),
     "v2.zarr": (1, 5, 28, 40, 58, 64, 75, 82, 85),
     "v3.zarr": (9, 16, 19, 21, 28, 38, 41, 56, 61, 68, 70, 74, 75, 84, 90),
 }
-"""Seeds whose files made a traceback or a hang, or were answered where anndata refuses them."""
+"""Seeds whose files once caused a traceback or a hang, or gave a result although anndata refuses them."""
 
 
 def run_inference(source: Path, folder: Path) -> list[str]:
-    """Embed a file into the folder; the ERROR lines, which are one if there is no result."""
+    """Embed a file into the folder and return the ERROR lines: one if there is no result, else none."""
     os.chdir(folder)
     options = ("--precision", "32", "--device", "cpu", "--output-path", folder)
     command = ["inference", "--checkpoint-path", CHECKPOINT, "--data-file", source, *options]
@@ -57,7 +57,7 @@ def run_inference(source: Path, folder: Path) -> list[str]:
 
 
 def read_by_anndata(source: Path, folder: Path) -> None:
-    """Embed what anndata reads from a file, by way of a file without damage."""
+    """Embed what anndata reads from a file, rewritten as an undamaged file."""
     cells = anndata.read_zarr(source) if source.suffix == ".zarr" else anndata.read_h5ad(source)
     cells.write_h5ad(folder / "cells.h5ad")
     assert run_inference(folder / "cells.h5ad", folder) == []
@@ -72,7 +72,7 @@ def is_same(result: Path, expected: Path) -> bool:
 
 
 class Bench:
-    """Files without damage, and their results."""
+    """Undamaged files and their results."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,26 +83,26 @@ class Bench:
             assert outcome.value == [], outcome
 
     def examine(self, layout: str, seed: int) -> tuple[str, str]:
-        """A verdict, which is bad if it is long, and what the damage was."""
+        """Return the verdict on a damaged file, and a description of the damage."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         damage = mutate(self.folder / layout, folder / layout, seed)
         outcome = run_forked(partial(run_inference, folder / layout, folder), SECONDS)
-        if outcome.trouble:
-            return f"trouble: {outcome.trouble}", damage
+        if outcome.failure:
+            return f"failed: {outcome.failure}", damage
         if outcome.value:
             return "refused", damage
         if is_same(folder / "embeddings.h5ad", self.folder / f"{layout}.result" / "embeddings.h5ad"):
-            return "unharmed", damage
+            return "unaffected", damage
         other = folder / "by_anndata"
         other.mkdir()
         outcome = run_forked(partial(read_by_anndata, folder / layout, other), SECONDS)
-        if outcome.trouble:
-            return f"an answer, but of anndata: {outcome.trouble}", damage
-        is_right = is_same(folder / "embeddings.h5ad", other / "embeddings.h5ad")
-        return "as anndata reads it" if is_right else "another answer than what anndata reads", damage
+        if outcome.failure:
+            return f"a result, but anndata failed: {outcome.failure}", damage
+        is_correct = is_same(folder / "embeddings.h5ad", other / "embeddings.h5ad")
+        return "same as anndata" if is_correct else "a result that differs from what anndata reads", damage
 
 
-GOOD = {"refused", "unharmed", "as anndata reads it"}
+GOOD = {"refused", "unaffected", "same as anndata"}
 
 
 @pytest.fixture(scope="module")
@@ -126,18 +126,18 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("layout", ["csr.h5ad", "v3.zarr"])
-def test_some_files_that_were_answered_badly_once(bench: Bench, layout: str) -> None:
-    examine_all(bench, layout, FAILED_ONCE[layout][-N_FEW:])
+def test_some_regressions(bench: Bench, layout: str) -> None:
+    examine_all(bench, layout, REGRESSION_SEEDS[layout][-N_FAST:])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_files_that_were_answered_badly_once(bench: Bench, layout: str) -> None:
-    examine_all(bench, layout, FAILED_ONCE[layout])
+def test_regressions(bench: Bench, layout: str) -> None:
+    examine_all(bench, layout, REGRESSION_SEEDS[layout])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(0, N_ALL, N_AT_ONCE))
+@pytest.mark.parametrize("start", range(0, N_SLOW, N_PER_TEST))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_many_damaged_files_are_refused_or_read_right(bench: Bench, layout: str, start: int) -> None:
-    examine_all(bench, layout, range(start, start + N_AT_ONCE))
+def test_many_damaged_files_are_refused_or_read_correctly(bench: Bench, layout: str, start: int) -> None:
+    examine_all(bench, layout, range(start, start + N_PER_TEST))

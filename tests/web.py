@@ -1,4 +1,4 @@
-"""A web server on loopback that can be told to fail."""
+"""A loopback web server with fault injection."""
 
 import functools
 import hashlib
@@ -14,28 +14,28 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Fault = Callable[[str, int], str]
-"""(path, how many requests for it came before) → what goes wrong with this one; "" for nothing."""
+"""Maps a path and the number of earlier requests for it to a fault; "" for none."""
 
 
 @dataclass
 class Web:
-    """What is served, how, and what was asked for.
+    """State of the server: files, faults and a log of requests.
 
     Attributes
     ----------
     files
-        Path → bytes; may be changed while it runs.
+        Content by path; may change while the server runs.
     fault
-        What goes wrong. A number is an answer of that status ("429 7" with Retry-After: 7). "reset" and "truncated" end
-        the body half-way, "short" and "long" announce a wrong length, "slow" sends it in small pieces, within a second
-        ("slow 6": six).
+        Fault to inject. A number is an HTTP status ("429 7" adds Retry-After: 7). "reset" and "truncated" end the body
+        half-way, "short" and "long" declare a wrong Content-Length, "slow" spreads the body over a second ("slow 6":
+        over six).
     headers
-        Sent along with every answer.
+        Headers added to every response.
     serves_ranges
-        Otherwise every answer is the whole file.
+        Whether to honor Range headers.
     sent
-        Bytes of bodies, by path.
-    asked
+        Body bytes sent, by path.
+    requests
         (path, Range header, status) of each request.
     """
 
@@ -44,13 +44,13 @@ class Web:
     headers: dict[str, str] = field(default_factory=dict)
     serves_ranges: bool = True
     sent: Counter[str] = field(default_factory=Counter)
-    asked: list[tuple[str, str, int]] = field(default_factory=list)
+    requests: list[tuple[str, str, int]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     address: str = ""
 
     def ranges(self, path: str) -> list[str]:
-        """Ranges of a file that were asked for and given."""
-        return [wanted for at, wanted, status in self.asked if at == path and status < 300]
+        """Return the Range headers of successful requests for a file."""
+        return [header for requested, header, status in self.requests if requested == path and status < 300]
 
 
 @functools.cache
@@ -66,42 +66,44 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         web, path = self.web, self.path
         with web.lock:
-            n_before = sum(at == path for at, _, _ in web.asked)
-            web.asked.append((path, self.headers.get("Range", ""), 0))
-            mine = len(web.asked) - 1
+            n_before = sum(requested == path for requested, _, _ in web.requests)
+            web.requests.append((path, self.headers.get("Range", ""), 0))
+            index = len(web.requests) - 1
         fault, _, seconds = web.fault(path, n_before).partition(" ")
         body = web.files.get(path)
         if fault.isdigit() or body is None:
-            self._answer(mine, int(fault) if fault.isdigit() else 404, b"", {"Retry-After": seconds} if seconds else {})
+            self._respond(
+                index, int(fault) if fault.isdigit() else 404, b"", {"Retry-After": seconds} if seconds else {}
+            )
             return
         tag = _tag(body)
         status, headers = 200, {"ETag": tag}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if web.serves_ranges and wanted and self.headers.get("If-Range", tag) == tag:
-            start, stop = int(wanted[1]), min(int(wanted[2] or len(body)) + 1, len(body))
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if web.serves_ranges and match and self.headers.get("If-Range", tag) == tag:
+            start, stop = int(match[1]), min(int(match[2] or len(body)) + 1, len(body))
             if start >= len(body):
-                self._answer(mine, 416, b"", {"Content-Range": f"bytes */{len(body)}"})
+                self._respond(index, 416, b"", {"Content-Range": f"bytes */{len(body)}"})
                 return
             status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{len(body)}"
             body = body[start:stop]
-        self._answer(mine, status, body, headers, fault, float(seconds or 1))
+        self._respond(index, status, body, headers, fault, float(seconds or 1))
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def _answer(
-        self, mine: int, status: int, body: bytes, headers: dict[str, str], fault: str = "", seconds: float = 0
+    def _respond(
+        self, index: int, status: int, body: bytes, headers: dict[str, str], fault: str = "", seconds: float = 0
     ) -> None:
         web, path = self.web, self.path
-        web.asked[mine] = (*web.asked[mine][:2], status)
-        announced = {"short": len(body) // 2, "long": len(body) + 10}.get(fault, len(body))
+        web.requests[index] = (*web.requests[index][:2], status)
+        declared = {"short": len(body) // 2, "long": len(body) + 10}.get(fault, len(body))
         self.send_response(status)
-        for name, value in {**web.headers, **headers, "Content-Length": str(announced)}.items():
+        for name, value in {**web.headers, **headers, "Content-Length": str(declared)}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        body = body[:announced]
+        body = body[:declared]
         if fault in ("reset", "truncated"):
             body = body[: len(body) // 2]
         step = max(1, len(body) // 20) if fault == "slow" else 2**20
@@ -113,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(seconds / 20)
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            time.sleep(0.02)  # what was sent shall arrive before the reset overtakes it
+            time.sleep(0.02)  # let the data arrive before the reset
         if fault in ("reset", "truncated", "short", "long"):
             self.close_connection = True
 
@@ -126,7 +128,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, *unused: object) -> None:
-        """Clients that go away are what the tests are about."""
+        """Ignore clients that disconnect, which tests do on purpose."""
 
 
 @contextmanager

@@ -1,12 +1,12 @@
-"""TranscriptFormer: embeddings of single cells from their RNA counts, for any species.
+"""TranscriptFormer: single-cell embeddings from RNA counts, for any species.
 
 >>> import transcriptformer as tf
 >>> model = tf.load("checkpoints/tf_sapiens")
 >>> tf.embed(adata, model)                    # adds adata.obsm["X_transcriptformer"]
 >>> tf.embed("cells.h5ad", model)             # a new AnnData
->>> tf.gene_embeddings(adata, model)          # the mean contextual embedding of every gene
+>>> tf.gene_embeddings(adata, model)          # mean contextual embedding of each gene
 
-Importing this imports nothing heavy; PyTorch comes with the first call.
+Importing the package is cheap; PyTorch is imported on first use.
 """
 
 from importlib import import_module

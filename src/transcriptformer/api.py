@@ -1,4 +1,4 @@
-"""The Python API; people find it as `transcriptformer.load`, `.embed` and `.gene_embeddings`."""
+"""The Python API, exported as `transcriptformer.load`, `.embed` and `.gene_embeddings`."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from transcriptformer.checkpoint.published import load_config
 from transcriptformer.config import InferenceConfig
 from transcriptformer.data.source import AUTO_GENE_COLUMN
 from transcriptformer.errors import UsageError
-from transcriptformer.inference.output import EMBEDDINGS_KEY, LLH_KEY, predicted_labels, to_rows_of_genes
+from transcriptformer.inference.output import EMBEDDINGS_KEY, LLH_KEY, predicted_labels, to_gene_rows
 from transcriptformer.inference.recording import MemoryRecorder
 from transcriptformer.inference.run import Source, compute, survey_sources
 from transcriptformer.inference.run import embed as embed_sources
@@ -26,8 +26,8 @@ FileOrFiles = str | Path | Sequence[str | Path]
 
 _DATA, _INFERENCE = "model.data_config.", "model.inference_config."
 
-_DECIDED_BY_CALLS = ("emb_type", "cge_pool", "output_path", "output_filename", "resume", "num_gpus", "num_nodes")
-"""Settings of the command that have no effect here: what is computed says the function, and it returns the result."""
+_UNSUPPORTED_SETTINGS = ("emb_type", "cge_pool", "output_path", "output_filename", "resume", "num_gpus", "num_nodes")
+"""Command-line settings that have no effect on API calls."""
 
 
 def load(
@@ -44,18 +44,18 @@ def load(
     Parameters
     ----------
     path
-        Its folder: `config.json`, `model_weights.pt`, `vocabs/`.
+        Checkpoint folder, with `config.json`, `model_weights.pt` and `vocabs/`.
     device
-        cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there.
+        cpu, cuda, mps or auto (the first available of cuda, mps, cpu).
     precision
-        32; bf16-mixed; or 16-mixed: fp16 on a GPU, on a CPU bf16 where it has instructions for it, else 32.
+        32, bf16-mixed or 16-mixed (fp16 on GPUs; bf16 on CPUs with bf16 matrix instructions, else 32).
     batch_size
-        Most cells in a batch; auto: as many as fit into free memory.
+        Maximum cells per batch; auto: chosen for the device and its free memory.
     pretrained_embedding
-        Protein-embedding files of a species that the checkpoint was not trained on.
+        Protein-embedding files of a species the checkpoint was not trained on.
     settings
-        Anything else, by the paths of the configuration, such as `{"model.data_config.clip_counts": 50}`; not what an
-        argument says, nor what only the command `inference` does, such as where the result is written.
+        Other settings by configuration path, such as `{"model.data_config.clip_counts": 50}`. Settings that contradict
+        an argument, or that only apply to the `inference` command (such as `output_path`), raise an error.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def load(
     Raises
     ------
     TranscriptFormerError
-        If the checkpoint is incomplete or damaged, or a setting impossible.
+        If the checkpoint is incomplete or damaged, or a setting is invalid.
 
     Examples
     --------
@@ -103,44 +103,43 @@ def embed(
     Parameters
     ----------
     data
-        An AnnData, in memory, backed or a view, whose counts are left as they are; or an h5ad file or zarr store, or
-        several.
+        AnnData (in memory, backed or a view), or paths of one or more h5ad files or zarr stores. Counts are not
+        modified.
     model
-        From `load`.
+        Checkpoint returned by `load`.
     key_added
-        Where the embeddings go in `obsm`; what is there is replaced.
+        Key of `obsm` for the embeddings; an existing entry is overwritten.
     layer
-        Take the counts from this layer; None: what the model's settings say, which by default is none.
+        Layer with the counts; None: use the model's settings, by default no layer.
     use_raw
-        Take them from `.raw` (True) or from `.X` (False); None: what the model's settings say, by default `.raw` where
-        there is one.
+        Use counts from `.raw` (True) or `.X` (False); None: use the model's settings, by default `.raw` if present.
     gene_col_name
-        Column of `var` with Ensembl gene ids, or `index`; None: what the model's settings say, by default `ensembl_id`
-        where there is such a column, else the index.
+        Column of `var` with Ensembl gene ids, or `index`; None: use the model's settings, by default `ensembl_id` if
+        present, else the index.
     copy
-        Return a copy with the embeddings instead of adding them to `data`; that of a backed AnnData is in memory. For
-        files the result is always new.
+        Return a copy with the embeddings instead of modifying `data`. The copy of a backed AnnData is in memory. For
+        files, a new AnnData is always returned.
 
     Returns
     -------
-    For an AnnData None, or the copy: `obsm[key_added]` (cells, D), float32, has a row for every cell, NaN for cells
-    that the filters of the model's settings leave out; `obs[key_added + '_llh']` if the settings ask for llh; with
-    a model that was trained to tell labels, `obs['predicted_…']` and its probability; `uns[key_added]` says how it was
-    made. For files a new AnnData of the kept cells with their metadata (`obs_keys` of the model's settings chooses
-    columns), with `uns['llh']` if the settings ask for it; `uns['transcriptformer']` says how it was made.
+    For an AnnData, None, or the copy if `copy=True`. It contains `obsm[key_added]` (cells, D), float32, with NaN for
+    cells removed by filters; `obs[key_added + '_llh']` if the model's settings request llh; `obs['predicted_…']` and
+    its probability if the model has a label head; and the provenance in `uns[key_added]`. For files, a new AnnData of
+    the kept cells and their metadata (columns selected by the setting `obs_keys`), with `uns['llh']` if requested and
+    the provenance in `uns['transcriptformer']`.
 
     Raises
     ------
     TranscriptFormerError
-        If the data cannot be used; it says why.
+        If the data cannot be used.
     """
     _check_key(key_added)
-    model = _with(model, "cell", layer, use_raw, gene_col_name)
+    model = _with_call_settings(model, "cell", layer, use_raw, gene_col_name)
     if not isinstance(data, anndata.AnnData):
-        result = embed_sources(_files(data), model)
+        result = embed_sources(_to_sources(data), model)
         result.obsm[key_added] = result.obsm.pop(EMBEDDINGS_KEY)
         return result
-    target = _target(data, copy)
+    target = _output_adata(data, copy)
     cells = survey_sources(data, model)
     computed = compute(cells, model)
     assert isinstance(computed.results, MemoryRecorder)
@@ -167,78 +166,82 @@ def gene_embeddings(
     use_raw: bool | None = None,
     gene_col_name: str | None = None,
 ) -> anndata.AnnData:
-    """Contextual gene embeddings: what the model knows of a gene from the genes of a cell that come before it.
+    """Compute contextual gene embeddings: each gene's state given the genes before it in the cell.
 
     Parameters
     ----------
     data, model, layer, use_raw, gene_col_name
         As for `embed`.
     pool
-        gene: the mean over cells for every gene; a column of `obs`: for every gene and value of that column; None: a
-        vector for every gene of every cell, which takes (genes of all cells) × D × 4 bytes of memory.
+        gene: average over cells per gene; a column of `obs`: average per gene and value of that column; None: one
+        vector per gene and cell, which takes (total genes of all cells) × D × 4 bytes of memory.
 
     Returns
     -------
-    An AnnData with a row per gene, or gene and group, with their names and the number of cells in `obs`; without
-    pooling a row per gene of a cell, with `cell` (its name), `cell_index` and `gene` in `obs`. The vectors are in
+    An AnnData with one row per gene, or per gene and group; `obs` holds their names and the number of cells. Without
+    pooling, one row per gene and cell, with `cell` (its name), `cell_index` and `gene` in `obs`. The vectors are in
     `obsm['embeddings']` (rows, D), float32.
 
     Raises
     ------
     TranscriptFormerError
-        If the data cannot be used; it says why.
+        If the data cannot be used.
     """
     if LLH_KEY in model.config.model.inference_config.output_keys:
-        logger.warning("gene_embeddings leaves out llh, which is of cells: embed returns it")
-    result = embed_sources(_files(data), _with(model, "cge", layer, use_raw, gene_col_name, pool))
-    return result if pool is not None else to_rows_of_genes(result)
+        logger.warning("gene_embeddings ignores the output key llh; use embed for it")
+    result = embed_sources(_to_sources(data), _with_call_settings(model, "cge", layer, use_raw, gene_col_name, pool))
+    return result if pool is not None else to_gene_rows(result)
 
 
 def _check_settings(settings: Mapping[str, object], arguments: Mapping[str, object]) -> None:
-    """Raise UsageError for settings that would be ignored, or that contradict an argument of `load`."""
-    for name in _DECIDED_BY_CALLS:
+    """Raise UsageError for settings that have no effect or contradict an argument of `load`."""
+    for name in _UNSUPPORTED_SETTINGS:
         key = _INFERENCE + name
         default = InferenceConfig.__dataclass_fields__[name].default
         if settings.get(key, default) not in (default, None):
             raise UsageError(
-                f"settings: {key} has no effect here: embed and gene_embeddings say what is computed, and return it"
+                f"settings: {key} has no effect in the Python API; use the arguments of embed or gene_embeddings"
             )
     defaults = load.__kwdefaults__ or {}
     for key, value in arguments.items():
         name = key.removeprefix(_INFERENCE)
         default = list(defaults[name]) if name == "pretrained_embedding" else defaults[name]
         if key in settings and value not in (default, settings[key]):
-            raise UsageError(f"{name}: given twice, as an argument ({value}) and in settings ({settings[key]})")
+            raise UsageError(
+                f"{name}: conflicting values, argument {value} and settings {settings[key]}; give one of them"
+            )
 
 
 def _check_key(key: str) -> None:
     """Raise UsageError for a key that h5ad files and zarr stores cannot hold."""
     if not isinstance(key, str) or not key.strip(".") or "/" in key:
-        raise UsageError(f"key_added={key!r}: a name without '/' is needed")
+        raise UsageError(f"key_added={key!r}: must be a name without '/'")
 
 
-def _target(data: anndata.AnnData, copy: bool) -> anndata.AnnData:
-    """The AnnData that takes the embeddings: made before they are computed, for it may not fit into memory."""
+def _output_adata(data: anndata.AnnData, copy: bool) -> anndata.AnnData:
+    """AnnData to add the embeddings to; a copy is made first, so that lack of memory shows before computing."""
     if copy:
         return data.to_memory(copy=True) if data.isbacked else data.copy()
     if data.isbacked and data.is_view:
-        raise UsageError("a view of a backed AnnData cannot take embeddings: give copy=True, or embed data.to_memory()")
+        raise UsageError(
+            "data is a view of a backed AnnData, which cannot be modified; use copy=True, or embed data.to_memory()"
+        )
     return data
 
 
-def _files(data: anndata.AnnData | FileOrFiles) -> Source | list[Source]:
+def _to_sources(data: anndata.AnnData | FileOrFiles) -> Source | list[Source]:
     if isinstance(data, anndata.AnnData | str | Path):
         return data
     if not isinstance(data, Iterable):
-        raise UsageError(f"data is a {type(data).__name__}: an AnnData, a path or a list of paths is needed")
+        raise UsageError(f"data is a {type(data).__name__}: must be an AnnData, a path or a list of paths")
     sources = list(data)
     for source in sources:
         if not isinstance(source, anndata.AnnData | str | os.PathLike):
-            raise UsageError(f"data holds a {type(source).__name__}: an AnnData, a path or a list of paths is needed")
+            raise UsageError(f"data contains a {type(source).__name__}: must be an AnnData, a path or a list of paths")
     return sources
 
 
-def _with(
+def _with_call_settings(
     model: Checkpoint,
     emb_type: str,
     layer: str | None,
@@ -246,10 +249,10 @@ def _with(
     gene_col_name: str | None,
     pool: str | None = None,
 ) -> Checkpoint:
-    """The same model with what this call asks for."""
+    """Copy of the model with the settings of a call."""
     settings = model.config.model
     data = settings.data_config
-    if layer is not None or use_raw is not None:  # where the counts are, whatever the settings say
+    if layer is not None or use_raw is not None:  # both, so that a call overrides either setting
         data = replace(data, layer=layer, use_raw=use_raw)
     if gene_col_name is not None:
         data = replace(data, gene_col_name=gene_col_name)

@@ -1,8 +1,7 @@
-"""The settings of the model, its data and inference: one dataclass per section, documented field by field.
+"""Settings of the model, data and inference: one dataclass per section, each field documented.
 
-The dotted paths (`model.data_config.clip_counts`, …) are those of the published package.
-`transcriptformer.checkpoint.published.load_config` fills them; the settings of `transcriptformer train` are in
-`transcriptformer.training.config`.
+The dotted paths (`model.data_config.clip_counts`, …) match the published package. They are filled by
+`transcriptformer.checkpoint.published.load_config`; training settings are in `transcriptformer.training.config`.
 """
 
 import difflib
@@ -21,67 +20,68 @@ from transcriptformer.errors import UsageError
 
 LINK_FUNCTIONS = ("exp", "log", "relu", "sigmoid", "softplus", "linear", "softmax")
 ACTIVATIONS = ("gelu", "relu")
-MOST_GPUS = 2**12
+MAX_GPUS = 2**12
 
 
 def require(condition: bool, key: str, message: str) -> None:
-    """Raise UsageError, naming `key`, unless a condition holds."""
+    """Raise UsageError naming `key` unless `condition` holds."""
     if not condition:
         raise UsageError(f"{key}: {message}")
 
 
 def require_ranges(section: object, key: str, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Raise UsageError unless the fields of a section lie in their ranges, both ends included; None lies in each.
+    """Raise UsageError unless each field of a section is None or within its range, bounds included.
 
     Parameters
     ----------
     key
-        Path of the section, with a dot at its end.
+        Path of the section, ending in a dot.
     ranges
-        Field, which an option may follow in brackets → least and greatest value. NaN lies in none.
+        Field name, optionally followed by its option in parentheses → minimum and maximum. NaN is never in range.
     """
-    for label, (least, greatest) in ranges.items():
+    for label, (minimum, maximum) in ranges.items():
         value = getattr(section, label.partition(" ")[0])
-        message = f"must be from {_number(least)} to {_number(greatest)}, not {value!s:.40}"
-        require(value is None or least <= value <= greatest, key + label, message)
+        message = f"must be from {_format_number(minimum)} to {_format_number(maximum)}, not {value!s:.40}"
+        require(value is None or minimum <= value <= maximum, key + label, message)
 
 
-def require_positive(section: object, key: str, greatest: Mapping[str, float]) -> None:
-    """Raise UsageError unless the fields of a section are more than 0 and no more than the greatest value of each."""
-    for label, most in greatest.items():
+def require_positive(section: object, key: str, maxima: Mapping[str, float]) -> None:
+    """Raise UsageError unless each field of a section is greater than 0 and at most its maximum."""
+    for label, maximum in maxima.items():
         value = getattr(section, label.partition(" ")[0])
-        require(0 < value <= most, key + label, f"must be more than 0, at most {_number(most)}, not {value!s:.40}")
+        message = f"must be more than 0, at most {_format_number(maximum)}, not {value!s:.40}"
+        require(0 < value <= maximum, key + label, message)
 
 
 def require_gpus(num_gpus: int, key: str) -> None:
-    """Raise UsageError unless it is a number of devices, or -1 for all."""
-    is_number = num_gpus == -1 or 1 <= num_gpus <= MOST_GPUS
-    require(is_number, key + "num_gpus (--num-gpus)", f"must be from 1 to {MOST_GPUS:,}, or -1, not {num_gpus!s:.40}")
+    """Raise UsageError unless `num_gpus` is a valid number of devices, or -1 for all."""
+    is_valid = num_gpus == -1 or 1 <= num_gpus <= MAX_GPUS
+    require(is_valid, key + "num_gpus (--num-gpus)", f"must be from 1 to {MAX_GPUS:,}, or -1, not {num_gpus!s:.40}")
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def require_one_of(value: object, allowed: Sequence[object], key: str) -> None:
-    """Raise UsageError, naming `key`, unless `value` is one of those allowed."""
+    """Raise UsageError naming `key` unless `value` is allowed."""
     require(value in allowed, key, f"{value!r} is not one of {', '.join(map(str, allowed))}")
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name can only be that of a file in the folder that it is joined to."""
+    """Whether a name, joined to a folder, stays inside it."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
-MOST_COUNTS = 1e30
-"""Greatest value of what counts are compared or multiplied with; float32 ends at 3e38."""
+MAX_COUNTS = 1e30
+"""Maximum of settings that counts are compared with or scaled to; float32 overflows at 3e38."""
 
-MOST_INT = 2**31 - 1
+MAX_INT = 2**31 - 1
 
 _DATA_RANGES = {
     "filter_outliers": (0, 1e6),
-    "min_expressed_genes": (0, MOST_INT),
-    "normalize_to_scale": (0, MOST_COUNTS),
+    "min_expressed_genes": (0, MAX_INT),
+    "normalize_to_scale": (0, MAX_COUNTS),
     "seed": (0, 2**63 - 1),
     "n_data_workers (--n-data-workers)": (0, 1024),
     "block_size": (1, 2**24),
@@ -99,72 +99,72 @@ _MODEL_RANGES = {
     "softcap": (0, 1e6),
     "log_counts_eps": (0, 1),
 }
-"""Some orders of magnitude above the largest published model."""
+"""Orders of magnitude above the largest published model."""
 
 _INFERENCE_RANGES = {"tokens_per_batch": (1, 2**62)}
 
 
 @dataclass
 class DataConfig:
-    """From counts to tokens (`model.data_config`)."""
+    """Preprocessing of counts into tokens (`model.data_config`)."""
 
     gene_col_name: str = "ensembl_id"
-    """Column of `var` that holds the gene ids; `index`: the index of `var`; `auto`: `ensembl_id`, else the index."""
+    """Column of `var` with gene ids; `index`: its index; `auto`: `ensembl_id`, else the index."""
     layer: str | None = None
-    """Layer that holds the counts; None: `use_raw` says where they are."""
+    """Layer with the counts; None: see `use_raw`."""
     use_raw: bool | str | None = None
-    """True: `.raw.X`; False: `.X`; "auto" or None: `.raw.X` where there is one, else `.X`."""
+    """True: counts in `.raw.X`; False: in `.X`; "auto" or None: `.raw.X` if present, else `.X`."""
     remove_duplicate_genes: bool = False
-    """Keep the first column of each gene id instead of refusing a file with duplicates."""
+    """Keep the first column of each duplicate gene id instead of raising an error."""
     filter_to_vocabs: bool = True
-    """Drop genes outside the vocabulary; otherwise they become the token `unknown`."""
+    """Drop genes outside the vocabulary instead of mapping them to `unknown`."""
     filter_outliers: float = 0.0
-    """Keep cells whose total lies within this many standard deviations of the file's mean; 0: keep all."""
+    """Maximum deviation of a cell's total counts from the file's mean, in standard deviations; 0: no limit."""
     min_expressed_genes: int = 0
-    """Keep cells that express at least this many genes of the vocabulary."""
+    """Minimum number of expressed vocabulary genes per cell."""
     normalize_to_scale: float = 0.0
-    """Scale the counts of every cell to this sum before clipping; 0: leave them."""
+    """Scale each cell to this total before clipping; 0: do not scale."""
     clip_counts: float = 30
-    """Counts above this are set to it."""
+    """Clip counts at this value."""
     sort_genes: bool = False
-    """Order a cell's genes by count, descending, instead of the file's column order."""
+    """Sort each cell's genes by descending count instead of keeping column order."""
     randomize_genes: bool = False
-    """Shuffle a cell's genes (the same shuffle for the same `seed` and cell)."""
+    """Shuffle each cell's genes, reproducibly for a given `seed`."""
     seed: int = 0
     """Seed of `randomize_genes`."""
     n_data_workers: int = 0
-    """Worker processes that prepare batches; 0: the main process does."""
+    """Worker processes that prepare batches; 0: use the main process."""
     block_size: int = 2048
-    """Most consecutive cells that are read at once; batches are formed among these, by length."""
+    """Consecutive cells read at once and grouped into batches by length."""
     allow_external_links: bool = False
-    """Follow links in inputs and vocabularies to other files: HDF5 external links, external raw data, virtual datasets;
-    symbolic links out of a zarr store or `vocabs/`; URLs that lead to other URLs."""
+    """Follow links from inputs and vocabularies to other files: HDF5 external links, external raw data and virtual
+    datasets, symbolic links out of a zarr store or `vocabs/`, and URL redirects."""
     aux_cols: list[str] = field(default_factory=list)
-    """Columns of `obs` that become auxiliary tokens, one vocabulary each."""
+    """Columns of `obs` used as auxiliary tokens, each with its own vocabulary."""
     esm2_mappings: list[str] = field(default_factory=list)
-    """Protein-embedding files in `vocabs/`, in the order of the gene vocabulary."""
+    """Protein-embedding files in `vocabs/`, in vocabulary order."""
     special_tokens: list[str] = field(
         default_factory=lambda: ["unknown", "[PAD]", "[START]", "[END]", "[RD]", "[CELL]", "[MASK]"]
     )
-    """First tokens of the gene vocabulary, in the order of their ids."""
+    """Special tokens at the start of the gene vocabulary, in id order."""
     gene_pad_token: str = "[PAD]"
-    """Special token after a cell's last gene."""
+    """Padding token for genes."""
     aux_pad_token: str = "unknown"
-    """Auxiliary token of a value outside its vocabulary."""
+    """Auxiliary token for values outside the vocabulary."""
 
     def __post_init__(self) -> None:
         key = "model.data_config."
         require_one_of(self.use_raw, (True, False, None, "auto"), key + "use_raw (--use-raw)")
-        require_positive(self, key, {"clip_counts (--clip-counts)": MOST_COUNTS})
+        require_positive(self, key, {"clip_counts (--clip-counts)": MAX_COUNTS})
         require_ranges(self, key, _DATA_RANGES)
         for name in self.esm2_mappings:
             require(is_plain_name(name), key + "esm2_mappings", f"{name!r} is not the name of a file in vocabs/")
         for name in self.aux_cols:
-            is_name = is_plain_name(name) and "." not in name  # the vocabulary's file and its weights are named so
-            require(is_name, key + "aux_cols", f"{name!r} holds a dot or a slash, or is empty")
+            is_name = is_plain_name(name) and "." not in name  # names the vocabulary file and its weights
+            require(is_name, key + "aux_cols", f"{name!r} is empty, or contains a dot or a slash")
         for field_name in ("aux_cols", "special_tokens"):
             names = getattr(self, field_name)
-            require(len(set(names)) == len(names), key + field_name, f"a name is there twice: {', '.join(names)}")
+            require(len(set(names)) == len(names), key + field_name, f"names are not unique: {', '.join(names)}")
         require(
             not (self.sort_genes and self.randomize_genes),
             key + "sort_genes",
@@ -174,34 +174,34 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The architecture, as trained (`model.model_config`)."""
+    """Architecture of the trained model (`model.model_config`)."""
 
     num_layers: int
     """Transformer blocks."""
     num_heads: int
     """Attention heads per block."""
     embed_dim: int
-    """Width of a token's state, D."""
+    """Embedding width, D."""
     model_dim: int
     """Width of the feed-forward layer."""
     seq_len: int
-    """Most gene positions of a cell, L."""
+    """Maximum gene positions per cell, L."""
     aux_len: int = 0
-    """Auxiliary tokens in front of the genes, A."""
+    """Auxiliary tokens before the genes, A."""
     dropout: float = 0.1
-    """Dropout of the feed-forward layer and the MLPs while training."""
+    """Dropout of the feed-forward layer and the MLPs during training."""
     activation: str = "gelu"
     """Activation of the feed-forward layer."""
     fw_bias: bool = False
-    """Biases in the feed-forward layer."""
+    """Use biases in the feed-forward layer."""
     attn_bias: bool = False
-    """Biases in the projections of the attention."""
+    """Use biases in the attention projections."""
     softcap: float = 10.0
-    """Scores and gene logits s become softcap · tanh(s / softcap); 0: left alone."""
+    """Soft cap c of attention scores and gene logits, c · tanh(x / c); 0: no cap."""
     log_counts_eps: float = 1e-6
-    """Added to counts before a logarithm."""
+    """Added to counts before taking the logarithm."""
     mu_link_fn: str = "softmax"
-    """From the count head's output to expected counts."""
+    """Link function from the count head's output to expected counts."""
     gene_head_hidden_dim: int = 2048
     """Width of the gene head's hidden layer."""
 
@@ -215,12 +215,12 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """The training losses (`model.loss_config`)."""
+    """Training losses (`model.loss_config`)."""
 
     gene_id_loss_weight: float = 1.0
-    """Weight of the gene cross-entropy; a checkpoint trained with 0 has no gene head."""
+    """Weight of the gene cross-entropy; checkpoints trained with 0 have no gene head."""
     softplus_approx: bool = True
-    """Compute the zero-truncated Poisson's log(eˣ − 1) as x − softplus(−x)."""
+    """Compute log(eˣ − 1) of the zero-truncated Poisson as x − softplus(−x)."""
 
     def __post_init__(self) -> None:
         require_ranges(self, "model.loss_config.", {"gene_id_loss_weight": (0, 1e6)})
@@ -232,21 +232,21 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 @dataclass
 class ComputeConfig:
-    """Where and how a run computes, whatever it computes."""
+    """Hardware and precision of a run."""
 
     precision: str = "16-mixed"
-    """32; bf16-mixed; or 16-mixed: fp16 on a GPU, on a CPU bf16 where it has bf16 matrix instructions, else 32."""
+    """32, bf16-mixed or 16-mixed (fp16 on GPUs; bf16 on CPUs with bf16 matrix instructions, else 32)."""
     device: str = "auto"
-    """cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is available."""
+    """cpu, cuda, mps or auto (the first available of cuda, mps, cpu)."""
     num_gpus: int = 1
-    """Devices to run on, one process each; -1: all GPUs. On a CPU: processes."""
+    """Number of devices, one process each; -1: all GPUs. On a CPU: number of processes."""
     num_nodes: int = 1
-    """Machines to run on; start the command on each."""
+    """Number of machines; start the command on each."""
     resume: bool = False
     """Continue an interrupted run."""
 
     def require_computable(self, key: str) -> None:
-        """Raise UsageError where a setting has an impossible value; `key` is the path of the section, with a dot."""
+        """Raise UsageError for an invalid value; `key` is the path of the section, ending in a dot."""
         require_one_of(self.precision, PRECISIONS, key + "precision (--precision)")
         require_one_of(self.device, DEVICES, key + "device (--device)")
         require_gpus(self.num_gpus, key)
@@ -255,43 +255,43 @@ class ComputeConfig:
 
 @dataclass
 class InferenceConfig(ComputeConfig):
-    """A run of `transcriptformer inference` (`model.inference_config`)."""
+    """Settings of `transcriptformer inference` (`model.inference_config`)."""
 
     batch_size: int | str = "auto"
-    """Most cells in a batch; auto: as many as suit the device and fit into its free memory."""
+    """Maximum cells per batch; auto: chosen for the device and its free memory."""
     tokens_per_batch: int | None = None
-    """Most positions in a batch, padding included; None: as many as suit the device."""
+    """Maximum positions per batch, including padding; None: chosen for the device."""
     attention: str = "auto"
-    """blockwise; flex: compiled by PyTorch's FlexAttention; plain: the slow one that defines the numbers; or auto: flex
-    where it is faster and the run long enough, else blockwise."""
+    """blockwise, flex (compiled FlexAttention), plain (slow reference implementation) or auto (flex if it is faster and
+    the run long enough, else blockwise)."""
     embedding_layer_index: int = -1
-    """Block whose output is the embedding, from 0; negative from the end."""
+    """Block whose output is the embedding; negative values count from the end."""
     emb_type: str = "cell"
-    """cell: one mean vector per cell; cge: one contextual vector per gene and cell."""
+    """cell: one mean embedding per cell; cge: one contextual embedding per gene and cell."""
     cge_pool: str | None = None
-    """gene: the mean of the contextual vectors of each gene; a column of obs: of each gene and value; None: all."""
+    """Average contextual embeddings per gene (`gene`), or per gene and value of an `obs` column; None: no pooling."""
     output_keys: list[str] = field(default_factory=lambda: ["embeddings"])
-    """What to compute: embeddings, llh."""
+    """Results to compute: embeddings, llh."""
     predict_labels: bool = True
-    """With cell embeddings of a checkpoint that was trained to tell labels, add its predictions to `obs`."""
+    """Add predicted labels to `obs` if the checkpoint has a label head; needs cell embeddings."""
     obs_keys: list[str] = field(default_factory=lambda: ["all"])
-    """Columns of `obs` to keep in the output; `all`: every one."""
+    """Columns of `obs` to keep in the output, or `all`."""
     output_path: str = "./inference_results"
-    """Folder of the output file."""
+    """Output folder."""
     output_filename: str = "embeddings.h5ad"
-    """Name of the output; .h5ad makes a file, .zarr a store."""
+    """Output name, ending in .h5ad or .zarr."""
     pretrained_embedding: list[str] = field(default_factory=list)
-    """Protein-embedding files of a species that the checkpoint was not trained on; their genes replace its own."""
+    """Protein-embedding files of a new species, which replace the checkpoint's genes."""
     reference_stale_indices: bool = False
-    """Reproduce what the published package computes for a new species, whose model looks for the special tokens at the
-    places of the old ones: every cell is padded to full length and padding counts as genes."""
+    """Reproduce the published package's results for a new species, including its stale special-token indices: cells are
+    padded to full length and padding is treated as genes."""
     oom_dataloader: bool = True
-    """Read counts in blocks as they are needed; False: read files into memory first."""
+    """Read counts in blocks on demand instead of loading whole files into memory."""
 
     def __post_init__(self) -> None:
         key = "model.inference_config."
         require(
-            self.batch_size == "auto" or (isinstance(self.batch_size, int) and 0 < self.batch_size <= MOST_INT),
+            self.batch_size == "auto" or (isinstance(self.batch_size, int) and 0 < self.batch_size <= MAX_INT),
             key + "batch_size (--batch-size)",
             f"must be at least 1, or auto, not {self.batch_size}",
         )
@@ -309,23 +309,23 @@ class InferenceConfig(ComputeConfig):
             Path(self.output_filename).name == self.output_filename
             and self.output_filename.endswith((".h5ad", ".zarr")),
             key + "output_filename (--output-filename)",
-            f"{self.output_filename!r} is not a name that ends in .h5ad or .zarr (the folder goes into --output-path)",
+            f"{self.output_filename!r} is not a name that ends in .h5ad or .zarr (set the folder with --output-path)",
         )
         require(
             self.cge_pool is None or (self.emb_type == "cge" and self.output_keys == ["embeddings"]),
             key + "cge_pool (--cge-pool)",
-            "needs --emb-type cge, and embeddings as the only output key",
+            "requires --emb-type cge, and embeddings as the only output key",
         )
         require(
             not self.reference_stale_indices or len(self.pretrained_embedding) > 0,
             key + "reference_stale_indices",
-            "speaks of a new species: it needs --pretrained-embedding",
+            "requires --pretrained-embedding",
         )
 
 
 @dataclass
 class TrainedModel:
-    """What a checkpoint says of itself (`model`): how it was trained."""
+    """Settings that a checkpoint was trained with (`model`)."""
 
     model_config: ModelConfig
     data_config: DataConfig = field(default_factory=DataConfig)
@@ -334,18 +334,18 @@ class TrainedModel:
 
 @dataclass
 class ModelSection(TrainedModel):
-    """Everything below `model.`: a trained model, and what to do with it."""
+    """The `model` section: a trained model and the inference settings."""
 
     inference_config: InferenceConfig = field(default_factory=InferenceConfig)
     model_type: str = "transcriptformer"
-    """transcriptformer; or esm2ce, the protein embeddings of a cell's genes without a transformer."""
+    """transcriptformer, or esm2ce: the protein embeddings of a cell's genes, without a transformer."""
 
     def __post_init__(self) -> None:
         require_one_of(self.model_type, ("transcriptformer", "esm2ce"), "model.model_type (--model-type)")
         require(
             self.model_type == "transcriptformer" or self.inference_config.output_keys == ["embeddings"],
             "model.inference_config.output_keys",
-            "esm2ce has embeddings only",
+            "must be [embeddings] for esm2ce",
         )
         layer, num_layers = self.inference_config.embedding_layer_index, self.model_config.num_layers
         require(
@@ -362,31 +362,31 @@ class Config:
     model: ModelSection
 
     def to_json(self) -> str:
-        """Every value, as JSON."""
+        """Serialize all values to JSON."""
         return json.dumps(asdict(self))
 
 
 def conf_dir() -> Path:
-    """Folder of the YAML files with defaults."""
+    """Folder of the YAML files with the defaults."""
     return shipped_file("conf/inference_config.yaml").parent
 
 
 def shipped_file(name: str) -> Path:
-    """A file that comes with the package: inside it where it is installed, or beside `src` in a checkout."""
+    """Path of a file shipped with the package: inside an installation, or next to `src` in a checkout."""
     here = Path(__file__).resolve()
     for folder in (here.parent, here.parents[2]):
         if (folder / name).is_file():
             return folder / name
-    raise RuntimeError(f"{name} is missing: the installation of transcriptformer is damaged")
+    raise RuntimeError(f"{name} is missing; reinstall transcriptformer")
 
 
 def finish_config(config: DictConfig, options: Mapping[str, object], overrides: Sequence[str]) -> object:
-    """Put options, then overrides, on top of `config` and turn it into its checked dataclass.
+    """Apply options, then overrides, to `config` and convert it to a validated dataclass.
 
     Raises
     ------
     UsageError
-        If one of them has an unknown key, a wrong type or an impossible value.
+        If a key is unknown, or a value has the wrong type or is invalid.
     """
     for key, value in options.items():
         if value is not None:
@@ -400,12 +400,12 @@ def finish_config(config: DictConfig, options: Mapping[str, object], overrides: 
 
 
 def parse_override(override: str) -> tuple[str, object]:
-    """Key and value of an override in Hydra's grammar."""
+    """Parse an override in Hydra's grammar into key and value."""
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise UsageError(
-            f"--config-override {override!r}: not of the form key.path=value ({first_line(error)})"
+            f"--config-override {override!r}: is not of the form key.path=value ({first_line(error)})"
         ) from error
     if parsed.is_add() or parsed.is_delete() or parsed.is_sweep_override() or parsed.package is not None:
         raise UsageError(f"--config-override {override!r}: give one plain key.path=value (a list as [a,b])")
@@ -421,7 +421,7 @@ def _update(config: DictConfig, key: str, value: object) -> None:
         if not (isinstance(items, ListConfig) and index == str(len(items))):
             raise UsageError(f"{key}: {first_line(error)}") from error
         items.append(value)
-    except (AttributeError, KeyError) as error:  # OmegaConf's own errors of these kinds: there is no such key
+    except (AttributeError, KeyError) as error:  # subclassed by OmegaConf for unknown keys
         values = OmegaConf.to_container(config)
         assert isinstance(values, dict)
         close = difflib.get_close_matches(key, [key for key, _ in leaves(values)], n=1, cutoff=0.5)
@@ -432,7 +432,7 @@ def _update(config: DictConfig, key: str, value: object) -> None:
 
 
 def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values with their dotted paths."""
+    """Iterate over nested values and their dotted paths."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -441,10 +441,10 @@ def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def full_key(error: OmegaConfBaseException) -> str:
-    """Dotted path of the value that an error is about."""
+    """Dotted path of the value that caused an error."""
     return repr(error.full_key)
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error's message, at most 300 characters."""
+    """First line of an error message, at most 300 characters."""
     return str(error).split("\n", maxsplit=1)[0][:300]

@@ -1,42 +1,42 @@
-"""What can go wrong for a user: every such error derives from `TranscriptFormerError`."""
+"""Errors that users can fix; all derive from `TranscriptFormerError`."""
 
 
 class TranscriptFormerError(Exception):
-    """Something the user can put right; the message says what, where and how."""
+    """Base class of errors that a user can fix; the message says what is wrong, where, and what to do."""
 
     exit_code = 1
 
 
 class UsageError(TranscriptFormerError):
-    """An option, an override or a path that cannot be used."""
+    """Invalid option, override or path."""
 
     exit_code = 2
 
 
 class DataError(TranscriptFormerError):
-    """Counts, gene ids or cell metadata that cannot be used."""
+    """Invalid counts, gene ids or cell metadata."""
 
 
 class CheckpointError(TranscriptFormerError):
-    """A checkpoint folder that is incomplete, damaged or of another kind."""
+    """Incomplete, damaged or unsupported checkpoint folder."""
 
 
 class OutputError(TranscriptFormerError):
-    """A result that cannot be written where it should go."""
+    """Output that cannot be written."""
 
 
 class DamagedError(OutputError):
-    """A kept file that is missing, truncated or altered."""
+    """Missing, truncated or modified intermediate file."""
 
 
 class TrainingError(TranscriptFormerError):
-    """Training that cannot go on."""
+    """Training that cannot continue."""
 
 
 class DownloadError(TranscriptFormerError):
-    """Something that cannot be fetched, or is not what it should be."""
+    """Failed download, or one whose content does not match its checksum."""
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, shortened to one line, or its kind where it has none."""
+    """Return the message of an error on one line of at most 200 characters; its type name if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Vocabularies: gene ids and values of cell metadata ↔ token ids."""
+"""Vocabularies, which map gene ids and cell metadata to token ids."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ UNKNOWN, START, END = "unknown", "[START]", "[END]"
 
 @dataclass(frozen=True)
 class GeneVocab:
-    """Token ids of genes: the special tokens first, then the genes.
+    """Gene vocabulary: the special tokens, followed by the genes.
 
     Attributes
     ----------
     special_tokens
-        Names of the special tokens; their ids are 0, 1, ….
+        Names of the special tokens, whose ids are 0, 1, ….
     genes
-        Token of each gene id; the first is `len(special_tokens)`.
+        Gene id → token, starting at `len(special_tokens)`.
     pad_token
-        Name of the special token after a cell's last gene.
+        Name of the padding token.
     """
 
     special_tokens: tuple[str, ...]
@@ -34,35 +34,35 @@ class GeneVocab:
         return len(self.special_tokens) + len(self.genes)
 
     def names(self) -> np.ndarray:
-        """Name of each token (tokens,): the special tokens', then the gene ids."""
+        """Return the name of each token (tokens,): special tokens, then gene ids."""
         return np.array([*self.special_tokens, *self.genes], dtype=object)
 
     def lookup(self, gene_ids: np.ndarray) -> np.ndarray:
-        """Tokens of `gene_ids` (n,), int64; -1 where a gene is not in the vocabulary."""
+        """Map `gene_ids` (n,) to tokens, int64; -1 for genes outside the vocabulary."""
         return np.fromiter(map(self.genes.get, gene_ids, repeat(-1)), dtype=np.int64, count=len(gene_ids))
 
     @property
     def pad(self) -> int:
-        """Token after a cell's last gene."""
+        """Padding token."""
         return self.special_token(self.pad_token)
 
     @property
     def start(self) -> int:
-        """Token in front of a cell's first gene."""
+        """Token that precedes a cell's first gene."""
         return self.special_token(START)
 
     @property
     def end(self) -> int:
-        """Target of the last position of a cell that fills the sequence."""
+        """Target of the last position of a cell that fills the whole sequence."""
         return self.special_token(END)
 
     @property
     def unknown(self) -> int:
-        """Token of genes outside the vocabulary, where they are not dropped."""
+        """Token of out-of-vocabulary genes, if they are not dropped."""
         return self.special_token(UNKNOWN)
 
     def special_token(self, name: str) -> int:
-        """Token of that name."""
+        """Return the token of a special token, by name."""
         if name not in self.special_tokens:
             raise CheckpointError(f"config.json: model.data_config.special_tokens lacks {name!r}")
         return self.special_tokens.index(name)
@@ -70,7 +70,7 @@ class GeneVocab:
 
 @dataclass(frozen=True)
 class AuxVocab:
-    """Token ids of one column of cell metadata, such as the assay."""
+    """Vocabulary of one column of cell metadata, such as the assay."""
 
     column: str
     ids: dict[str, int]
@@ -80,14 +80,14 @@ class AuxVocab:
         return max(self.ids.values()) + 1
 
     def lookup(self, values: pd.Series) -> np.ndarray:
-        """Tokens of `values` (n,), int64; `unknown` where a value is not in the vocabulary."""
+        """Map `values` (n,) to tokens, int64; `unknown` for values outside the vocabulary."""
         codes, distinct = pd.factorize(values)  # one look-up per distinct value; missing values have code -1
         tokens = np.array([self.ids.get(str(value), self.unknown) for value in distinct] + [self.unknown])
         return tokens[codes].astype(np.int64)
 
 
 def make_gene_vocab(gene_ids: Iterable[str], special_tokens: Sequence[str], pad_token: str) -> GeneVocab:
-    """Number `gene_ids` after the special tokens; a gene seen twice keeps its first token."""
+    """Number `gene_ids` after the special tokens; duplicate genes keep their first token."""
     genes = {gene: token for token, gene in enumerate(dict.fromkeys(gene_ids), start=len(special_tokens))}
     return GeneVocab(tuple(special_tokens), genes, pad_token)
 

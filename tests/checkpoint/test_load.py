@@ -38,7 +38,7 @@ def edit_config(path: Path, edit: Callable[[dict[str, dict[str, object]]], objec
     (path / "config.json").write_text(json.dumps(config))
 
 
-def test_every_tensor_of_the_file_is_in_the_model() -> None:
+def test_every_tensor_in_the_file_is_loaded() -> None:
     weights = torch.load(CHECKPOINT / "model_weights.pt", weights_only=True)
     state = load(CHECKPOINT).model.state_dict()
     assert state.keys() == weights.keys()
@@ -46,7 +46,7 @@ def test_every_tensor_of_the_file_is_in_the_model() -> None:
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
 
 
-def test_float32_weights_are_mapped_from_the_file_not_copied() -> None:
+def test_float32_weights_are_memory_mapped() -> None:
     model = load(CHECKPOINT).model
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     maps = Path("/proc/self/maps")
@@ -61,16 +61,16 @@ def test_float32_weights_are_mapped_from_the_file_not_copied() -> None:
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-def test_linear_layers_are_in_the_precision_of_the_run_and_the_rest_in_float32(precision: str) -> None:
+def test_linear_layers_use_the_run_precision_and_the_rest_float32(precision: str) -> None:
     model = load(CHECKPOINT, precision=precision).model
-    wanted = {"32": torch.float32, "bf16-mixed": torch.bfloat16}[precision]
+    expected = {"32": torch.float32, "bf16-mixed": torch.bfloat16}[precision]
     linear = {id(p) for module in model.modules() if isinstance(module, Linear) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         is_cast = id(parameter) in linear and not name.startswith("gene_id_head")
-        assert parameter.dtype == (wanted if is_cast else torch.float32), name
+        assert parameter.dtype == (expected if is_cast else torch.float32), name
 
 
-def test_the_hash_is_that_of_the_file() -> None:
+def test_weights_hash_matches_the_file() -> None:
     expected = hashlib.sha256((CHECKPOINT / "model_weights.pt").read_bytes()).hexdigest()
     assert load(CHECKPOINT).weights_sha256() == expected
 
@@ -91,7 +91,7 @@ def test_biases_in_attention_and_feed_forward_are_loaded(checkpoint_copy: Path) 
     torch.testing.assert_close(block.get_parameter("self_attn.linears.3.bias"), torch.arange(32.0))
 
 
-def test_a_checkpoint_trained_without_the_gene_loss_has_no_gene_head(checkpoint_copy: Path) -> None:
+def test_no_gene_head_without_gene_loss(checkpoint_copy: Path) -> None:
     edit_config(checkpoint_copy, lambda model: model["loss_config"].update(gene_id_loss_weight=0.0))
     with pytest.raises(CheckpointError, match=r"unexpected: gene_id_head\.layers\.0\.weight"):
         load(checkpoint_copy)
@@ -99,7 +99,7 @@ def test_a_checkpoint_trained_without_the_gene_loss_has_no_gene_head(checkpoint_
     assert load(checkpoint_copy).model.gene_id_head is None
 
 
-def test_all_that_does_not_fit_is_listed_at_once(checkpoint_copy: Path) -> None:
+def test_all_mismatches_are_listed(checkpoint_copy: Path) -> None:
     def damage(weights: dict[str, Tensor]) -> None:
         weights["a.new.one"] = weights.pop("mu.gene_embedding.weight")
         weights["transformer_encoder.encoder_layers.0.norm1.weight"] = torch.ones(5)
@@ -113,15 +113,15 @@ def test_all_that_does_not_fit_is_listed_at_once(checkpoint_copy: Path) -> None:
     assert "encoder_layers.0.norm1.weight (5,) instead of (32,)" in message
 
 
-def test_pickled_code_is_refused_and_not_run(checkpoint_copy: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "the code ran"
+def test_pickled_code_is_refused_and_not_executed(checkpoint_copy: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
 
     class Malicious:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
             return Path.touch, (trace,)  # type: ignore[return-value]
 
     torch.save({"a": Malicious()}, checkpoint_copy / "model_weights.pt")
-    with pytest.raises(CheckpointError, match="holds pickled code, which is not run"):
+    with pytest.raises(CheckpointError, match="contains pickled code, which is never executed"):
         load(checkpoint_copy)
     assert not trace.exists()
 
@@ -141,16 +141,16 @@ def truncate(path: Path) -> None:
         (lambda path: (path / "vocabs" / "homo_sapiens_gene.h5").unlink(), r"homo_sapiens_gene\.h5: vocabulary file"),
         (lambda path: (path / "vocabs" / "assay_vocab.json").unlink(), r"assay_vocab\.json: vocabulary file missing"),
         (lambda path: (path / "config.json").unlink(), r"config\.json: missing"),
-        (lambda path: (path / "config.json").write_text("{"), r"config\.json: not readable as JSON"),
+        (lambda path: (path / "config.json").write_text("{"), r"config\.json: cannot be parsed as JSON"),
         (lambda path: (path / "config.json").write_text("{}"), r"config\.json: the key 'model' is missing"),
         (lambda path: edit_config(path, lambda m: m.pop("model_config")), "the key 'model.model_config' is missing"),
         (
             lambda path: edit_config(path, lambda m: m["model_config"].pop("num_heads")),
-            "needed key 'model.model_config.num_heads' is missing",
+            "required key 'model.model_config.num_heads' is missing",
         ),
         (
             lambda path: edit_config(path, lambda m: m["data_config"].pop("esm2_mappings")),
-            "needed key 'model.data_config.esm2_mappings' is missing",
+            "required key 'model.data_config.esm2_mappings' is missing",
         ),
         (
             lambda path: edit_config(path, lambda m: m["model_config"].update(num_heads="many")),
@@ -163,7 +163,7 @@ def truncate(path: Path) -> None:
         (lambda path: edit_config(path, lambda m: m["model_config"].update(dropout=3)), r"config\.json: .*dropout"),
         (
             lambda path: edit_weights(path, lambda w: w.update({EMBEDDING: torch.tensor(1.0)})),
-            rf"{EMBEDDING} is of another shape: \(\)",
+            rf"{EMBEDDING} has shape \(\)",
         ),
         (
             lambda path: edit_weights(path, lambda w: w.update({EMBEDDING: w[EMBEDDING].to_sparse()})),
@@ -173,7 +173,7 @@ def truncate(path: Path) -> None:
         (lambda path: edit_config(path, lambda m: m["model_config"].update(aux_len=2)), "aux_len is 2, but aux_cols"),
     ],
 )
-def test_a_damaged_checkpoint_is_one_line_that_names_the_file(
+def test_a_damaged_checkpoint_is_a_one_line_error_with_the_file(
     checkpoint_copy: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(checkpoint_copy)
@@ -182,6 +182,6 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_file(
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TranscriptFormerError, match="no such folder"):
         load(tmp_path / "nowhere")

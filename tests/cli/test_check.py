@@ -57,7 +57,7 @@ def test_another_species_is_named_and_accepted_with_its_protein_embeddings() -> 
     found = report(other)
     assert found["species"] == "mus_musculus"
     assert found["genes_known"] == 0
-    assert "is it another species (mus_musculus)" in found["refused"]
+    assert "are the cells of another species (mus_musculus)" in found["refused"]
     found = report(other, "--pretrained-embedding", SYNTHETIC / "other_species_gene.h5")
     assert found["refused"] is None
     assert found["genes_known"] > 200
@@ -70,7 +70,7 @@ def test_what_inference_would_refuse_is_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "broken.h5ad").write_bytes(CELLS.read_bytes()[:5000])
     for name, reason in {
         "nan.h5ad": "counts are NaN",
-        "repeated.h5ad": "1 columns repeat a gene id",
+        "repeated.h5ad": "1 columns have duplicate gene ids",
         "symbols.h5ad": "these look like gene symbols",
         "broken.h5ad": "truncated or damaged",
         "nowhere.h5ad": "no such file",

@@ -48,11 +48,11 @@ def test_the_last_lines_tell_the_loss_beside_that_of_frequencies(cells: Path, tm
     assert re.fullmatch(
         rf"{re.escape(str(tmp_path))}/run/checkpoint: weights of step 5\n"
         r"validation loss \d+\.\d+ \(genes \d+\.\d+, counts \d+\.\d+\)\n"
-        r"by frequency alone \d+\.\d+ \(genes \d+\.\d+, counts \d+\.\d+\)\n",
+        r"frequency baseline \d+\.\d+ \(genes \d+\.\d+, counts \d+\.\d+\)\n",
         result.stdout,
     )
-    assert "36 cells are learned from, 4 validated on; 5 steps, 5 in an epoch" in result.stderr
-    assert re.search(r"[\d,]+ of [\d,]+ weights are learned", result.stderr)
+    assert "36 training and 4 validation cells; 5 steps, 5 per epoch" in result.stderr
+    assert re.search(r"[\d,]+ of [\d,]+ weights are trainable", result.stderr)
 
 
 def test_every_option_reaches_the_configuration(tmp_path: Path) -> None:
@@ -83,9 +83,9 @@ def test_every_option_reaches_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "exit_code", "message"),
     [
-        ((), 2, r"training\.data_files \(--data-file\): there is no file to learn from"),
+        ((), 2, r"training\.data_files \(--data-file\): no training files"),
         (("--data-file", "nowhere.h5ad"), 2, r"--data-file nowhere\.h5ad: no such file"),
-        (("--data-file", "nowhere/*.h5ad"), 2, r"--data-file nowhere/\*\.h5ad: no file bears such a name"),
+        (("--data-file", "nowhere/*.h5ad"), 2, r"--data-file nowhere/\*\.h5ad: no file matches"),
         (("--config", "nowhere.yaml"), 2, r"--config nowhere\.yaml: no such file"),
     ],
 )
@@ -102,18 +102,18 @@ def test_a_file_without_genes_of_the_vocabulary(tmp_path: Path) -> None:
 def test_cells_of_which_none_has_a_gene(tmp_path: Path) -> None:
     make_adata(np.zeros((9, 5))).write_h5ad(tmp_path / "empty.h5ad")
     result = invoke(tmp_path, "--data-file", tmp_path / "empty.h5ad")
-    assert_refused(result, 1, "there is no cell to learn from: 9 were read, 0 have a known gene", tmp_path)
+    assert_refused(result, 1, "no training cells: 0 of 9 cells pass the filters and express a known gene", tmp_path)
 
 
 def test_a_missing_label_column(cells: Path, tmp_path: Path) -> None:
     result = invoke(tmp_path, "--data-file", cells, "--label-column", "cell_type")
-    assert_refused(result, 1, r"--label-column cell_type: .*has no such column of obs; it has: assay", tmp_path)
+    assert_refused(result, 1, r"--label-column cell_type: .*has no such obs column; it has: assay", tmp_path)
 
 
 def test_a_loss_that_is_not_a_number(cells: Path, tmp_path: Path) -> None:
     options = ("--learning-rate", 1e30, "--config-override", "training.clip_gradients=0")
     assert_refused(
-        invoke(tmp_path, "--data-file", cells, *options), 1, "the loss is not a number, in a batch of", tmp_path
+        invoke(tmp_path, "--data-file", cells, *options), 1, "the loss is not finite in a batch of", tmp_path
     )
 
 
@@ -121,7 +121,7 @@ def test_damage_in_one_of_several_files_is_found_before_anything_is_learned(cell
     bad = make_adata([[1.0, 2.0], [3.0, -4.0]])
     bad.write_h5ad(tmp_path / "bad.h5ad")
     result = invoke(tmp_path, "--data-file", cells, "--data-file", tmp_path / "bad.h5ad")
-    assert_refused(result, 1, r"bad\.h5ad: counts are negative, the first in cell 'c1'", tmp_path)
+    assert_refused(result, 1, r"bad\.h5ad: counts are negative, first in cell 'c1'", tmp_path)
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
@@ -141,5 +141,5 @@ def test_ctrl_c_says_how_to_go_on(cells: Path, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err.splitlines()[-1].startswith("INFO: interrupted; ")
-    assert err.splitlines()[-1].endswith("; the same command with --resume goes on")
+    assert err.splitlines()[-1].endswith("; rerun the same command with --resume to continue")
     assert "Traceback" not in err

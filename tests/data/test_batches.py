@@ -54,7 +54,7 @@ def make_loader(
     readers = make_readers(*sources, seq_len=seq_len, aux_vocabs=aux_vocabs, **config)
     survey = survey_cells(readers, readers[0].config)
     dataset = CellDataset(readers, survey.kept, survey.lengths, readers[0].config.block_size)
-    dataset.deal_out(*share, np.zeros(survey.n_kept, bool) if is_done is None else is_done)
+    dataset.shard(*share, np.zeros(survey.n_kept, bool) if is_done is None else is_done)
     return BatchLoader(dataset, BatchLimits(max_cells, max_tokens), PAD, seq_len, min_positions, n_workers)
 
 
@@ -67,9 +67,9 @@ def rows_of(batches: BatchLoader) -> list[int]:
     return [row for batch in batches for row in batch.rows.tolist()]
 
 
-def test_batch_holds_each_cells_genes_then_padding() -> None:
+def test_a_batch_holds_each_cells_genes_and_padding() -> None:
     batch = only_batch(make_adata([[2, 0, 0, 0], [0, 3, 0, 1]]))
-    assert batch.rows.tolist() == [1, 0]  # the longest first
+    assert batch.rows.tolist() == [1, 0]  # longest first
     assert batch.gene_tokens[:, :3].tolist() == [[5, 7, PAD], [4, PAD, PAD]]
     assert batch.gene_counts[:, :3].tolist() == [[3, 1, 0], [2, 0, 0]]
     assert (batch.gene_tokens[:, 3:] == PAD).all()
@@ -81,7 +81,7 @@ def test_batch_holds_each_cells_genes_then_padding() -> None:
     ("n_genes", "n_positions"),
     [(0, LENGTH_MULTIPLE), (LENGTH_MULTIPLE - 1, LENGTH_MULTIPLE), (LENGTH_MULTIPLE, 2 * LENGTH_MULTIPLE), (60, 50)],
 )
-def test_cells_run_at_their_own_length_with_room_for_start(n_genes: int, n_positions: int) -> None:
+def test_batches_are_padded_to_the_longest_cell_plus_start(n_genes: int, n_positions: int) -> None:
     counts = np.zeros((1, 60))
     counts[0, :n_genes] = 1
     assert only_batch(make_adata(counts), seq_len=50).gene_tokens.shape == (1, n_positions)
@@ -93,26 +93,26 @@ def test_cells_can_be_padded_to_full_length() -> None:
 
 @pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize("n_processes", [1, 3])
-def test_every_cell_comes_once_whatever_the_workers_and_processes(n_workers: int, n_processes: int) -> None:
+def test_every_cell_is_yielded_once_for_any_number_of_workers_and_processes(n_workers: int, n_processes: int) -> None:
     sources, rows = (random_adata(23, density=0.1), random_adata(9, seed=1)), []
     for process in range(n_processes):
         rows += rows_of(make_loader(*sources, block_size=5, n_workers=n_workers, share=(process, n_processes)))
     assert sorted(rows) == list(range(32))
 
 
-def test_every_process_gets_a_share_of_a_small_input() -> None:
+def test_small_inputs_are_shared_between_processes() -> None:
     shares = [len(rows_of(make_loader(random_adata(12), share=(process, 3)))) for process in range(3)]
     assert shares == [4, 4, 4]
 
 
-def test_cells_that_are_done_do_not_come_again() -> None:
+def test_done_cells_are_skipped() -> None:
     is_done = np.random.default_rng(0).random(20) < 0.5
     left = rows_of(make_loader(random_adata(20), block_size=6, is_done=is_done))
     assert sorted(left) == np.flatnonzero(~is_done).tolist()
     assert rows_of(make_loader(random_adata(20), is_done=np.ones(20, bool))) == []
 
 
-def test_a_cell_is_the_same_whatever_block_it_is_read_in() -> None:
+def test_tokens_do_not_depend_on_the_block_size() -> None:
     adata = random_adata(30)
     for settings in ({}, {"randomize_genes": True}, {"sort_genes": True, "normalize_to_scale": 100}):
         cells = []
@@ -123,7 +123,7 @@ def test_a_cell_is_the_same_whatever_block_it_is_read_in() -> None:
             torch.testing.assert_close(cells[0][row], cells[1][row], rtol=0, atol=0)
 
 
-def test_filters_look_at_each_source_by_itself() -> None:
+def test_filters_apply_to_each_source_separately() -> None:
     shallow = make_adata([[1], [1], [1], [1], [9]])
     deep = make_adata([[900], [100], [100], [100], [100]])
     loader = make_loader(shallow, deep, filter_outliers=1.5, clip_counts=1000)
@@ -140,19 +140,19 @@ def test_filters_look_at_each_source_by_itself() -> None:
     max_cells=st.integers(1, 20),
     max_tokens=st.integers(1, 2000),
 )
-def test_batches_respect_both_limits_and_hold_every_cell_once(
+def test_batches_respect_both_limits_and_contain_every_cell_once(
     lengths: list[int], max_cells: int, max_tokens: int
 ) -> None:
-    of_cell, seen = np.array(lengths), []
-    for chosen in group_by_length(of_cell, BatchLimits(max_cells, max_tokens), seq_len=100):
-        n_positions = positions(int(of_cell[chosen].max()), 100)
+    cell_lengths, seen = np.array(lengths), []
+    for chosen in group_by_length(cell_lengths, BatchLimits(max_cells, max_tokens), seq_len=100):
+        n_positions = positions(int(cell_lengths[chosen].max()), 100)
         assert len(chosen) <= max_cells
         assert len(chosen) * n_positions <= max_tokens or len(chosen) == 1
         seen += chosen.tolist()
     assert sorted(seen) == list(range(len(lengths)))
 
 
-def test_little_is_padded_where_cells_of_like_length_are_grouped() -> None:
+def test_grouping_by_length_reduces_padding() -> None:
     lengths = np.random.default_rng(0).integers(0, 1000, 2048)
     batches = list(group_by_length(lengths, BatchLimits(16, 10**9), seq_len=2047))
     padded = sum(len(chosen) * positions(int(lengths[chosen].max()), 2047) for chosen in batches)
@@ -161,7 +161,7 @@ def test_little_is_padded_where_cells_of_like_length_are_grouped() -> None:
     assert padded < 0.6 * in_file_order
 
 
-def test_missing_values_and_missing_columns_of_metadata_are_unknown(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_metadata_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
     adata = make_adata([[1], [1]])
     adata.obs["assay"] = ["not an assay", "Drop-seq"]
     adata.obs["assay"] = adata.obs["assay"].astype("category").cat.remove_categories("not an assay")
@@ -176,7 +176,7 @@ def test_a_checkpoint_without_metadata_columns_has_no_auxiliary_tokens() -> None
     assert next(iter(make_loader(make_adata([[1, 2]]), aux_vocabs={}))).aux_tokens.shape == (1, 0)
 
 
-def test_counts_of_the_source_are_left_as_they_are() -> None:
+def test_source_counts_are_not_modified() -> None:
     adata = random_adata(5)
     before = adata.X.copy()
     list(make_loader(adata, clip_counts=2, normalize_to_scale=100))

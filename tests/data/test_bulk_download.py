@@ -1,4 +1,4 @@
-"""Datasets of CELLxGENE Discover arrive whole and verified, through whatever storm."""
+"""Datasets of CELLxGENE Discover are downloaded completely and verified, despite faults."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from tests.commands import COMMAND, finish, start
 from tests.h5ad_files import random_adata
 from tests.web import Fault, Web, serve
 from transcriptformer.cli.main import app
-from transcriptformer.data.bulk_download import API_VARIABLE, Selection, look_into, select_datasets
+from transcriptformer.data.bulk_download import API_VARIABLE, Selection, inspect_h5ad, select_datasets
 from transcriptformer.errors import DownloadError
 from transcriptformer.fetching import fetcher
 from transcriptformer.fetching.fetcher import DamagedFileError, RefusedFileError
@@ -31,7 +31,7 @@ LIST = "/curation/v1/datasets"
 
 
 def dataset(name: str, species: str = "Homo sapiens", web: Web | None = None, **more: Any) -> dict[str, Any]:
-    """What the service tells of a dataset; its file is served under its name."""
+    """API metadata of a dataset whose file is served under its name."""
     address, path = (web.address, f"/{name}.h5ad") if web else ("", "")
     size = len(web.files[path]) if web else 1
     assets = [
@@ -55,7 +55,7 @@ def dataset(name: str, species: str = "Homo sapiens", web: Web | None = None, **
 
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Some h5ad files, all different."""
+    """Contents of several different h5ad files."""
     folder = tmp_path_factory.mktemp("h5ad")
     for i in range(6):
         random_adata(20 + i, seed=i).write_h5ad(folder / f"{i}.h5ad")
@@ -65,7 +65,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 @pytest.fixture
 def web(contents: list[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     """Serves four datasets, three of them human."""
-    monkeypatch.setattr(fetcher, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(fetcher, "INITIAL_BACKOFF", 0.001)
     with serve(Web({f"/d{i}.h5ad": content for i, content in enumerate(contents[:4])})) as web:
         monkeypatch.setenv(API_VARIABLE, web.address)
         announce(web, *(dataset(f"d{i}", web=web) for i in range(3)), dataset("d3", "Mus musculus", web))
@@ -82,7 +82,7 @@ def download(folder: Path, *options: object, species: str = "homo sapiens") -> R
 
 
 def assert_whole(folder: Path, web: Web, *names: str) -> None:
-    """These datasets are there, byte for byte, with their records, and nothing else is."""
+    """The folder contains exactly these datasets, byte for byte, with their records."""
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(names)
     for name in names:
         assert sorted(path.name for path in (folder / name).iterdir()) == ["__success__", "full.h5ad"]
@@ -94,7 +94,7 @@ def assert_whole(folder: Path, web: Web, *names: str) -> None:
             assert [record["cells"], record["genes"]] == list(file["X"].attrs["shape"])
 
 
-def test_datasets_come_with_records_and_metadata(web: Web, tmp_path: Path) -> None:
+def test_datasets_are_downloaded_with_records_and_metadata(web: Web, tmp_path: Path) -> None:
     result = download(tmp_path)
     assert result.exit_code == 0, result.output
     assert_whole(tmp_path, web, "d0", "d1", "d2")
@@ -104,44 +104,44 @@ def test_datasets_come_with_records_and_metadata(web: Web, tmp_path: Path) -> No
     assert "downloaded" in result.stdout
 
 
-def test_they_are_ready_for_inference(web: Web, tmp_path: Path) -> None:
+def test_downloaded_files_are_ready_for_inference(web: Web, tmp_path: Path) -> None:
     download(tmp_path, "--max-datasets", 1)
     assert anndata.read_h5ad(tmp_path / "d0" / "full.h5ad").shape == (20, 200)
 
 
-def test_a_second_run_fetches_nothing_and_another_species_adds_to_it(web: Web, tmp_path: Path) -> None:
+def test_second_run_downloads_nothing_and_another_species_is_added(web: Web, tmp_path: Path) -> None:
     download(tmp_path)
-    web.asked.clear()
+    web.requests.clear()
     result = download(tmp_path)
     assert result.exit_code == 0
-    assert [path for path, _, _ in web.asked] == [LIST]
+    assert [path for path, _, _ in web.requests] == [LIST]
     assert download(tmp_path, species="mus musculus").exit_code == 0
     assert_whole(tmp_path, web, "d0", "d1", "d2", "d3")
     assert len(json.loads((tmp_path / "dataset_metadata.json").read_text())) == 4
 
 
-def test_without_metadata_none_is_written(web: Web, tmp_path: Path) -> None:
+def test_no_metadata_writes_none(web: Web, tmp_path: Path) -> None:
     assert download(tmp_path, "--no-metadata").exit_code == 0
     assert not (tmp_path / "dataset_metadata.json").exists()
 
 
-def test_a_dry_run_only_counts(web: Web, tmp_path: Path) -> None:
+def test_dry_run_only_counts(web: Web, tmp_path: Path) -> None:
     result = download(tmp_path / "new", "--dry-run")
     assert (
         result.stdout
         == f"3 datasets with 60 cells, {sum(len(web.files[f'/d{i}.h5ad']) for i in range(3)) / 1e6:.1f} MB\n"
     )
     assert not (tmp_path / "new").exists()
-    assert [path for path, _, _ in web.asked] == [LIST]
+    assert [path for path, _, _ in web.requests] == [LIST]
 
 
-def test_a_test_only_asks(web: Web, tmp_path: Path) -> None:
+def test_test_only_sends_one_request(web: Web, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["download-data", "--test-only", "--output-dir", str(tmp_path / "new")])
     assert result.stdout == f"{web.address} answers: 4 datasets\n"
     assert not (tmp_path / "new").exists()
 
 
-def test_the_module_is_the_same_command(web: Web, tmp_path: Path) -> None:
+def test_module_is_the_same_command(web: Web, tmp_path: Path) -> None:
     options = ["--species", "homo sapiens", "--output-dir", str(tmp_path)]
     module = [sys.executable, "-m", "transcriptformer.data.bulk_download", *options]
     result = subprocess.run(module, capture_output=True, text=True, check=False)
@@ -149,11 +149,11 @@ def test_the_module_is_the_same_command(web: Web, tmp_path: Path) -> None:
     assert_whole(tmp_path, web, "d0", "d1", "d2")
 
 
-def test_one_that_fails_does_not_stop_the_others_and_is_named(web: Web, tmp_path: Path) -> None:
+def test_failed_dataset_is_named_and_does_not_stop_the_others(web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: "404" if path == "/d1.h5ad" else ""
     result = download(tmp_path)
     assert result.exit_code == 1
-    assert f"failed: d1: {web.address}/d1.h5ad: the server answers 404" in result.stdout
+    assert f"failed: d1: {web.address}/d1.h5ad: HTTP 404" in result.stdout
     assert_whole(tmp_path, web, "d0", "d2")
     assert [entry["dataset_id"] for entry in json.loads((tmp_path / "dataset_metadata.json").read_text())] == [
         "d0",
@@ -164,29 +164,29 @@ def test_one_that_fails_does_not_stop_the_others_and_is_named(web: Web, tmp_path
     assert_whole(tmp_path, web, "d0", "d1", "d2")
 
 
-def test_a_dataset_without_h5ad_is_named(web: Web, tmp_path: Path) -> None:
+def test_dataset_without_h5ad_is_named(web: Web, tmp_path: Path) -> None:
     announce(web, dataset("d0", web=web), dataset("d1", assets=[{"filetype": "RDS", "url": "x", "filesize": 1}]))
     result = download(tmp_path)
     assert result.exit_code == 1
-    assert "failed: d1: d1: the portal has no H5AD of it" in result.stdout
+    assert "failed: d1: d1: the dataset has no H5AD file" in result.stdout
     assert_whole(tmp_path, web, "d0")
 
 
 @pytest.mark.parametrize("cut", [0, 100, 20_000])
-def test_a_file_that_is_no_whole_h5ad_is_not_taken(cut: int, web: Web, tmp_path: Path) -> None:
+def test_incomplete_h5ad_is_refused(cut: int, web: Web, tmp_path: Path) -> None:
     web.files["/d0.h5ad"] = web.files["/d0.h5ad"][:cut]
     announce(web, dataset("d0", web=web))
     result = download(tmp_path)
     assert result.exit_code == 1
-    assert "not a whole h5ad" in result.stdout
+    assert "not a complete h5ad" in result.stdout
     assert not list(tmp_path.rglob("full.h5ad*"))
     assert not list(tmp_path.rglob("__success__"))
 
 
-def test_a_new_version_replaces_the_old_one_when_it_is_whole(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
+def test_new_version_replaces_the_old_one_when_complete(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
     download(tmp_path)
     old = web.files["/d0.h5ad"]
-    for new, fault in [(contents[5], "500"), (contents[5][:20_000], "")]:  # one fails, one is damaged
+    for new, fault in [(contents[5], "500"), (contents[5][:20_000], "")]:  # a failure, and a damaged file
         web.files["/d0.h5ad"] = new
         announce(web, dataset("d0", web=web))
         web.fault = lambda path, n, fault=fault: fault if path == "/d0.h5ad" else ""  # type: ignore[misc]
@@ -200,21 +200,21 @@ def test_a_new_version_replaces_the_old_one_when_it_is_whole(web: Web, tmp_path:
 
 
 @pytest.mark.parametrize("record", [None, "", "{}"])
-def test_a_file_that_lacks_only_the_record_is_looked_into_instead_of_fetched(
+def test_complete_file_without_a_record_is_verified_not_downloaded(
     record: str | None, web: Web, tmp_path: Path
 ) -> None:
-    """Killed just before the end, or fetched by the published package."""
+    """As after a kill just before the end, or a download by the published package."""
     download(tmp_path)
     (tmp_path / "d0" / "__success__").unlink()
     if record is not None:
         (tmp_path / "d0" / "__success__").write_text(record)
-    web.asked.clear()
+    web.requests.clear()
     assert download(tmp_path).exit_code == 0
-    assert [path for path, _, _ in web.asked] == [LIST]
+    assert [path for path, _, _ in web.requests] == [LIST]
     assert_whole(tmp_path, web, "d0", "d1", "d2")
 
 
-def test_a_damaged_file_without_a_record_is_fetched_again(web: Web, tmp_path: Path) -> None:
+def test_damaged_file_without_a_record_is_downloaded_again(web: Web, tmp_path: Path) -> None:
     download(tmp_path)
     (tmp_path / "d0" / "__success__").unlink()
     (tmp_path / "d0" / "full.h5ad").write_bytes(bytes(len(web.files["/d0.h5ad"])))
@@ -254,19 +254,21 @@ def test_selection(wanted: dict[str, Any], expected: list[str]) -> None:
     assert names(select_datasets(datasets, Selection(("Homo Sapiens",), **wanted))) == expected
 
 
-def test_a_species_nobody_has_is_told_with_those_there_are() -> None:
+def test_unknown_species_lists_the_available_ones() -> None:
     datasets = [
         dataset("a"),
         dataset("b"),
         dataset("c", "Mus musculus"),
         dataset("d", "Danio rerio", is_primary_data=[]),
     ]
-    with pytest.raises(DownloadError, match=r"'pan trog': no datasets; .*: homo sapiens \(2\), mus musculus \(1\)$"):
+    with pytest.raises(
+        DownloadError, match=r"'pan trog': no datasets; available species: homo sapiens \(2\), mus musculus \(1\)$"
+    ):
         select_datasets(datasets, Selection(("homo sapiens", "pan trog")))
 
 
-def test_a_selection_that_leaves_nothing_is_told() -> None:
-    with pytest.raises(DownloadError, match="no dataset fits"):
+def test_empty_selection_is_an_error() -> None:
+    with pytest.raises(DownloadError, match="no dataset matches"):
         select_datasets([dataset("a")], Selection(("homo sapiens",), tissue=("brain",)))
 
 
@@ -279,7 +281,7 @@ def test_a_selection_that_leaves_nothing_is_told() -> None:
         (["--species", "homo sapiens", "--source", "census", "--tissue", "lung"], "--tissue does not go with"),
     ],
 )
-def test_what_cannot_be_meant_is_one_clear_line(options: list[str], reason: str, web: Web, tmp_path: Path) -> None:
+def test_invalid_options_are_a_one_line_error(options: list[str], reason: str, web: Web, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["download-data", "--output-dir", str(tmp_path / "new"), *options])
     assert result.exit_code != 0
     assert reason in result.stderr
@@ -291,38 +293,38 @@ def test_what_cannot_be_meant_is_one_clear_line(options: list[str], reason: str,
     "answer",
     [b"<html>Welcome to our Wi-Fi!</html>", b"{}x", b"[1]", b'{"a": 1}', b"[{}]", b"null", b"{}", b"[]", b'""'],
 )
-def test_an_answer_that_is_no_list_is_one_clear_line(answer: bytes, web: Web, tmp_path: Path) -> None:
+def test_invalid_response_is_a_one_line_error(answer: bytes, web: Web, tmp_path: Path) -> None:
     web.files[LIST] = answer
     result = download(tmp_path)
     assert result.exit_code == 1
-    assert "answers, but not with a list of datasets; is there a log-in page in between?" in result.stderr
+    assert "the response is not a list of datasets; check for a proxy or a log-in page" in result.stderr
 
 
 @pytest.mark.parametrize(("status", "requests"), [("403", 1), ("404", 1), ("503", 4)])
-def test_a_service_that_refuses_is_one_clear_line(status: str, requests: int, web: Web, tmp_path: Path) -> None:
+def test_http_error_is_a_one_line_error(status: str, requests: int, web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: status
     result = download(tmp_path)
     assert result.exit_code == 1
-    assert f"ERROR: {web.address}{LIST}: the server answers {status}" in result.stderr
-    assert len(web.asked) == requests
+    assert f"ERROR: {web.address}{LIST}: HTTP {status}" in result.stderr
+    assert len(web.requests) == requests
 
 
-def test_no_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_network_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(API_VARIABLE, "http://no-such-host.invalid")
     result = download(tmp_path, "--max-retries", 0)
     assert result.exit_code == 1
-    assert result.stderr == f"ERROR: http://no-such-host.invalid{LIST}: no such host, or no network\n"
+    assert result.stderr == f"ERROR: http://no-such-host.invalid{LIST}: host not found, or no network\n"
 
 
-def test_no_room_is_told_before_anything_is_fetched(web: Web, tmp_path: Path) -> None:
+def test_lack_of_disk_space_is_reported_before_downloading(web: Web, tmp_path: Path) -> None:
     announce(web, dataset("d0", assets=[{"filetype": "H5AD", "url": f"{web.address}/d0.h5ad", "filesize": 2**60}]))
     result = download(tmp_path)
     assert result.exit_code == 1
-    assert "are needed, " in result.stderr
+    assert "free up space and rerun" in result.stderr
     assert not (tmp_path / "d0").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line(web: Web, tmp_path: Path) -> None:
+def test_unwritable_folder_is_a_one_line_error(web: Web, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     result = download(tmp_path / "taken")
     assert result.exit_code == 1
@@ -330,23 +332,23 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(web: Web, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "..", ".lock", "", "x" * 300, "a\0b"])
-def test_a_name_that_leaves_the_folder_is_refused(name: str, web: Web, tmp_path: Path) -> None:
+def test_id_outside_the_folder_is_refused(name: str, web: Web, tmp_path: Path) -> None:
     announce(web, {**dataset("d0", web=web), "dataset_id": name})
     result = download(tmp_path / "place")
     assert result.exit_code == 1
-    assert "cannot be the name of a folder" in result.stderr
+    assert "is not a valid folder name" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] in (["place"], [])
 
 
 @pytest.mark.parametrize("counts", ["none", "no cells", "empty"])
-def test_what_holds_no_counts_is_refused(counts: str, tmp_path: Path) -> None:
+def test_file_without_counts_is_refused(counts: str, tmp_path: Path) -> None:
     adata = random_adata(3, density=0 if counts == "empty" else 0.3)
     adata = adata[:0] if counts == "no cells" else adata
     if counts == "none":
         del adata.X
     adata.write_h5ad(tmp_path / "full.h5ad")
     with pytest.raises(DamagedFileError if counts == "none" else RefusedFileError):
-        look_into(tmp_path / "full.h5ad")
+        inspect_h5ad(tmp_path / "full.h5ad")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_what_holds_no_counts_is_refused(counts: str, tmp_path: Path) -> None:
         {"assets": [{"filetype": "H5AD", "url": "nonsense", "filesize": "large"}]},
     ],
 )
-def test_an_odd_dataset_does_not_stop_the_others(odd: dict[str, Any], web: Web, tmp_path: Path) -> None:
+def test_malformed_dataset_does_not_stop_the_others(odd: dict[str, Any], web: Web, tmp_path: Path) -> None:
     announce(web, dataset("odd", **odd), dataset("d0", web=web))
     result = download(tmp_path)
     assert result.exit_code == 1
@@ -366,19 +368,19 @@ def test_an_odd_dataset_does_not_stop_the_others(odd: dict[str, Any], web: Web, 
     assert_whole(tmp_path, web, "d0")
 
 
-def test_datasets_of_odd_species_are_none_of_the_wanted() -> None:
+def test_datasets_with_malformed_species_are_skipped() -> None:
     odd = [dataset("a", organism="Homo sapiens"), dataset("b", organism=["Homo sapiens"]), dataset("c", organism=None)]
     assert names(select_datasets([*odd, dataset("d")], Selection(("homo sapiens",)))) == ["d"]
 
 
-def test_a_dataset_that_is_told_twice_comes_once(web: Web, tmp_path: Path) -> None:
+def test_duplicate_dataset_is_downloaded_once(web: Web, tmp_path: Path) -> None:
     announce(web, dataset("d0", web=web), dataset("d0", web=web))
     result = download(tmp_path)
     assert "1 datasets with 20 cells" in result.stdout
     assert_whole(tmp_path, web, "d0")
 
 
-def test_metadata_tells_of_what_is_there_and_is_not_lost(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
+def test_metadata_is_merged_and_not_lost(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
     download(tmp_path)
     before = (tmp_path / "dataset_metadata.json").read_text()
     web.files["/d0.h5ad"] = contents[5][:1000]
@@ -387,7 +389,7 @@ def test_metadata_tells_of_what_is_there_and_is_not_lost(web: Web, tmp_path: Pat
     assert (tmp_path / "dataset_metadata.json").read_text() == before
     (tmp_path / "dataset_metadata.json").write_text("{ notes of mine")
     announce(web, dataset("d3", "Mus musculus", web))
-    assert "cannot be read, and is left as it is" in download(tmp_path, species="mus musculus").stderr
+    assert "cannot be read; metadata is not updated" in download(tmp_path, species="mus musculus").stderr
     assert (tmp_path / "dataset_metadata.json").read_text() == "{ notes of mine"
 
 
@@ -396,7 +398,7 @@ def command(folder: Path, processes: int = 4) -> list[str]:
     return [str(part) for part in (COMMAND, *fixed, "--output-dir", folder, "--processes", processes)]
 
 
-def test_ctrl_c_leaves_what_can_be_resumed(web: Web, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_resumable_download(web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: "slow 8" if path == "/d0.h5ad" and n == 0 else ""
     web.files["/d0.h5ad"] += bytes(3_000_000)
     announce(web, dataset("d0", web=web), dataset("d1", web=web))
@@ -406,20 +408,20 @@ def test_ctrl_c_leaves_what_can_be_resumed(web: Web, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     result = finish(process, kill_after=30)
     assert result.returncode == 130, result.stderr
-    assert "the same command goes on from here" in result.stderr
+    assert "rerun the same command to continue" in result.stderr
     assert (tmp_path / "d0" / "full.h5ad.part").exists()
     assert download(tmp_path).exit_code == 0
     assert_whole(tmp_path, web, "d0", "d1")
-    assert web.sent["/d0.h5ad"] < 1.6 * len(web.files["/d0.h5ad"])  # what was on its way came to nobody
+    assert web.sent["/d0.h5ad"] < 1.6 * len(web.files["/d0.h5ad"])  # data in flight is lost
 
 
-def test_a_file_that_cannot_grow_is_one_clear_line_and_what_came_is_kept(web: Web, tmp_path: Path) -> None:
-    """As on a disk that others fill meanwhile."""
+def test_full_disk_is_a_one_line_error_and_data_is_kept(web: Web, tmp_path: Path) -> None:
+    """As on a disk that fills up meanwhile."""
     web.files["/d0.h5ad"] += bytes(3_000_000)
     announce(web, dataset("d0", web=web), dataset("d1", web=web))
     result = finish(start(["bash", "-c", 'ulimit -f 1000; exec "$@"', "-", *command(tmp_path)]))
     assert result.returncode == 1
-    assert "d0/full.h5ad: cannot be written: File too large; what is there already is kept" in result.stdout
+    assert "d0/full.h5ad: cannot be written: File too large; files downloaded so far are kept" in result.stdout
     assert sorted(path.name for path in (tmp_path / "d0").iterdir()) == ["full.h5ad.part", "full.h5ad.part.json"]
     assert download(tmp_path).exit_code == 0
     assert_whole(tmp_path, web, "d0", "d1")
@@ -438,7 +440,7 @@ def storm(seed: int, faults: tuple[str, ...] = ("reset", "truncated", "short", "
 
 
 def many_datasets(web: Web, n: int, contents: list[bytes], padding: int) -> list[str]:
-    """HDF5 allows bytes after the end, by which each file is another one."""
+    """Datasets whose files differ by trailing bytes, which HDF5 allows."""
     names = [f"s{i:03d}" for i in range(n)]
     rng = np.random.default_rng(0)
     for i, name in enumerate(names):
@@ -448,7 +450,7 @@ def many_datasets(web: Web, n: int, contents: list[bytes], padding: int) -> list
 
 
 @pytest.mark.parametrize("n", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_everything_arrives_through_a_storm_and_little_of_it_twice(
+def test_everything_is_downloaded_despite_faults_and_little_of_it_twice(
     n: int, web: Web, tmp_path: Path, contents: list[bytes]
 ) -> None:
     names = many_datasets(web, n, contents, 200_000)
@@ -461,18 +463,18 @@ def test_everything_arrives_through_a_storm_and_little_of_it_twice(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_same_command_completes_it(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
+def test_rerun_after_a_kill_completes_the_download(web: Web, tmp_path: Path, contents: list[bytes]) -> None:
     names = many_datasets(web, 40, contents, 3_000_000)
     web.fault = lambda path, n: "slow" if n % 2 else ""
     rng = np.random.default_rng(0)
     for moment in itertools.chain(rng.uniform(1, 4, 20), [None]):
-        verified, asked = {f"/{path.parent.name}.h5ad" for path in tmp_path.glob("*/__success__")}, len(web.asked)
+        verified, asked = {f"/{path.parent.name}.h5ad" for path in tmp_path.glob("*/__success__")}, len(web.requests)
         process = start(command(tmp_path))
         if moment is not None:
             time.sleep(moment)
             process.send_signal(signal.SIGKILL)
         result = finish(process)
-        assert not {path for path, _, _ in web.asked[asked:]} & verified
+        assert not {path for path, _, _ in web.requests[asked:]} & verified
         for path in tmp_path.glob("*/__success__"):
             assert (path.parent / "full.h5ad").read_bytes() == web.files[f"/{path.parent.name}.h5ad"]
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Cells of a miniature census become h5ad files that are ready for inference."""
+"""Cells of a miniature census are downloaded as h5ad files ready for inference."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def the_cells() -> anndata.AnnData:
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A census in a folder, laid out as the public one."""
+    """A local census with the layout of the public one."""
     uri = str(tmp_path_factory.mktemp("census") / "soma")
     census: tiledbsoma.Collection[Any]
     with tiledbsoma.Collection.create(uri) as census:
@@ -67,8 +67,8 @@ def assert_same_cells(files: list[anndata.AnnData], expected: anndata.AnnData) -
     assert list(found.obs["tissue_general"]) == list(expected.obs["tissue_general"])
 
 
-def test_all_cells_come_in_files_of_the_wanted_size(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(census_module, "CELLS_AT_ONCE", 7)
+def test_all_cells_are_split_into_files(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(census_module, "CHUNK_CELLS", 7)
     result = download(tmp_path, uri, "--cells-per-file", 30)
     assert result.exit_code == 0, result.output
     files = written(tmp_path)
@@ -78,7 +78,7 @@ def test_all_cells_come_in_files_of_the_wanted_size(uri: str, tmp_path: Path, mo
     assert result.stdout.startswith(f"{tmp_path}/homo_sapiens/homo_sapiens_00000.h5ad: 30 cells\n")
 
 
-def test_a_filter_chooses_cells(uri: str, tmp_path: Path) -> None:
+def test_filter_selects_cells(uri: str, tmp_path: Path) -> None:
     condition = "tissue_general == 'lung' and is_primary_data == True"
     assert download(tmp_path, uri, "--filter", condition).exit_code == 0
     cells = the_cells()
@@ -86,7 +86,7 @@ def test_a_filter_chooses_cells(uri: str, tmp_path: Path) -> None:
     assert_same_cells(written(tmp_path), cells[chosen.to_numpy()])
 
 
-def test_the_files_are_ready_for_inference(uri: str, tmp_path: Path) -> None:
+def test_files_are_ready_for_inference(uri: str, tmp_path: Path) -> None:
     download(tmp_path, uri, "--filter", "tissue_general == 'lung'")
     file = tmp_path / "homo_sapiens" / "homo_sapiens_00000.h5ad"
     options = ["inference", "--checkpoint-path", CHECKPOINT, "--data-file", file, "--output-path", tmp_path]
@@ -95,27 +95,27 @@ def test_the_files_are_ready_for_inference(uri: str, tmp_path: Path) -> None:
     assert "60 of 60 genes are in the vocabulary" in result.stderr
 
 
-def test_a_run_goes_on_where_another_ended(uri: str, tmp_path: Path) -> None:
+def test_interrupted_run_is_continued(uri: str, tmp_path: Path) -> None:
     download(tmp_path, uri, "--cells-per-file", 30)
     folder = tmp_path / "homo_sapiens"
     (folder / "homo_sapiens_00001.h5ad").unlink()
     (folder / ".homo_sapiens_00001.h5ad.tmp").write_text("killed")
     result = download(tmp_path, uri, "--cells-per-file", 30)
     assert result.exit_code == 0
-    assert result.stdout.count("there already") == 3
+    assert result.stdout.count("already present") == 3
     assert_same_cells(written(tmp_path), the_cells())
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_files_of_two_selections_are_not_mixed(uri: str, tmp_path: Path) -> None:
+def test_selections_are_not_mixed(uri: str, tmp_path: Path) -> None:
     download(tmp_path, uri)
     result = download(tmp_path, uri, "--filter", "tissue_general == 'lung'")
     assert result.exit_code == 2
-    assert "holds cells of another selection (filter: '', now \"tissue_general == 'lung'\")" in result.stderr
+    assert "contains cells of another selection (filter was '', is now \"tissue_general == 'lung'\")" in result.stderr
     assert len(written(tmp_path)) == 1
 
 
-def test_a_note_that_cannot_be_read_is_one_clear_line(uri: str, tmp_path: Path) -> None:
+def test_unreadable_selection_record_is_a_one_line_error(uri: str, tmp_path: Path) -> None:
     (tmp_path / "homo_sapiens").mkdir()
     (tmp_path / "homo_sapiens" / "census_selection.json").write_text("{")
     result = download(tmp_path, uri)
@@ -123,13 +123,13 @@ def test_a_note_that_cannot_be_read_is_one_clear_line(uri: str, tmp_path: Path) 
     assert "census_selection.json: cannot be read" in result.stderr
 
 
-def test_a_species_that_is_not_there_is_told_before_another_is_fetched(uri: str, tmp_path: Path) -> None:
+def test_unknown_species_is_an_error_before_any_download(uri: str, tmp_path: Path) -> None:
     result = download(tmp_path, uri, "--species", "homo sapiens,pan troglodytes")
     assert result.exit_code == 1
     assert not list(tmp_path.rglob("*.h5ad"))
 
 
-def test_a_dry_run_only_counts(uri: str, tmp_path: Path) -> None:
+def test_dry_run_only_counts(uri: str, tmp_path: Path) -> None:
     result = download(tmp_path / "new", uri, "--dry-run", "--cells-per-file", 30)
     assert result.stdout == "Homo sapiens: 100 cells, 4 files\n"
     assert not (tmp_path / "new").exists()
@@ -138,14 +138,14 @@ def test_a_dry_run_only_counts(uri: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--species", "pan troglodytes"], "'pan troglodytes': not in this census, which has: homo_sapiens"),
-        (["--filter", "tissue_general == 'brain'"], "no cell of Homo sapiens fits"),
-        (["--filter", "no_such_column == 1"], "the census does not take it"),
-        (["--filter", "= ="], "the census does not take it"),
+        (["--species", "pan troglodytes"], "'pan troglodytes': not in this census; available: homo_sapiens"),
+        (["--filter", "tissue_general == 'brain'"], "no cell of Homo sapiens matches"),
+        (["--filter", "no_such_column == 1"], "rejected by the census"),
+        (["--filter", "= ="], "rejected by the census"),
         (["--census-uri", "/no/such/census"], "census /no/such/census: cannot be opened"),
     ],
 )
-def test_what_cannot_be_had_is_one_clear_line(options: list[str], reason: str, uri: str, tmp_path: Path) -> None:
+def test_invalid_selection_is_a_one_line_error(options: list[str], reason: str, uri: str, tmp_path: Path) -> None:
     result = download(tmp_path / "new", uri, *options)
     assert result.exit_code == 1
     assert reason in result.stderr

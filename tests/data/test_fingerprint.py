@@ -1,4 +1,4 @@
-"""Inputs of other content have other fingerprints, wherever they lie; the same bytes have the same."""
+"""Fingerprints differ if and only if the contents of inputs differ, wherever these are stored."""
 
 import os
 import shutil
@@ -29,14 +29,14 @@ pytestmark = [
 
 stores, places = test_store.stores, test_store.places  # fixtures
 
-SIZES = ["whole", "sampled"]
+SIZES = ["complete", "sampled"]
 
 
 @pytest.fixture(params=SIZES)
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether inputs count as small, and are hashed whole, or as large, and are sampled."""
+    """Whether inputs count as small and are hashed completely, or as large and are sampled."""
     if request.param == "sampled":
-        monkeypatch.setattr(module, "WHOLE_BYTES", 2**11)
+        monkeypatch.setattr(module, "FULL_HASH_BYTES", 2**11)
         monkeypatch.setattr(module, "SMALL_ARRAY_BYTES", 2**9)
         monkeypatch.setattr(module, "BLOCK_BYTES", 2**8)
         monkeypatch.setattr(module, "N_BLOCKS", 8)
@@ -106,7 +106,7 @@ CHANGES = [
     ("name", "change"),
     [*(("cells.h5ad", change) for change in CHANGES), *(("cells.zarr", change) for change in CHANGES[::3])],
 )
-def test_a_change_shows(name: str, change: Callable[[anndata.AnnData], None], size: str, tmp_path: Path) -> None:
+def test_changes_are_detected(name: str, change: Callable[[anndata.AnnData], None], size: str, tmp_path: Path) -> None:
     adata = cells()
     before = fingerprint(write(adata, tmp_path / name))
     change(adata)
@@ -115,7 +115,9 @@ def test_a_change_shows(name: str, change: Callable[[anndata.AnnData], None], si
 
 @pytest.mark.parametrize("compression", [None, "gzip"])
 @pytest.mark.parametrize("name", ["cells.h5ad", "cells.zarr"])
-def test_path_and_time_do_not_count(name: str, compression: str | None, size: str, tmp_path: Path) -> None:
+def test_path_and_modification_time_do_not_matter(
+    name: str, compression: str | None, size: str, tmp_path: Path
+) -> None:
     options = {"compression": compression} if name.endswith("h5ad") else {}
     path = write(cells(), tmp_path / name, **options)
     before = fingerprint(path)
@@ -128,7 +130,7 @@ def test_path_and_time_do_not_count(name: str, compression: str | None, size: st
 
 
 @pytest.mark.parametrize("name", ["cells.h5ad", "cells.zarr"])
-def test_every_flipped_count_of_a_small_input_shows(name: str, tmp_path: Path) -> None:
+def test_every_changed_count_of_a_small_input_is_detected(name: str, tmp_path: Path) -> None:
     path = write(cells(), tmp_path / name)
     found = {fingerprint(path)}
     for entry in (0, 100, 777):
@@ -140,8 +142,8 @@ def test_every_flipped_count_of_a_small_input_shows(name: str, tmp_path: Path) -
     assert len(found) == 4
 
 
-def test_any_change_of_a_compressed_chunk_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WHOLE_BYTES", 2**11)
+def test_changes_of_compressed_chunks_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FULL_HASH_BYTES", 2**11)
     monkeypatch.setattr(module, "N_BLOCKS", 1)  # the first only
     monkeypatch.setattr(module, "BLOCK_BYTES", 2**8)
     monkeypatch.setattr(module, "SMALL_ARRAY_BYTES", 0)
@@ -159,17 +161,15 @@ def test_any_change_of_a_compressed_chunk_shows(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("place", ["http", "s3"])
-def test_a_store_behind_a_url_has_a_fingerprint(
-    place: str, zarr_format: int, places: dict[str, str], size: str
-) -> None:
+def test_remote_stores_have_a_fingerprint(place: str, zarr_format: int, places: dict[str, str], size: str) -> None:
     location = f"{places[place]}/v{zarr_format}.zarr"
     assert fingerprint(location) == fingerprint(location)
     assert len(fingerprint(location)) == 64
-    with pytest.raises(UsageError, match="no zarr store can be read there"):
+    with pytest.raises(UsageError, match="cannot be read as a zarr store"):
         fingerprint(f"{places[place]}/nothing.zarr")
 
 
-def test_the_hashes_of_s3_show_any_change(places: dict[str, str]) -> None:
+def test_s3_content_hashes_detect_any_change(places: dict[str, str]) -> None:
     client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL_S3"])
     client.create_bucket(Bucket="changing")
     store = Path(places["folder"]) / "v2.zarr"
@@ -186,7 +186,7 @@ def test_the_hashes_of_s3_show_any_change(places: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("consolidated", [True, False])
-def test_a_web_server_need_not_list(consolidated: bool, tmp_path: Path) -> None:
+def test_web_servers_without_listing_work(consolidated: bool, tmp_path: Path) -> None:
     found = set()
     for counts in ("first", "second"):
         adata = cells()
@@ -200,20 +200,20 @@ def test_a_web_server_need_not_list(consolidated: bool, tmp_path: Path) -> None:
     assert len(found) == 2
 
 
-def test_folders_of_other_files_and_files_of_any_kind_have_fingerprints(tmp_path: Path, size: str) -> None:
+def test_other_files_and_folders_have_fingerprints(tmp_path: Path, size: str) -> None:
     folder = tmp_path / "mtx"
     folder.mkdir()
     for name in ("matrix.mtx", "barcodes.tsv"):
         (folder / name).write_bytes(name.encode() * 1000)
-    before, of_file = fingerprint(folder), fingerprint_file(folder / "matrix.mtx")
-    assert fingerprint(folder / "matrix.mtx") == of_file != fingerprint_file(folder / "barcodes.tsv")
+    before, file_before = fingerprint(folder), fingerprint_file(folder / "matrix.mtx")
+    assert fingerprint(folder / "matrix.mtx") == file_before != fingerprint_file(folder / "barcodes.tsv")
     (folder / "matrix.mtx").write_bytes(b"matrix.mtX" * 1000)
     assert fingerprint(folder) != before
-    assert fingerprint_file(folder / "matrix.mtx") != of_file
+    assert fingerprint_file(folder / "matrix.mtx") != file_before
 
 
-def test_a_large_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WHOLE_BYTES", 2**20)
+def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FULL_HASH_BYTES", 2**20)
     path = tmp_path / "weights.bin"
     with path.open("wb") as file:
         file.truncate(2**30)  # sparse
@@ -224,7 +224,7 @@ def test_a_large_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert fingerprint_file(path) != before
 
 
-def test_where_a_link_leads_counts(size: str, tmp_path: Path) -> None:
+def test_changed_link_targets_are_detected(size: str, tmp_path: Path) -> None:
     path = write(cells(), tmp_path / "cells.h5ad")
     found = set()
     for target in ("/layers/first", "/layers/other"):
@@ -239,7 +239,7 @@ def test_where_a_link_leads_counts(size: str, tmp_path: Path) -> None:
     assert len(found) == 2
 
 
-def test_linked_files_count(tmp_path: Path) -> None:
+def test_changes_of_linked_files_are_detected(tmp_path: Path) -> None:
     other, path = tmp_path / "other.h5", tmp_path / "cells.h5ad"
     found = set()
     with h5py.File(path, "w") as file:
@@ -258,7 +258,7 @@ def test_linked_files_count(tmp_path: Path) -> None:
     assert len(found) == 4
 
 
-def test_files_that_linked_files_link_to_count(tmp_path: Path) -> None:
+def test_changes_of_indirectly_linked_files_are_detected(tmp_path: Path) -> None:
     path, last = tmp_path / "cells.h5ad", tmp_path / "last.h5"
     chain = [path, tmp_path / "second.h5", tmp_path / "third.h5", last]
     for name, following in pairwise(chain):
@@ -277,7 +277,7 @@ def test_files_that_linked_files_link_to_count(tmp_path: Path) -> None:
     assert len(found) == 5
 
 
-def test_linked_folders_count(tmp_path: Path, size: str) -> None:
+def test_changes_in_linked_folders_are_detected(tmp_path: Path, size: str) -> None:
     path = write(cells(), tmp_path / "cells.zarr")
     before = fingerprint(path)
     (path / "X").rename(tmp_path / "X")
@@ -291,7 +291,7 @@ def test_linked_folders_count(tmp_path: Path, size: str) -> None:
     assert fingerprint(path) != before
 
 
-def test_folders_that_link_to_each_other_come_to_an_end(tmp_path: Path) -> None:
+def test_folders_that_link_to_each_other_terminate(tmp_path: Path) -> None:
     folder = tmp_path / "cells"
     for i in range(30):  # 2³⁰ paths
         (folder / str(i)).mkdir(parents=True)
@@ -309,7 +309,7 @@ def test_folders_that_link_to_each_other_come_to_an_end(tmp_path: Path) -> None:
     assert len(found) == 3
 
 
-def test_what_anndata_would_not_read_has_a_fingerprint_too(tmp_path: Path, size: str) -> None:
+def test_objects_that_anndata_cannot_read_have_fingerprints(tmp_path: Path, size: str) -> None:
     path = tmp_path / "odd.h5"
     with h5py.File(path, "w") as file:
         file["group/again"] = file.create_group("loop")
@@ -329,10 +329,10 @@ def test_what_anndata_would_not_read_has_a_fingerprint_too(tmp_path: Path, size:
     assert fingerprint(path) != before
 
 
-def test_damage_and_absence_are_said(tmp_path: Path) -> None:
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
     path = write(cells(), tmp_path / "cells.h5ad")
-    whole = fingerprint(path)
+    undamaged = fingerprint(path)
     path.write_bytes(path.read_bytes()[:-2000])
-    assert fingerprint(path) != whole  # what reads it says what is wrong
+    assert fingerprint(path) != undamaged  # damage is reported by the reader
     with pytest.raises((DataError, UsageError), match=r"nothing\.h5ad"):
         fingerprint(tmp_path / "nothing.h5ad")

@@ -1,4 +1,4 @@
-"""Metadata read in blocks is what anndata reads; that of several inputs goes into one table."""
+"""Metadata read in blocks equals what anndata reads, and that of several inputs is joined."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +30,7 @@ N_ROWS = 23
 STORED = ["cells.h5ad", "v2.zarr", "v3.zarr"]
 
 
-def with_gaps(values: Iterable[Any], missing: Iterable[bool]) -> Any:
+def with_missing(values: Iterable[Any], missing: Iterable[bool]) -> Any:
     return [None if gap else value for value, gap in zip(values, missing, strict=True)]
 
 
@@ -40,7 +40,7 @@ def frame_of_every_type() -> pd.DataFrame:
     missing = rng.random(N_ROWS) < 0.3
     return pd.DataFrame(
         {
-            "unordered": pd.Categorical(with_gaps(letters, missing), categories=["unused", "c", "a", "b"]),
+            "unordered": pd.Categorical(with_missing(letters, missing), categories=["unused", "c", "a", "b"]),
             "ordered": pd.Categorical(letters, categories=["c", "b", "a"], ordered=True),
             "categories are numbers": pd.Categorical(rng.integers(0, 3, N_ROWS)),
             "text": [f"käfer {i % 7}" for i in range(N_ROWS)],
@@ -50,9 +50,9 @@ def frame_of_every_type() -> pd.DataFrame:
             "uint32": rng.integers(0, 2**31, N_ROWS).astype(np.uint32),
             "int64": rng.integers(-(2**40), 2**40, N_ROWS),
             "bool": rng.random(N_ROWS) < 0.5,
-            "nullable int": pd.array(with_gaps(range(N_ROWS), missing), dtype="Int16"),
-            "nullable bool": pd.array(with_gaps(letters == "a", missing), dtype="boolean"),
-            "nullable text": pd.array(with_gaps(letters, missing), dtype="string"),
+            "nullable int": pd.array(with_missing(range(N_ROWS), missing), dtype="Int16"),
+            "nullable bool": pd.array(with_missing(letters == "a", missing), dtype="boolean"),
+            "nullable text": pd.array(with_missing(letters, missing), dtype="string"),
         },
         index=pd.Index([f"cell {i}" for i in range(N_ROWS)], name="barcode"),
     )
@@ -75,7 +75,7 @@ def as_anndata_reads(path: Path) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_any_rows_are_those_that_anndata_reads(name: str, folder: Path) -> None:
+def test_rows_equal_those_that_anndata_reads(name: str, folder: Path) -> None:
     metadata, expected = open_metadata(Store(folder / name), "obs"), as_anndata_reads(folder / name)
     assert isinstance(metadata, StoredMetadata)
     assert len(metadata) == N_ROWS
@@ -99,20 +99,20 @@ def in_memory(**columns: object) -> Metadata:
 
 
 def joined(*parts: Metadata, columns: list[str] | None = None) -> pd.DataFrame:
-    """All rows, put together from blocks of two."""
+    """Join tables, reading two rows at a time."""
     table = JoinedMetadata(parts, columns)
     blocks = [
         table.rows(i, start, min(start + 2, len(part)))
         for i, part in enumerate(parts)
         for start in range(0, len(part), 2)
     ]
-    for block in blocks:  # each of which goes into the same arrays of a file
+    for block in blocks:  # written to the same arrays of a file
         pd.testing.assert_series_equal(block.dtypes, blocks[0].dtypes)
         assert block.index.name == blocks[0].index.name
     return pd.concat(blocks)
 
 
-def test_categories_are_united() -> None:
+def test_categories_are_merged() -> None:
     parts = [in_memory(x=pd.Categorical(values)) for values in (["b", "a", None], ["c", "b", "b"])]
     column = joined(*parts)["x"]
     assert set(column.cat.categories) == {"a", "b", "c"}
@@ -145,7 +145,9 @@ def test_equal_ordered_categories_stay_ordered() -> None:
     ],
 )
 @pytest.mark.parametrize("reverse", [False, True])
-def test_numbers_are_widened_and_gaps_find_room(first: object, second: object, dtype: object, reverse: bool) -> None:
+def test_numbers_are_widened_and_missing_values_kept(
+    first: object, second: object, dtype: object, reverse: bool
+) -> None:
     values = [first, second][:: -1 if reverse else 1]
     column = joined(*(in_memory(other=[0, 0, 0], **({} if v is None else {"x": v})) for v in values))["x"]
     assert column.dtype == dtype
@@ -157,7 +159,7 @@ def test_numbers_are_widened_and_gaps_find_room(first: object, second: object, d
 @pytest.mark.parametrize(
     "other", [None, pd.Categorical(["x", None, "y"])], ids=["a table without it", "a categorical column"]
 )
-def test_text_beside_gaps_becomes_categorical(other: pd.Categorical | None) -> None:
+def test_text_with_missing_values_becomes_categorical(other: pd.Categorical | None) -> None:
     column = joined(in_memory(x=["c", "a", "c"]), in_memory(**({} if other is None else {"x": other})))["x"]
     assert isinstance(column.dtype, pd.CategoricalDtype)
     gaps = [None] * 3 if other is None else ["x", None, "y"]
@@ -189,18 +191,18 @@ def kind_of(name: str) -> str:
     return "numbers" if plain in ("int", "float") else plain
 
 
-def without_gaps(values: Any) -> list[Any]:
+def none_for_missing(values: Any) -> list[Any]:
     return [None if np.ndim(value) == 0 and pd.isna(value) else value for value in pd.Series(values)]
 
 
 @pytest.mark.parametrize("first", COLUMNS)
 @pytest.mark.parametrize("second", COLUMNS)
-def test_any_two_kinds_of_values_are_joined(first: str, second: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Every value is found again, as it was or, with a warning, as text."""
+def test_joining_any_two_kinds_of_values(first: str, second: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Values are kept, or converted to text with a warning."""
     column = joined(in_memory(x=COLUMNS[first]), in_memory(x=COLUMNS[second]))["x"]
-    expected = [*without_gaps(COLUMNS[first]), *without_gaps(COLUMNS[second])]
-    found = without_gaps(column)
-    if "it is written as text" in caplog.text:
+    expected = [*none_for_missing(COLUMNS[first]), *none_for_missing(COLUMNS[second])]
+    found = none_for_missing(column)
+    if "writing it as text" in caplog.text:
         assert kind_of(first) != kind_of(second) or first == "lists"
         expected = [None if value is None else str(value) for value in expected]
         if "float" in (first, second):
@@ -211,7 +213,7 @@ def test_any_two_kinds_of_values_are_joined(first: str, second: str, caplog: pyt
     assert found == expected
 
 
-def test_a_gap_that_comes_late_finds_room() -> None:
+def test_missing_values_beyond_the_first_rows_are_kept() -> None:
     column = joined(in_memory(x=pd.Categorical([1, 2, None])), in_memory(x=[3, 4, 5]))["x"]
     assert column.dtype == "Int64"
     assert column[:2].tolist() == [1, 2]
@@ -221,9 +223,7 @@ def test_a_gap_that_comes_late_finds_room() -> None:
 @pytest.mark.parametrize(
     ("second", "dtype"), [({}, "Int64"), ({"x": [4, 5, 6]}, np.int64), ({"x": [0.5, 1, 2]}, "category")]
 )
-def test_whole_numbers_are_not_rounded(
-    second: dict[str, object], dtype: object, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_integers_are_not_rounded(second: dict[str, object], dtype: object, caplog: pytest.LogCaptureFixture) -> None:
     big = 2**53 + 1
     column = joined(in_memory(x=[1, big, 3]), in_memory(y=[1, 2, 3], **second))["x"]
     assert column.dtype == dtype
@@ -231,17 +231,17 @@ def test_whole_numbers_are_not_rounded(
     assert ("a float would round" in caplog.text) == (dtype == "category")
 
 
-def test_an_order_that_inputs_do_not_share_is_dropped_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_conflicting_category_orders_are_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     tables = [
         in_memory(x=pd.Categorical(["a", "b", None], categories=c, ordered=True)) for c in (["a", "b"], ["b", "a"])
     ]
     column = joined(*(MetadataInMemory(table.rows(0, 3)) for table in tables))["x"]
     assert not column.cat.ordered
-    assert without_gaps(column) == ["a", "b", None] * 2
-    assert "column 'x' has no common order of categories" in caplog.text
+    assert none_for_missing(column) == ["a", "b", None] * 2
+    assert "the inputs order the categories of column 'x' differently" in caplog.text
 
 
-def test_an_index_that_is_a_column_elsewhere_loses_its_name() -> None:
+def test_an_index_that_is_a_column_of_another_input_loses_its_name() -> None:
     frames = [pd.DataFrame({"x": [1, 2]}, index=pd.Index(["c0", "c1"], name="barcode")) for _ in range(2)]
     frames[1]["barcode"] = ["u", "v"]
     table = joined(*map(MetadataInMemory, frames))
@@ -249,7 +249,7 @@ def test_an_index_that_is_a_column_elsewhere_loses_its_name() -> None:
     assert list(table["barcode"].dropna()) == ["u", "v"]
 
 
-def test_columns_come_in_the_order_in_which_they_are_met() -> None:
+def test_columns_are_in_order_of_first_appearance() -> None:
     first, second = in_memory(a=[1, 2, 3], b=[4, 5, 6]), in_memory(c=[7, 8, 9], b=[1, 2, 3], a=[0, 0, 0])
     table = joined(first, second)
     assert list(table.columns) == ["a", "b", "c"]
@@ -258,20 +258,20 @@ def test_columns_come_in_the_order_in_which_they_are_met() -> None:
 
 
 @pytest.mark.parametrize(("second", "expected"), [("barcode", "barcode"), ("cell", None), (None, None)])
-def test_an_index_keeps_the_name_that_all_inputs_give_it(second: str | None, expected: str | None) -> None:
+def test_an_index_name_shared_by_all_inputs_is_kept(second: str | None, expected: str | None) -> None:
     frames = [pd.DataFrame({"x": [1, 2]}, index=pd.Index(["c0", "c1"], name=name)) for name in ("barcode", second)]
     table = joined(*map(MetadataInMemory, frames))
     assert table.index.name == expected
     assert list(table.index) == ["c0", "c1"] * 2
 
 
-def test_one_table_stays_as_it_is() -> None:
+def test_a_single_table_is_unchanged() -> None:
     frame = frame_of_every_type()
     pd.testing.assert_frame_equal(joined(MetadataInMemory(frame)), frame)
 
 
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
-def test_files_with_other_columns_make_one_file(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_with_different_columns_are_joined(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transcriptformer.inference.inputs.BLOCK_SIZE", 2)
     tables: list[dict[str, object]] = [
         {"name": ["x", "y", "z"], "age": [1, 2, 3], "is_ok": [True, False, True], "site": ["a", "b", "c"]},
@@ -300,13 +300,13 @@ def test_files_with_other_columns_make_one_file(ending: str, tmp_path: Path, mon
     }
 
 
-def test_numbers_are_widened_by_their_types_and_not_by_the_first_rows() -> None:
+def test_numbers_are_widened_by_dtype_not_by_the_first_rows() -> None:
     column = joined(in_memory(x=np.array([np.nan, 0.5, 1])), in_memory(x=[1, 2, 3]))["x"]
-    assert without_gaps(column) == [None, 0.5, 1, 1, 2, 3]
+    assert none_for_missing(column) == [None, 0.5, 1, 1, 2, 3]
 
 
 @pytest.mark.parametrize("is_categorical", [False, True])
-def test_large_whole_numbers_in_categories_are_not_rounded_beside_fractions(is_categorical: bool) -> None:
+def test_large_integers_in_categories_are_not_rounded_when_joined_with_floats(is_categorical: bool) -> None:
     large, other = 2**53 + 1, pd.Series([0.5, 2.0])
     tables = [
         pd.DataFrame({"id": pd.Categorical([large, 3])}),
@@ -317,8 +317,8 @@ def test_large_whole_numbers_in_categories_are_not_rounded_beside_fractions(is_c
     assert str(joined.rows(0, 0, 2)["id"].iloc[0]) == str(large)
 
 
-def test_numbers_out_of_the_joined_range_are_an_error_in_one_line() -> None:
+def test_numbers_out_of_the_joined_range_are_an_error() -> None:
     tables = [pd.DataFrame({"id": pd.Categorical(np.array([2**63, 1], np.uint64))}), pd.DataFrame({"id": [-1, 2]})]
     parts = [MetadataInMemory(table.set_axis(["a", "b"])) for table in tables]
-    with pytest.raises(DataError, match="the inputs' tables cannot be joined"):
+    with pytest.raises(DataError, match="cannot join the inputs' tables"):
         JoinedMetadata(parts).rows(0, 0, 2)

@@ -41,7 +41,7 @@ def unsorted_csr_with_zeros_and_repeats() -> sparse.csr_matrix:
     ],
     ids=lambda values: f"{type(values).__name__}-{values.dtype}",
 )
-def test_every_kind_of_matrix_becomes_the_same_csr(values: object) -> None:
+def test_all_kinds_of_matrices_are_converted_to_the_same_csr(values: object) -> None:
     matrix = to_canonical_csr(values)
     assert matrix.dtype == np.float32
     np.testing.assert_array_equal(matrix.indptr, [0, 2, 3, 3])
@@ -49,16 +49,16 @@ def test_every_kind_of_matrix_becomes_the_same_csr(values: object) -> None:
     np.testing.assert_array_equal(matrix.data, [3, 1, 2])
 
 
-def test_the_input_matrix_is_left_as_it_is() -> None:
+def test_the_input_matrix_is_not_modified() -> None:
     values = unsorted_csr_with_zeros_and_repeats()
     before = values.data.copy(), values.indices.copy(), values.indptr.copy()
     to_canonical_csr(values)
-    for now, then in zip((values.data, values.indices, values.indptr), before, strict=True):
-        np.testing.assert_array_equal(now, then)
+    for after, expected in zip((values.data, values.indices, values.indptr), before, strict=True):
+        np.testing.assert_array_equal(after, expected)
 
 
 def with_raw() -> anndata.AnnData:
-    """`.raw` has three genes and other counts than `.X`, which has the last two of them."""
+    """Cells whose `.raw` has three genes and other counts than `.X`, which has the last two genes."""
     adata = make_adata([[1, 2, 3], [4, 5, 6]])
     raw = adata.copy()
     raw.X = raw.X * 10
@@ -80,7 +80,7 @@ def test_counts_and_gene_ids_come_from_the_same_place(
     np.testing.assert_array_equal(all_counts(cells), scale * np.array([[1, 2, 3], [4, 5, 6]])[:, 3 - n_genes :])
 
 
-def test_auto_takes_x_where_there_is_no_raw() -> None:
+def test_auto_uses_x_without_raw() -> None:
     np.testing.assert_array_equal(all_counts(open_source(make_adata([[1, 2]]), use_raw=None)), [[1, 2]])
 
 
@@ -98,10 +98,10 @@ def test_versions_of_gene_ids_are_dropped() -> None:
 
 def test_first_of_duplicate_genes_is_kept_on_request(caplog: pytest.LogCaptureFixture) -> None:
     adata = make_adata([[1, 2, 3]], genes=[f"{GENES[0]}.1", GENES[1], f"{GENES[0]}.2"])
-    with pytest.raises(DataError, match=rf"repeat a gene id.*{GENES[0]}.*--remove-duplicate-genes"):
+    with pytest.raises(DataError, match=rf"duplicate gene ids.*{GENES[0]}.*--remove-duplicate-genes"):
         open_source(adata)
     cells = open_source(adata, remove_duplicate_genes=True)
-    assert cells.is_repeated.tolist() == [False, False, True]
+    assert cells.is_duplicate.tolist() == [False, False, True]
     assert "dropped 1 columns" in caplog.text
 
 
@@ -110,13 +110,13 @@ def test_columns_without_a_gene_id_are_not_duplicates() -> None:
     assert list(open_source(adata).gene_ids) == [GENES[0], "", "", ""]
 
 
-def test_symbols_with_dots_are_told_from_versions() -> None:
+def test_symbols_with_dots_are_distinguished_from_versions() -> None:
     adata = make_adata([[1, 2, 3]], genes=["TP53", "RP11-34P13.3", "RP11-34P13.7"])
-    with pytest.raises(DataError, match=r"such as RP11-34P13; 'ensembl_id' does not look like Ensembl gene ids"):
+    with pytest.raises(DataError, match=r"e\.g\. RP11-34P13; 'ensembl_id' does not look like Ensembl gene ids"):
         open_source(adata)
 
 
-def test_raw_without_the_gene_column_says_that_it_is_raw() -> None:
+def test_a_gene_column_missing_in_raw_is_reported_as_such() -> None:
     adata = make_adata([[1, 2]])
     adata.raw = anndata.AnnData(adata.X, var=pd.DataFrame(index=["TP53", "BRCA1"]))
     with pytest.raises(DataError, match=r"raw\.var \(--use-raw false .* no column 'ensembl_id'"):
@@ -124,7 +124,7 @@ def test_raw_without_the_gene_column_says_that_it_is_raw() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (3, 3), (2, 2), (2, 4), (2,)])
-def test_a_matrix_of_another_shape_than_its_metadata_is_damaged(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_a_matrix_whose_shape_differs_from_its_metadata_is_damaged(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = tmp_path / "cells.h5ad"
     adata = make_adata([[1, 2, 3], [4, 5, 6]])
     adata.X = adata.X.toarray()
@@ -140,7 +140,7 @@ def test_a_matrix_of_another_shape_than_its_metadata_is_damaged(tmp_path: Path, 
 
 @pytest.mark.parametrize("matrix_format", [sparse.csr_matrix, sparse.csc_matrix])
 @pytest.mark.parametrize(("part", "values"), [("indices", [-1, 0]), ("indices", [7, 0]), ("indptr", [0, 9, 2])])
-def test_a_matrix_with_impossible_indices_is_damaged(
+def test_a_matrix_with_invalid_indices_is_damaged(
     tmp_path: Path, part: str, values: list[int], matrix_format: Callable[[object], object]
 ) -> None:
     path = tmp_path / "cells.h5ad"
@@ -154,13 +154,13 @@ def test_a_matrix_with_impossible_indices_is_damaged(
 
 
 @pytest.mark.parametrize("values", [np.array([["a", "b"]]), np.array([[1j, 2j]])])
-def test_counts_that_are_not_numbers_are_refused(values: np.ndarray) -> None:
+def test_non_numeric_counts_are_refused(values: np.ndarray) -> None:
     with pytest.raises(DataError, match=r"my\.h5ad: counts are a ndarray of"):
         to_canonical_csr(values, "my.h5ad")
 
 
 def test_files_of_the_first_anndata_releases_are_read(tmp_path: Path) -> None:
-    """Data frames as tables, and `.raw` in places of its own."""
+    """These have data frames as HDF5 tables, and keys such as `raw.X`."""
     path = tmp_path / "old.h5ad"
     with h5py.File(path, "w") as file:
         file["obs"] = np.array([(b"c0",), (b"c1",)], dtype=[("index", "S2")])
@@ -178,8 +178,8 @@ def test_files_of_the_first_anndata_releases_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "kind"), [(-1.0, "negative"), (np.nan, "NaN or infinite"), (np.inf, "NaN or infinite")]
 )
-def test_impossible_counts_are_refused_with_cell_and_gene(bad: float, kind: str) -> None:
-    with pytest.raises(DataError, match=rf"counts are {kind}, the first in cell 'c1' \(row 1\), gene {GENES[2]}"):
+def test_invalid_counts_are_reported_with_cell_and_gene(bad: float, kind: str) -> None:
+    with pytest.raises(DataError, match=rf"counts are {kind}, first in cell 'c1' \(row 1\), gene {GENES[2]}"):
         all_counts(open_source(make_adata([[1, 0, 2], [0, 3, bad]])))
 
 
@@ -194,5 +194,5 @@ def test_impossible_counts_are_refused_with_cell_and_gene(bad: float, kind: str)
         ([], False),
     ],
 )
-def test_gene_ids_are_told_from_symbols(values: list[str], expected: bool) -> None:
+def test_gene_ids_are_distinguished_from_symbols(values: list[str], expected: bool) -> None:
     assert looks_like_gene_ids(values) is expected

@@ -18,5 +18,5 @@ from transcriptformer.data.species import likely_species
         ([], None),
     ],
 )
-def test_the_prefix_of_most_gene_ids_tells_the_species(gene_ids: list[str], species: str | None) -> None:
+def test_species_is_that_of_most_prefixes(gene_ids: list[str], species: str | None) -> None:
     assert likely_species(gene_ids) == species

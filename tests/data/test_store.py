@@ -1,4 +1,4 @@
-"""AnnDatas wherever they lie: files, zarr stores in folders, behind http and in S3."""
+"""Reading AnnData from files and from zarr stores on disk, over HTTP and in S3."""
 
 import functools
 import os
@@ -54,7 +54,7 @@ def write_zarr(adata: anndata.AnnData, path: Path, zarr_format: int) -> None:
 
 
 OPEN_SESSIONS: list[object] = []
-"""File systems whose sessions nothing closes: kept, lest they are collected with a warning."""
+"""File systems with sessions that are never closed, kept to avoid warnings when they are collected."""
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -77,7 +77,7 @@ def serve(folder: Path, handler: type[QuietHandler] = QuietHandler) -> Iterator[
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same cells in both formats of zarr."""
+    """Folder with the same cells in both zarr formats."""
     folder = tmp_path_factory.mktemp("stores")
     for zarr_format in (2, 3):
         write_zarr(the_cells(), folder / f"v{zarr_format}.zarr", zarr_format)
@@ -86,12 +86,12 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def places(stores: Path) -> Iterator[dict[str, str]]:
-    """Where that folder can be read."""
+    """Locations of that folder: a path, an HTTP URL and an S3 URL."""
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     moto.start()
     with serve(stores) as web, pytest.MonkeyPatch.context() as patch:
         endpoint = "http://{}:{}".format(*moto.get_host_and_port())
-        # What people set for a storage of their own.
+        # Settings of users with their own S3 storage.
         patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
@@ -105,7 +105,7 @@ def places(stores: Path) -> Iterator[dict[str, str]]:
         yield {"folder": str(stores), "http": web, "s3": "s3://cells"}
     moto.stop()
     OPEN_SESSIONS.extend(S3FileSystem._cache.values())
-    S3FileSystem.clear_instance_cache()  # which would go on asking this server
+    S3FileSystem.clear_instance_cache()  # instances would keep using this server
 
 
 class HandlerWithoutListing(QuietHandler):
@@ -114,7 +114,7 @@ class HandlerWithoutListing(QuietHandler):
 
 
 @pytest.mark.parametrize("consolidated", [True, False])
-def test_a_web_server_need_not_tell_what_there_is(consolidated: bool, tmp_path: Path) -> None:
+def test_web_servers_without_listing_work(consolidated: bool, tmp_path: Path) -> None:
     write_zarr(the_cells(), tmp_path / "cells.zarr", 2)
     if not consolidated:
         (tmp_path / "cells.zarr" / ".zmetadata").unlink()
@@ -134,12 +134,12 @@ def assert_holds_the_cells(source: CellSource) -> None:
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_store_is_read_wherever_it_lies(place: str, zarr_format: int, places: dict[str, str]) -> None:
+def test_local_and_remote_stores_are_read(place: str, zarr_format: int, places: dict[str, str]) -> None:
     assert_holds_the_cells(open_source(f"{places[place]}/v{zarr_format}.zarr"))
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_worker_processes_read_a_store_wherever_it_lies(place: str, places: dict[str, str]) -> None:
+def test_workers_read_local_and_remote_stores(place: str, places: dict[str, str]) -> None:
     options = {"model.data_config.n_data_workers": 2, "model.data_config.block_size": 5}
     config = load_config(CHECKPOINT, {**options, "model.inference_config.precision": "32"})
     checkpoint = load_checkpoint(CHECKPOINT, config)
@@ -150,14 +150,14 @@ def test_worker_processes_read_a_store_wherever_it_lies(place: str, places: dict
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_source_may_be_sent_to_another_process(place: str, places: dict[str, str]) -> None:
+def test_sources_can_be_pickled(place: str, places: dict[str, str]) -> None:
     source = open_source(f"{places[place]}/v3.zarr")
     source.counts(0, 1)
     assert_holds_the_cells(pickle.loads(pickle.dumps(source)))
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
-def test_a_forked_process_and_its_parent_read_the_same_file(tmp_path: Path) -> None:
+def test_parent_and_forked_child_can_read_the_same_file(tmp_path: Path) -> None:
     the_cells().write_h5ad(tmp_path / "cells.h5ad")
     source = open_source(tmp_path / "cells.h5ad")
     source.counts(0, 1)
@@ -175,11 +175,11 @@ def test_a_forked_process_and_its_parent_read_the_same_file(tmp_path: Path) -> N
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_store_that_was_closed_opens_again(tmp_path: Path) -> None:
+def test_a_closed_store_is_reopened(tmp_path: Path) -> None:
     the_cells().write_h5ad(tmp_path / "cells.h5ad")
     store = Store(tmp_path / "cells.h5ad")
     store.close()
-    the_cells().write_h5ad(tmp_path / "cells.h5ad")  # which HDF5 refuses for a file that is open
+    the_cells().write_h5ad(tmp_path / "cells.h5ad")  # HDF5 would refuse this for an open file
     assert "X" in store
 
 
@@ -193,7 +193,7 @@ LAYOUTS: dict[str, Callable[[sparse.csr_matrix], object]] = {
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("place", ["X", "raw"])
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
-def test_blocks_are_the_same_whether_read_when_needed_or_before(
+def test_counts_are_the_same_read_in_blocks_or_at_once(
     tmp_path: Path, layout: str, place: str, ending: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     adata = the_cells()
@@ -208,8 +208,8 @@ def test_blocks_are_the_same_whether_read_when_needed_or_before(
         source = open_source(tmp_path / f"cells.{ending}", read_in_blocks=read_in_blocks)
         for start, stop in BLOCKS:
             np.testing.assert_array_equal(source.counts(start, stop).toarray(), counts[start:stop])
-        is_told = "counts are stored by columns (CSC); all of them are read into memory" in caplog.text
-        assert is_told == (read_in_blocks and layout == "CSC")
+        has_warned = "counts are stored by column (CSC); loading the whole matrix" in caplog.text
+        assert has_warned == (read_in_blocks and layout == "CSC")
 
 
 def replace(group: Any, name: str, values: np.ndarray) -> None:
@@ -261,7 +261,7 @@ def test_a_damaged_matrix_is_an_error(
         read_in_steps(path, read_in_blocks)
 
 
-def test_a_column_of_metadata_of_another_length_is_an_error(tmp_path: Path) -> None:
+def test_a_metadata_column_of_the_wrong_length_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "cells.h5ad"
     the_cells().write_h5ad(path)
     with h5py.File(path, "r+") as file:
@@ -269,12 +269,12 @@ def test_a_column_of_metadata_of_another_length_is_an_error(tmp_path: Path) -> N
         replace(file["obs/donor"], "codes", np.zeros(7, np.int8))
         file["obs/donor/codes"].attrs.update(attributes)
     source = open_source(path)
-    assert source.obs.rows(0, 1, ["assay"]).columns == ["assay"]  # another column does not mind
-    with pytest.raises(DataError, match=r"damaged: obs has 30 rows, its column 'donor' 7"):
+    assert source.obs.rows(0, 1, ["assay"]).columns == ["assay"]  # other columns can be read
+    with pytest.raises(DataError, match=r"damaged: obs has 30 rows, but its column 'donor' has 7"):
         source.obs.rows(0, 1)
 
 
-def test_what_is_not_there_is_a_usage_error(places: dict[str, str], tmp_path: Path) -> None:
+def test_missing_locations_are_usage_errors(places: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for location in (
         f"{places['http']}/nothing.zarr",
@@ -282,15 +282,15 @@ def test_what_is_not_there_is_a_usage_error(places: dict[str, str], tmp_path: Pa
         "s3://no-such-bucket/cells.zarr",
         "http://127.0.0.1:1/cells.zarr",
     ):
-        with pytest.raises(UsageError, match=f"--data-file {location}: no zarr store can be read there"):
+        with pytest.raises(UsageError, match=f"--data-file {location}: cannot be read as a zarr store"):
             open_source(location)
     with pytest.raises(UsageError, match=r"nothing\.zarr: no such file or folder"):
         open_source(tmp_path / "nothing.zarr")
-    with pytest.raises(UsageError, match="is a folder, not an h5ad file, and holds no zarr store"):
+    with pytest.raises(UsageError, match="is a folder, but not a zarr store"):
         open_source(tmp_path / "folder")
 
 
-def test_a_store_of_something_else_is_an_error(tmp_path: Path) -> None:
+def test_other_zarr_stores_are_an_error(tmp_path: Path) -> None:
     zarr.open_group(str(tmp_path / "other.zarr"), mode="w").create_array("matrix", data=np.ones(3))
     with pytest.raises(DataError, match=r"other\.zarr: not an AnnData"):
         open_source(tmp_path / "other.zarr")

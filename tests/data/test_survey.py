@@ -28,7 +28,7 @@ def test_statistics_of_the_synthetic_cells() -> None:
     assert found.n_too_long(127) == 3
 
 
-def test_counts_beyond_the_positions_of_the_model_are_unseen() -> None:
+def test_counts_beyond_the_sequence_length_are_unseen() -> None:
     found = survey(make_adata([[1, 2, 3, 4], [0, 0, 0, 10]]), seq_len=3)
     assert found.unseen.tolist() == [4, 0]
     assert found.unseen_share == pytest.approx(0.2)
@@ -37,44 +37,44 @@ def test_counts_beyond_the_positions_of_the_model_are_unseen() -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 100])
-def test_blocks_change_nothing(block_size: int) -> None:
-    whole, in_blocks = (
+def test_results_do_not_depend_on_the_block_size(block_size: int) -> None:
+    at_once, in_blocks = (
         survey(random_adata(17), random_adata(5, seed=1), block_size=size, filter_outliers=1)
         for size in (50, block_size)
     )
-    np.testing.assert_array_equal(whole.kept, in_blocks.kept)
-    np.testing.assert_array_equal(whole.lengths, in_blocks.lengths)
-    assert 0 < whole.n_kept < 22
+    np.testing.assert_array_equal(at_once.kept, in_blocks.kept)
+    np.testing.assert_array_equal(at_once.lengths, in_blocks.lengths)
+    assert 0 < at_once.n_kept < 22
 
 
-def test_a_survey_is_found_again_in_its_file(tmp_path: Path) -> None:
+def test_saving_and_loading_a_survey(tmp_path: Path) -> None:
     found = survey(CELLS)
     found.save(tmp_path / "survey.safetensors")
-    again = Survey.load(tmp_path / "survey.safetensors")
+    loaded = Survey.load(tmp_path / "survey.safetensors")
     for name in ("kept", "lengths", "unknown_aux", "totals", "unseen", "n_fractional", "n_repeated_names"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
+        np.testing.assert_array_equal(getattr(found, name), getattr(loaded, name))
 
 
-def test_counts_that_are_not_whole_numbers_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_non_integer_counts_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert survey(make_adata([[1, 2.5]]), make_adata([[1, 2]])).n_fractional == 1
-    assert "counts are not whole numbers" in caplog.text
+    assert "counts are not integers" in caplog.text
     caplog.clear()
     assert survey(make_adata([[1, 2]])).n_fractional == 0
     assert caplog.text == ""
 
 
-def test_cells_of_one_name_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicate_cell_names_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert survey(random_adata(3), random_adata(2, seed=1)).n_repeated_names == 2
-    assert "2 cells bear a name that another one has" in caplog.text
+    assert "2 cell names are not unique" in caplog.text
 
 
-def test_no_cell_left_by_the_filters_is_an_error_that_names_them() -> None:
-    with pytest.raises(DataError, match=r"no cell is left by the filters: 2 were read.*min_expressed_genes=9"):
+def test_filters_that_remove_all_cells_are_an_error() -> None:
+    with pytest.raises(DataError, match=r"the filters removed all 2 cells; .*min_expressed_genes=9"):
         survey(make_adata([[1, 2], [3, 4]]), min_expressed_genes=9)
 
 
-def test_progress_is_told_in_cells() -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_is_reported_in_cells() -> None:
+    reported: list[tuple[int, int]] = []
     readers = make_readers(random_adata(5), random_adata(2))
-    survey_cells(readers, DataConfig(block_size=3), lambda *progress: told.append(progress))
-    assert told == [(3, 7), (5, 7), (7, 7)]
+    survey_cells(readers, DataConfig(block_size=3), lambda *progress: reported.append(progress))
+    assert reported == [(3, 7), (5, 7), (7, 7)]

@@ -33,24 +33,24 @@ def tokenized(cells: Tokens, config: DataConfig, seq_len: int = 100) -> list[dic
     return cells_of(tokenize(cells, config, seq_len, np.arange(len(cells.lengths))))
 
 
-def test_genes_keep_the_column_order_and_the_unknown_are_dropped() -> None:
+def test_genes_keep_column_order_and_unknown_genes_are_dropped() -> None:
     counts = to_canonical_csr(np.array([[1, 2, 3, 4], [0, 0, 5, 0], [0, 6, 0, 0]]))
     columns = tokens_of_columns(np.array(["C", "x", "A", "D"], dtype=object), VOCAB, filter_to_vocabs=True, name="")
     assert cells_of(select_genes(counts, columns)) == [{6: 1, 4: 3, 7: 4}, {4: 5}, {}]
 
 
-def test_unknown_genes_can_stay_as_unknown() -> None:
+def test_unknown_genes_can_be_kept() -> None:
     counts = to_canonical_csr(np.array([[1, 2, 3]]))
     columns = tokens_of_columns(np.array(["C", "x", "A"], dtype=object), VOCAB, filter_to_vocabs=False, name="")
     assert cells_of(select_genes(counts, columns)) == [{6: 1, 0: 2, 4: 3}]
 
 
-def test_no_gene_of_the_vocabulary_is_an_error_that_shows_both_sides() -> None:
+def test_no_gene_in_the_vocabulary_is_an_error() -> None:
     with pytest.raises(DataError, match=r"cells\.h5ad: none of its 2 genes .* has x, y, …; the vocabulary has A, B"):
         tokens_of_columns(np.array(["x", "y"], dtype=object), VOCAB, True, "cells.h5ad")
 
 
-def test_few_genes_of_the_vocabulary_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_few_genes_in_the_vocabulary_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     gene_ids = np.array(["A", *(f"x{i}" for i in range(10))], dtype=object)
     tokens_of_columns(gene_ids, VOCAB, True, "cells.h5ad")
     assert "only 1 of 11 genes (9.1 %)" in caplog.text
@@ -60,7 +60,7 @@ def test_few_genes_of_the_vocabulary_are_a_warning(caplog: pytest.LogCaptureFixt
     assert caplog.records == []
 
 
-def test_longer_cells_lose_their_last_genes() -> None:
+def test_long_cells_are_truncated() -> None:
     cells = ragged({4: 1, 5: 2, 6: 3}, {7: 4}, {})
     assert tokenized(cells, DataConfig(), seq_len=2) == [{4: 1, 5: 2}, {7: 4}, {}]
 
@@ -69,28 +69,28 @@ def test_counts_are_clipped() -> None:
     assert tokenized(ragged({4: 31, 5: 30, 6: 1}), DataConfig(clip_counts=30)) == [{4: 30, 5: 30, 6: 1}]
 
 
-def test_normalization_looks_at_the_genes_that_fit_and_comes_before_clipping() -> None:
+def test_normalization_follows_truncation_and_precedes_clipping() -> None:
     config = DataConfig(normalize_to_scale=40, clip_counts=25)
     assert tokenized(ragged({4: 3, 5: 1, 6: 996}, {}), config, seq_len=2) == [{4: 25, 5: 10}, {}]
 
 
-def test_sorting_is_by_count_with_ties_in_column_order_and_before_shortening() -> None:
+def test_sorting_is_stable_by_count_and_precedes_truncation() -> None:
     cells = ragged({4: 1, 5: 7, 6: 7, 7: 2}, {6: 1, 4: 2})
     result = tokenized(cells, DataConfig(sort_genes=True), seq_len=3)
     assert [list(cell) for cell in result] == [[5, 6, 7], [4, 6]]
 
 
-def test_shuffling_depends_on_seed_and_cell_alone() -> None:
+def test_shuffling_depends_only_on_seed_and_cell() -> None:
     cell = dict.fromkeys(range(4, 40), 1.0)
     config = DataConfig(randomize_genes=True, seed=1)
     together = tokenized(ragged(cell, cell), config)
-    alone = cells_of(tokenize(ragged(cell), config, 100, np.array([1])))
+    separate = cells_of(tokenize(ragged(cell), config, 100, np.array([1])))
     other_seed = tokenized(ragged(cell, cell), DataConfig(randomize_genes=True, seed=2))
 
     assert sorted(together[0]) == sorted(cell)
     assert list(together[0]) != list(cell)
     assert list(together[0]) != list(together[1])
-    assert list(together[1]) == list(alone[0])
+    assert list(together[1]) == list(separate[0])
     assert list(together[0]) != list(other_seed[0])
 
 
@@ -103,9 +103,7 @@ def test_shuffling_depends_on_seed_and_cell_alone() -> None:
         ([2, 2, 2, 2, 20], 0, [0, 1, 2, 3, 4]),
     ],
 )
-def test_outliers_lie_strictly_within_standard_deviations_of_the_mean_total(
-    totals: list[float], filter_outliers: float, kept: list[int]
-) -> None:
+def test_outlier_filter_bounds_are_exclusive(totals: list[float], filter_outliers: float, kept: list[int]) -> None:
     lengths = np.ones(len(totals), np.int32)
     assert np.flatnonzero(cells_to_keep(lengths, np.array(totals, float), filter_outliers, 0)).tolist() == kept
 
@@ -122,7 +120,7 @@ def test_taking_rows_equals_taking_them_one_by_one(rows: list[int]) -> None:
     assert cells_of(tokens.take(np.array(rows))) == [all_cells[row] for row in rows]
 
 
-def test_nothing_is_logged_when_all_is_well(caplog: pytest.LogCaptureFixture) -> None:
+def test_matching_genes_log_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         tokens_of_columns(np.array(["A", "B"], dtype=object), VOCAB, True, "")
     assert caplog.records == []

@@ -1,4 +1,4 @@
-"""Data workers start, whatever other threads do while they are forked."""
+"""Data workers start even if forking with other threads hangs."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import os, time
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transcriptformer.data import workers
 
-workers.TIME_TO_START = 1.0
+workers.START_TIMEOUT = 1.0
 n_forks = 0
 
 def count():
@@ -23,7 +23,7 @@ class Numbers(IterableDataset):
         return iter(range(worker.id, 10, worker.num_workers))
 
 def hang_in(forks):
-    "Children of these forks never come to run, as when a lock is held that only another thread would release."
+    "Make the children of these forks hang, as if another thread held a lock."
     os.register_at_fork(before=count, after_in_child=lambda: n_forks in forks and time.sleep(1000))
 """
 
@@ -40,14 +40,14 @@ def test_workers_that_do_not_start_are_replaced(hanging: tuple[int, ...]) -> Non
     assert done.stderr.count("data workers did not start within") == -(-len(hanging) // 2)
 
 
-def test_workers_that_never_start_end_the_run() -> None:
-    impatient = "workers.TIME_TO_START = 0.2; hang_in(range(100)); "
+def test_workers_that_never_start_are_an_error() -> None:
+    impatient = "workers.START_TIMEOUT = 0.2; hang_in(range(100)); "
     done = run(impatient + "workers.start_workers(DataLoader(Numbers(), None, num_workers=2))")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("data workers do not start; try again with --n-data-workers 0")
+    assert done.stderr.splitlines()[-1].endswith("data workers cannot be started; try again with --n-data-workers 0")
 
 
-def test_one_that_is_killed_while_it_starts_is_named() -> None:
+def test_a_worker_killed_at_start_is_reported() -> None:
     code = """
 import signal
 from transcriptformer.runtime.watchdog import Watchdog
@@ -58,5 +58,5 @@ with Watchdog(), plain_lightning(None):
 """
     done = run(code)
     assert done.returncode == 1
-    assert "was ended by SIGKILL; fewer --n-data-workers take less memory" in done.stderr.splitlines()[-1]
+    assert "was ended by SIGKILL; reduce --n-data-workers to save memory" in done.stderr.splitlines()[-1]
     assert "did not start" not in done.stderr

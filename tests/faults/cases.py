@@ -1,4 +1,4 @@
-"""Commands whose calls fail in turn: what to run, and what its result holds."""
+"""Commands for fault injection, and readers of their results."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -24,13 +24,13 @@ from tests.web import Web, serve
 from transcriptformer.proteins.ensembl import ADDRESS_VARIABLE, fasta_source
 
 CONSTANTS = {
-    "transcriptformer.storage.results.BYTES_AT_RISK": 0,
-    "transcriptformer.inference.pooling.SECONDS_AT_RISK": 0.0,
+    "transcriptformer.storage.results.FLUSH_BYTES": 0,
+    "transcriptformer.inference.pooling.FLUSH_SECONDS": 0.0,
     "transcriptformer.inference.output.BLOCK_BYTES": 2**9,
     "transcriptformer.data.row_stream.CHUNK_BYTES": 2**9,
-    "transcriptformer.fetching.fetcher.BYTES_AT_RISK": 2**14,
+    "transcriptformer.fetching.fetcher.FLUSH_BYTES": 2**14,
 }
-"""Such that these small runs keep results, and write the final file, in several steps."""
+"""Make these small runs save results and write the final file in several steps."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -42,24 +42,24 @@ class Case:
     Attributes
     ----------
     arguments
-        For an output folder.
+        Command-line arguments, given an output folder.
     result
         Name of the result in that folder.
     read
-        What a result holds, by name; fails where it is not whole.
+        Reads the arrays of a result by name; fails if the result is incomplete.
     leaves
-        Names that may lie beside the result when all is done.
-    go_on
-        Options that make the same command continue.
+        Names that may be next to the finished result.
+    resume_options
+        Options with which the same command resumes.
     environment
-        Variables to set.
+        Environment variables to set.
     """
 
     arguments: Callable[[Path], list[object]]
     result: str
     read: Callable[[Path], Arrays]
     leaves: frozenset[str] = frozenset()
-    go_on: tuple[str, ...] = ("--resume",)
+    resume_options: tuple[str, ...] = ("--resume",)
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -75,12 +75,12 @@ INFERENCE: dict[str, tuple[str, ...]] = {
 NAMES = (*INFERENCE, "train", "download", "embed-proteins")
 
 EVERY = {"cge": 2, "llh": 4, "train": 4, "embed-proteins": 2, "zarr": 16}
-"""Commands of which by default only every so many-th call fails in the same way."""
+"""Commands for which, by default, only every n-th call fails."""
 
 
 @contextmanager
 def case_named(name: str, folder: Path) -> Iterator[Case]:
-    """A command with its inputs in `folder`, and the server that it needs."""
+    """Create a command with its inputs in `folder`, and start the server it needs."""
     with ExitStack() as stack:
         if name in INFERENCE:
             yield _inference(folder, INFERENCE[name])
@@ -135,7 +135,7 @@ def _download(folder: Path) -> Iterator[Case]:
             "tf_sapiens",
             read_files,
             frozenset({".tf_sapiens.lock"}),
-            go_on=(),
+            resume_options=(),
             environment={"AWS_ENDPOINT_URL_S3": address},
         )
     finally:
@@ -161,14 +161,14 @@ def _embed_proteins(folder: Path) -> Iterator[Case]:
 
 
 def read_anndata(path: Path) -> Arrays:
-    """All arrays and attributes of a result, but how it was made, which names its folder."""
+    """Read all arrays and attributes of a result except its provenance, which names the folder."""
     found = _read_tree(zarr.open_group(path, mode="r")) if path.is_dir() else read_hdf5(path)
     assert any(name.startswith("uns/transcriptformer/") for name in found)
     return {name: value for name, value in found.items() if not name.startswith("uns/transcriptformer")}
 
 
 def read_hdf5(path: Path) -> Arrays:
-    """All arrays and attributes of an HDF5 file."""
+    """Read all arrays and attributes of an HDF5 file."""
     with h5py.File(path) as file:
         return _read_tree(file)
 
@@ -186,7 +186,7 @@ def _read_tree(group: Any, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def read_files(path: Path) -> Arrays:
-    """The bytes of all files in a folder, but for when they were fetched."""
+    """Read the bytes of all files in a folder, except download dates."""
     files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     if "download.json" in files:
         record = json.loads(files["download.json"])

@@ -1,7 +1,7 @@
-"""Runs the command in forked processes, one after the other, under the preloaded shim.
+"""Run the command in forked processes, one after the other, under the preloaded shim.
 
-A process of its own takes seconds to import everything; a forked one has it all. `injection.command_server` starts this
-script, and sends requests as lines of JSON.
+Importing everything takes seconds; a forked process inherits the imports. `injection.command_server` starts this
+script and sends requests as lines of JSON.
 """
 
 import atexit
@@ -20,21 +20,21 @@ from typing import Any
 
 IMPORTED = (
     *("anndata", "boto3", "h5py", "matplotlib.backends.backend_agg", "transformers", "typer._adapters", "zarr"),
-    *("transformers.models.esm.modeling_esm", "Bio.SeqIO.FastaIO", "hydra", "omegaconf"),
+    *("transformers.models.esm.modeling_esm", "hydra", "omegaconf"),
     *("transcriptformer.cli.main", "transcriptformer.cli.reporting", "transcriptformer.fetching.weights"),
     *("transcriptformer.inference.run", "transcriptformer.training.run", "transcriptformer.proteins.embed"),
     "transcriptformer.proteins.ensembl",
 )
-"""What the commands import when they run."""
+"""Modules that the commands import at run time."""
 
 
 def serve() -> None:
-    """Answer requests until there are no more; in a forked process, return to run the command."""
+    """Handle requests until stdin closes; in a forked process, return to run the command."""
     for name in IMPORTED:
         importlib.import_module(name)
     n_threads = len(list(Path("/proc/self/task").iterdir()))
     if n_threads > 1:
-        raise SystemExit(f"importing has started {n_threads - 1} threads, which a forked process would lack")
+        raise SystemExit(f"imports started {n_threads - 1} threads, which forked processes would lack")
     gc.freeze()
     shim = ctypes.CDLL(None)
     shim.faults_n_calls.restype = shim.faults_n_failed.restype = ctypes.c_long
@@ -61,7 +61,7 @@ def serve() -> None:
 
 
 def _become(request: dict[str, Any]) -> None:
-    """Turn a forked process into one of the command."""
+    """Set up a forked process to run the command."""
     os.setpgid(0, 0)
     for descriptor, path in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -75,7 +75,7 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _wait(process: int, seconds: float) -> int | None:
-    """How a process ended (negative: by which signal); None: it did not in time, and was killed."""
+    """Exit code of a process (negative: signal number), or None if it timed out and was killed."""
     until = time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(process, os.WNOHANG)
@@ -83,7 +83,7 @@ def _wait(process: int, seconds: float) -> int | None:
             break
         time.sleep(0.002)
     with suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)  # also what it has left running
+        os.killpg(process, signal.SIGKILL)  # including leftover children
     if not ended:
         os.waitpid(process, 0)
         return None
@@ -91,12 +91,12 @@ def _wait(process: int, seconds: float) -> int | None:
 
 
 def _exit(code: int) -> None:
-    """End as the interpreter does, but for freeing every object, which takes longer than the command."""
+    """Exit like the interpreter, but without freeing every object, which is slower than the command."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    ctypes.CDLL(None).exit(code)  # where libraries in C, such as HDF5, close what is open
+    ctypes.CDLL(None).exit(code)  # runs exit handlers of C libraries, such as HDF5
 
 
 if __name__ == "__main__":

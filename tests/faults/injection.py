@@ -1,4 +1,4 @@
-"""The command with failing calls: in processes forked from one that has the shim preloaded and everything imported."""
+"""Run the command with failing system calls, in forks of a server with the shim preloaded and all imports done."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 
 SECONDS = 120
-"""A command that takes longer hangs; each is done in a second or two on an idle machine."""
+"""Timeout of a command; each takes a second or two on an idle machine."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Fault:
     Attributes
     ----------
     call
-        Number of the first one, from 1; 0: none.
+        Number of the first failing call, from 1; 0: none.
     error
-        What they fail with.
+        errno of the failures.
     for_good
-        Whether later ones fail too.
+        Whether all later calls fail too.
     """
 
     call: int = 0
@@ -39,7 +39,7 @@ class Fault:
 
     @property
     def deletions_work(self) -> bool:
-        """A full disk still deletes; one that is broken does not."""
+        """Whether deletions succeed: on a full disk, but not on a broken one."""
         return self.error == errno.ENOSPC
 
     def __str__(self) -> str:
@@ -50,19 +50,19 @@ NO_FAULT = Fault()
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended.
+class Outcome:
+    """Outcome of a command.
 
     Attributes
     ----------
     status
-        Exit code; negative: the signal that ended it; None: it had to be killed.
+        Exit code; negative: signal number; None: timed out and killed.
     stderr
-        What it said.
+        Standard error.
     calls
-        Calls that change files below its folder: name and path of each.
+        Name and path of each call that changes files below its folder.
     n_failed
-        How many of them failed.
+        Number of failed calls.
     """
 
     status: int | None
@@ -72,27 +72,27 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """Lines that say what is wrong."""
+        """ERROR lines."""
         return [line for line in self.stderr.splitlines() if line.startswith("ERROR: ")]
 
     def deletion_failed(self, fault: Fault) -> bool:
-        """Whether something could not be deleted, which may then be left behind."""
+        """Whether a deletion failed, so that files may be left behind."""
         failed = self.calls[fault.call - 1 :] if fault.for_good and not fault.deletions_work else []
         failed += self.calls[fault.call - 1 : fault.call] if fault.call else []
         return any(call.startswith(("unlink ", "rmdir ")) for call in failed)
 
 
-def why_not_here() -> str:
-    """Why the shim cannot be built or used, if so."""
+def skip_reason() -> str:
+    """Reason why the shim cannot be built or used, or an empty string."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return "calls are made to fail by preloading a library, which is written for Linux with glibc"
+        return "fault injection requires Linux with glibc"
     if shutil.which("cc") is None:
-        return "no C compiler (cc) to build the library that makes calls fail"
+        return "fault injection requires a C compiler (cc)"
     return ""
 
 
 def build_shim(folder: Path) -> Path:
-    """Compile the library to be preloaded."""
+    """Compile the shim library."""
     shim = folder / "shim.so"
     options = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"]
     subprocess.run(["cc", *options, "-o", shim, HERE / "shim.c", "-ldl"], check=True)
@@ -101,24 +101,24 @@ def build_shim(folder: Path) -> Path:
 
 @dataclass
 class CommandServer:
-    """Runs commands one after the other.
+    """Run commands one after the other.
 
     Attributes
     ----------
     process
-        The process that they are forked from.
+        Server process that forks the commands.
     scratch
-        Folder for what they print.
+        Folder for the commands' output.
     constants
-        Values of module constants, by dotted name: such that even a small run keeps results often.
+        Values of module constants by dotted name, to make small runs save results often.
     """
 
     process: subprocess.Popen[str]
     scratch: Path
     constants: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, arguments: Sequence[object], folder: Path, fault: Fault, environment: Mapping[str, str]) -> Ended:
-        """Run a command, of whose calls below `folder` some fail."""
+    def run(self, arguments: Sequence[object], folder: Path, fault: Fault, environment: Mapping[str, str]) -> Outcome:
+        """Run a command with failing calls below `folder`."""
         stdout, stderr = self.scratch / "stdout", self.scratch / "stderr"
         answer = self._ask(
             arguments=[str(argument) for argument in arguments],
@@ -130,7 +130,7 @@ class CommandServer:
             stdout=str(stdout),
             stderr=str(stderr),
         )
-        return Ended(answer["status"], stderr.read_text(), answer["calls"], answer["n_failed"])
+        return Outcome(answer["status"], stderr.read_text(), answer["calls"], answer["n_failed"])
 
     def _ask(self, **request: Any) -> Any:
         assert self.process.stdin is not None
@@ -141,12 +141,12 @@ class CommandServer:
 
 @contextmanager
 def command_server(scratch: Path, constants: Mapping[str, Any]) -> Iterator[CommandServer]:
-    """Start the process that commands are forked from, and end it."""
+    """Start the server that forks the commands, and kill it at the end."""
     environment = {
         **os.environ,
         "LD_PRELOAD": str(build_shim(scratch)),
         "OMP_NUM_THREADS": "1",
-        # pyarrow would start a thread, which a forked process would lack.
+        # Keep pyarrow from starting a thread, which forked processes would lack.
         "ARROW_DEFAULT_MEMORY_POOL": "system",
         "JE_ARROW_MALLOC_CONF": "background_thread:false",
     }

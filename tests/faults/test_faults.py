@@ -1,4 +1,4 @@
-"""Whichever call that changes files fails: one ERROR line, never a wrong file, and the same command goes on."""
+"""If any call that changes files fails: one ERROR line, never a wrong file, and the command can be resumed."""
 
 import errno
 import functools
@@ -10,10 +10,10 @@ from contextlib import ExitStack
 import pytest
 
 from tests.faults.cases import CONSTANTS, EVERY, NAMES, case_named
-from tests.faults.injection import CommandServer, Fault, command_server, why_not_here
+from tests.faults.injection import CommandServer, Fault, command_server, skip_reason
 from tests.faults.trials import Trials
 
-pytestmark = pytest.mark.skipif(bool(why_not_here()), reason=why_not_here())
+pytestmark = pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 
 KINDS = {
     f"{errno.errorcode[error]} {'for good' if for_good else 'once'}": functools.partial(
@@ -22,7 +22,7 @@ KINDS = {
     for error in (errno.ENOSPC, errno.EIO)
     for for_good in (False, True)
 }
-"""A full disk, or a broken one; for one call, or from that call on."""
+"""A full or a broken disk, for one call or from that call on."""
 
 TrialsOf = Callable[[str], Trials]
 Record = Callable[[str, object], None]
@@ -36,22 +36,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
 
 @pytest.fixture(scope="module")
 def trials_of(server: CommandServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrialsOf]:
-    """Trials of each command, begun when they are first asked for."""
+    """Create the trials of each command on first use."""
     with ExitStack() as stack:
 
         @functools.cache
-        def begin(name: str) -> Trials:
+        def create(name: str) -> Trials:
             folder = tmp_path_factory.mktemp("case")
             return Trials(server, stack.enter_context(case_named(name, folder)), folder / "out")
 
-        yield begin
+        yield create
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_call_may_fail(name: str, kind: str, trials_of: TrialsOf, record_property: Record) -> None:
-    """`FAULTS_EVERY=n`: only every n-th call fails, beginning with another one for each kind."""
+    """`FAULTS_EVERY=n`: only every n-th call fails, with a different offset for each kind."""
     trials = trials_of(name)
     every = int(os.environ.get("FAULTS_EVERY", EVERY.get(name, 1)))
     first = 1 + every * list(KINDS).index(kind) // len(KINDS)
@@ -68,11 +68,11 @@ def test_a_sample_of_calls_may_fail(name: str, trials_of: TrialsOf, record_prope
 
 
 def assert_withstood(trials: Trials, faults: Sequence[Fault], what: str, record_property: Record) -> None:
-    """Meet every fault; count what happened, for the summary, and list what went wrong."""
+    """Try every fault, record the outcomes for the summary, and fail with a list of problems."""
     outcomes, problems = Counter[str](), []
     for fault in faults:
         try:
-            outcomes.update(trials.meet(fault))
+            outcomes.update(trials.run(fault))
         except AssertionError as wrong:
             outcomes[str(wrong).partition("\n")[0]] += 1
             problems.append(f"{fault} ({trials.calls[fault.call - 1]}): {wrong}")

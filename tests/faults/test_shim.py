@@ -1,4 +1,4 @@
-"""The preloaded library counts the calls that change files below a folder, and fails those it is told to."""
+"""The preloaded shim counts the calls that change files below a folder, and makes selected ones fail."""
 
 import errno
 import json
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults.injection import build_shim, why_not_here
+from tests.faults.injection import build_shim, skip_reason
 
-pytestmark = pytest.mark.skipif(bool(why_not_here()), reason=why_not_here())
+pytestmark = pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 
 PRELUDE = """
 import ctypes, json, os, shutil, sys
@@ -46,7 +46,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(shim: Path, tmp_path: Path) -> Run:
-    """Run a script in `tmp_path`, where the calls below `below` count; what it hands to `answer` comes back."""
+    """Run a script in `tmp_path`, counting calls below `below`, and return its variable `answer`."""
     (tmp_path / "below").mkdir()
 
     def run_script(script: str) -> Any:
@@ -89,7 +89,7 @@ libc = ctypes.CDLL(None)
 libc.fopen.restype, libc.fclose.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 libc.fclose(libc.fopen(b"below/f", b"w"))
 """
-"""Every kind of call, by its C name where Python has no other."""
+"""Every kind of call, through ctypes where Python has no function for it."""
 
 EXPECTED = """
 open a; write a; pwrite a; write a; ftruncate a; fallocate a; fdatasync a; fsync a; close a
@@ -98,7 +98,7 @@ mkdir folder/d; rename folder/d/b; fsync folder
 unlink folder/d/b; rmdir folder/d; rmdir folder; unlink c; mkdir e; rmdir e
 open f; close f
 """
-"""`copyfile` sends all, then finds that there is no more."""
+"""`copyfile` writes twice: all data, then an empty rest."""
 
 
 def test_every_call_below_the_folder_is_counted(run: Run, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_every_call_below_the_folder_is_counted(run: Run, tmp_path: Path) -> Non
     assert counted == [[f"{call.split()[0]} {below}/{call.split()[1]}" for call in expected], 0]
 
 
-def test_reading_and_other_places_are_not(run: Run, tmp_path: Path) -> None:
+def test_reads_and_other_folders_are_not_counted(run: Run, tmp_path: Path) -> None:
     (tmp_path / "below" / "a").write_text("a")
     (tmp_path / "below-not").mkdir()
     script = """
@@ -133,7 +133,7 @@ answer = [attempt(os.mkdir, f"below/{{i}}") for i in range(5)], shim.faults_n_fa
 
 
 @pytest.mark.parametrize("deletions_work", [False, True])
-def test_or_all_later_ones_fail_too(deletions_work: bool, run: Run) -> None:
+def test_all_later_calls_can_fail_too(deletions_work: bool, run: Run) -> None:
     script = f"""
 arm(2, {errno.ENOSPC}, True, {deletions_work})
 made = [attempt(os.mkdir, f"below/{{i}}") for i in range(3)]
@@ -143,7 +143,7 @@ answer = made, attempt(os.rmdir, "below/0"), attempt(os.rename, "other", "below/
     assert run(script) == [[0, full, full], 0 if deletions_work else full, full, 3 if deletions_work else 4]
 
 
-def test_a_write_that_fails_leaves_half_of_its_bytes_and_a_failed_close_has_closed(run: Run, tmp_path: Path) -> None:
+def test_failed_write_leaves_half_of_its_bytes_and_failed_close_closes(run: Run, tmp_path: Path) -> None:
     script = f"""
 arm(2, {errno.EIO})
 descriptor = os.open("below/a", os.O_WRONLY | os.O_CREAT)
@@ -155,7 +155,7 @@ answer = written, attempt(os.close, descriptor), attempt(os.close, descriptor)
     assert (tmp_path / "below" / "a").read_text() == "1234"
 
 
-def test_calls_of_forked_processes_count_too(run: Run) -> None:
+def test_calls_of_forked_processes_are_counted(run: Run) -> None:
     script = f"""
 arm(2, {errno.EIO})
 os.mkdir("below/a")

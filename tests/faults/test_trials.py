@@ -1,4 +1,4 @@
-"""What the trials compare tells right from wrong."""
+"""The comparisons of the trials detect differences."""
 
 from pathlib import Path
 
@@ -37,19 +37,19 @@ def test_floats_differ_by_their_relative_error(expected: Arrays) -> None:
     ],
     ids=["order", "length", "type", "text", "NaN", "more"],
 )
-def test_all_else_must_be_the_same(other: Arrays, expected: Arrays) -> None:
+def test_everything_else_must_be_equal(other: Arrays, expected: Arrays) -> None:
     with pytest.raises(AssertionError):
         difference({**expected, **other}, expected)
 
 
-def test_temporary_names_are_noticed_at_any_depth(tmp_path: Path) -> None:
+def test_temporary_names_are_found_at_any_depth(tmp_path: Path) -> None:
     (tmp_path / "x.parts").mkdir()
     for name in ("x.h5ad", ".x.lock", ".x.h5ad.tmp", "x.parts/.piece.safetensors.tmp"):
         (tmp_path / name).touch()
     assert sorted(left_behind(tmp_path)) == [".x.h5ad.tmp", "x.parts/.piece.safetensors.tmp"]
 
 
-def test_states_differ_by_content_but_not_by_random_names_and_times(tmp_path: Path) -> None:
+def test_states_ignore_random_names_and_times(tmp_path: Path) -> None:
     states: list[object] = []
     for run, step, content in (("0123abcd", "1,0,0.5,7", "a"), ("4567cdef", "1,0,0.6,7", "a"), ("4567cdef", "2", "a")):
         folder = tmp_path / str(len(states))

@@ -1,4 +1,4 @@
-"""Runs of a command that meet a fault, and what must be true of them."""
+"""Run a command with injected faults, and check the outcomes."""
 
 import hashlib
 import re
@@ -8,81 +8,81 @@ from pathlib import Path
 import numpy as np
 
 from tests.faults.cases import Arrays, Case
-from tests.faults.injection import NO_FAULT, CommandServer, Ended, Fault
+from tests.faults.injection import NO_FAULT, CommandServer, Fault, Outcome
 
 TOLERANCE = 1e-6
-"""Of continued runs, whose batches may be others than those of the unbroken one."""
+"""Relative tolerance of resumed runs, whose batches may differ."""
 
 
 class Trials:
-    """Runs one command, first unbroken, then with one fault after the other.
+    """Run one command, first uninterrupted, then with one fault after the other.
 
     Parameters
     ----------
     server
-        Runs it.
+        Runs the command.
     case
-        The command.
+        The command to run.
     output
-        Its output folder, which is emptied before each run.
+        Output folder, emptied before each run.
 
     Attributes
     ----------
     calls
-        What the unbroken run does below the folder.
-    continued
-        How continuing ended, by the state of the folder it began with; folders in the same state are continued once.
+        Calls of the uninterrupted run.
+    resumed
+        Outcome of resuming by state of the folder; equal states are resumed once.
     """
 
     def __init__(self, server: CommandServer, case: Case, output: Path) -> None:
         self.server, self.case, self.output = server, case, output
-        self.continued: dict[str, str] = {}
-        unbroken = self._run()
-        assert unbroken.status == 0, unbroken.stderr
-        self.calls, self.expected = unbroken.calls, case.read(self._result)
+        self.resumed: dict[str, str] = {}
+        uninterrupted = self._run()
+        assert uninterrupted.status == 0, uninterrupted.stderr
+        self.calls, self.expected = uninterrupted.calls, case.read(self._result)
         assert self.calls, "no call is counted"
         assert not left_behind(output)
 
-    def meet(self, fault: Fault) -> tuple[str, str]:
-        """How a run with a fault ended, and how the same command went on.
+    def run(self, fault: Fault) -> tuple[str, str]:
+        """Run with a fault, then resume, and return both outcomes.
 
         Raises
         ------
         AssertionError
-            If either is wrong: its first line says how.
+            If either is wrong; the first line of the message says how.
         """
         shutil.rmtree(self.output, ignore_errors=True)
-        ended = self._run(fault)
-        self._check_end(ended, fault)
-        went_on = self._continue(ended.deletion_failed(fault))
-        if ended.n_failed == 0:
-            return "not met", went_on
-        return "one ERROR line" if ended.errors else "success", went_on
+        outcome = self._run(fault)
+        self._check_outcome(outcome, fault)
+        resumed = self._resume(outcome.deletion_failed(fault))
+        if outcome.n_failed == 0:
+            return "not reached", resumed
+        return "one ERROR line" if outcome.errors else "success", resumed
 
-    def _check_end(self, ended: Ended, fault: Fault) -> None:
-        assert ended.status is not None, "hangs"
-        assert ended.status >= 0, f"ended by signal {-ended.status}\n{ended.stderr}"
-        assert "Traceback" not in ended.stderr, f"traceback\n{ended.stderr}"
-        assert len(ended.errors) == (ended.status != 0), f"{len(ended.errors)} ERROR lines\n{ended.stderr}"
-        assert ended.status in (0, 1), f"exit code {ended.status}\n{ended.stderr}"
+    def _check_outcome(self, outcome: Outcome, fault: Fault) -> None:
+        assert outcome.status is not None, "hangs"
+        assert outcome.status >= 0, f"ended by signal {-outcome.status}\n{outcome.stderr}"
+        assert "Traceback" not in outcome.stderr, f"traceback\n{outcome.stderr}"
+        assert len(outcome.errors) == (outcome.status != 0), f"{len(outcome.errors)} ERROR lines\n{outcome.stderr}"
+        assert outcome.status in (0, 1), f"exit code {outcome.status}\n{outcome.stderr}"
         if self._result.exists():
             self._check_result("wrong result")
         else:
-            assert ended.status == 1, f"no result\n{ended.stderr}"
-        if not ended.deletion_failed(fault):
-            assert not (left := left_behind(self.output)), f"temporary files are left\n{left}\n{ended.stderr}"
+            assert outcome.status == 1, f"no result\n{outcome.stderr}"
+        if not outcome.deletion_failed(fault):
+            assert not (left := left_behind(self.output)), f"temporary files are left\n{left}\n{outcome.stderr}"
 
-    def _continue(self, deletion_failed: bool) -> str:
+    def _resume(self, deletion_failed: bool) -> str:
         state = state_of(self.output)
-        if state not in self.continued:
-            ended = self._run(options=self.case.go_on)
-            assert ended.status == 0, f"cannot be continued\n{ended.stderr}"
-            assert "Traceback" not in ended.stderr, f"continued with a traceback\n{ended.stderr}"
-            error = self._check_result("continued to a wrong result")
+        if state not in self.resumed:
+            outcome = self._run(options=self.case.resume_options)
+            assert outcome.status == 0, f"cannot be resumed\n{outcome.stderr}"
+            assert "Traceback" not in outcome.stderr, f"resumed with a traceback\n{outcome.stderr}"
+            error = self._check_result("resumed to a wrong result")
             others = {path.name for path in self.output.iterdir()} - {self.case.result} - self.case.leaves
-            assert deletion_failed or not others, f"continued, and files are left\n{others}"
-            self.continued[state] = "equal bit for bit" if error == 0 else f"equal to {TOLERANCE:.0e}"
-        return self.continued[state]
+            assert deletion_failed or not others, f"resumed, but files are left\n{others}"
+            self.resumed[state] = "equal bit for bit" if error == 0 else f"equal to {TOLERANCE:.0e}"
+        return self.resumed[state]
 
     def _check_result(self, problem: str) -> float:
         try:
@@ -96,13 +96,13 @@ class Trials:
     def _result(self) -> Path:
         return self.output / self.case.result
 
-    def _run(self, fault: Fault = NO_FAULT, options: tuple[str, ...] = ()) -> Ended:
+    def _run(self, fault: Fault = NO_FAULT, options: tuple[str, ...] = ()) -> Outcome:
         arguments = [*self.case.arguments(self.output), *options]
         return self.server.run(arguments, self.output, fault, self.case.environment)
 
 
 def difference(found: Arrays, expected: Arrays) -> float:
-    """The largest ‖a−b‖/‖b‖ of arrays of floats, 0 where all bits are equal; everything else must be the same."""
+    """Largest ‖a−b‖/‖b‖ of the float arrays, 0 if bitwise equal; everything else must be equal."""
     assert found.keys() == expected.keys()
     largest = 0.0
     for name, wanted in expected.items():
@@ -118,13 +118,13 @@ def difference(found: Arrays, expected: Arrays) -> float:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """What bears a temporary name."""
+    """Paths with temporary names."""
     is_temporary = re.compile(r".*\.(tmp|old|partial|probe)")
     return [str(path.relative_to(folder)) for path in folder.rglob("*") if is_temporary.fullmatch(path.name)]
 
 
 def state_of(folder: Path) -> str:
-    """A hash of all that lies there, but for random names and numbers, and for times."""
+    """Hash of a folder's contents, except random names and numbers, and times."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         content = path.read_bytes() if path.is_file() else b""

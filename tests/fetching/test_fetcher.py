@@ -1,4 +1,4 @@
-"""Files come whole, once and verified, whatever the server and the network do."""
+"""Downloads are complete and verified, and fetched once, whatever the server and network do."""
 
 import logging
 import threading
@@ -15,11 +15,11 @@ from transcriptformer.fetching import fetcher, http
 from transcriptformer.fetching.fetcher import (
     DamagedFileError,
     Fetcher,
-    InterruptedDownloadError,
     RefusedFileError,
+    TransientDownloadError,
     checksum,
 )
-from transcriptformer.fetching.http import HttpFile, ask
+from transcriptformer.fetching.http import HttpFile, http_get
 from transcriptformer.storage.sealed import read_json, sealed_json
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -28,7 +28,7 @@ FILE = "/file"
 
 @pytest.fixture(autouse=True)
 def wait_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(fetcher, "INITIAL_BACKOFF", 0.001)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def remote(web: Web) -> Iterator[HttpFile]:
 
 
 def fetch_file(web: Web, target: Path, retries: int = 3, size: int | None = None, connections: int = 1) -> bytes:
-    """What `verify` saw is what lies at the target."""
+    """Download a file and check that `verify` saw what is at the target."""
     with closing(HttpFile(web.address + FILE, size)) as remote:
         seen = Fetcher(retries, connections).fetch(remote, target, Path.read_bytes)
     assert seen == target.read_bytes()
@@ -53,38 +53,38 @@ def fetch_file(web: Web, target: Path, retries: int = 3, size: int | None = None
 
 
 def once(fault: str) -> Fault:
-    """Only the first request fails."""
+    """A fault of only the first request."""
     return lambda path, n: "" if n else fault
 
 
-def test_a_file_arrives(web: Web, tmp_path: Path) -> None:
+def test_file_is_downloaded(web: Web, tmp_path: Path) -> None:
     assert fetch_file(web, tmp_path / "new" / "file") == CONTENT
-    assert len(web.asked) == 1
+    assert len(web.requests) == 1
 
 
 @pytest.mark.parametrize("fault", ["reset", "truncated", "short", "long", "slow", "500", "507", "520", "429", "408"])
-def test_a_fault_on_the_way_is_made_good_without_fetching_twice(fault: str, web: Web, tmp_path: Path) -> None:
+def test_failed_requests_are_resumed(fault: str, web: Web, tmp_path: Path) -> None:
     web.fault = once(fault)
     assert fetch_file(web, tmp_path / "file") == CONTENT
     assert web.sent[FILE] <= len(CONTENT)
 
 
-def test_a_server_that_stalls_is_asked_again(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stalled_request_is_retried(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "TIMEOUT", (5, 0.5))
-    web.fault = once("slow 60")  # three seconds from piece to piece
+    web.fault = once("slow 60")  # three seconds between chunks
     assert fetch_file(web, tmp_path / "file") == CONTENT
     assert web.ranges(FILE)[1] == "bytes=15000-299999"
 
 
-def test_a_connection_that_breaks_ever_again_is_enough_as_long_as_something_comes(web: Web, tmp_path: Path) -> None:
+def test_progress_resets_the_retry_count(web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: "reset" if n < 12 else ""
     assert fetch_file(web, tmp_path / "file", retries=0) == CONTENT
     assert web.sent[FILE] <= len(CONTENT)
 
 
-def test_what_an_ended_run_left_is_not_fetched_again(web: Web, tmp_path: Path) -> None:
+def test_interrupted_download_is_resumed(web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: {0: "reset", 1: "500"}.get(n, "")
-    with pytest.raises(InterruptedDownloadError, match="500"):
+    with pytest.raises(TransientDownloadError, match="500"):
         fetch_file(web, tmp_path / "file", retries=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.part", "file.part.json"]
     assert fetch_file(web, tmp_path / "file") == CONTENT
@@ -99,17 +99,17 @@ def test_what_an_ended_run_left_is_not_fetched_again(web: Web, tmp_path: Path) -
         sealed_json({"version": "x", "size": 300_000, "stretches": [[0, 300_000]]}),
     ],
 )
-def test_a_journal_that_makes_no_sense_means_a_new_beginning(journal: str, web: Web, tmp_path: Path) -> None:
+def test_invalid_journal_restarts_the_download(journal: str, web: Web, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(b"x" * 400_000)
     (tmp_path / "file.part.json").write_text(journal)
     assert fetch_file(web, tmp_path / "file") == CONTENT
 
 
 @pytest.mark.parametrize("kept", ["file.part", "file.part.json"])
-def test_every_flipped_bit_of_what_an_ended_run_left_is_noticed(kept: str, web: Web, tmp_path: Path) -> None:
-    """The server tells no checksum."""
+def test_every_flipped_bit_of_a_partial_download_is_detected(kept: str, web: Web, tmp_path: Path) -> None:
+    """Without a checksum from the server."""
     web.fault = lambda path, n: {0: "reset", 1: "500"}.get(n, "")
-    with pytest.raises(InterruptedDownloadError):
+    with pytest.raises(TransientDownloadError):
         fetch_file(web, tmp_path / "file", retries=0)
     left = {path: path.read_bytes() for path in tmp_path.iterdir()}
     web.fault = lambda path, n: ""
@@ -122,13 +122,13 @@ def test_every_flipped_bit_of_what_an_ended_run_left_is_noticed(kept: str, web: 
         assert fetch_file(web, tmp_path / "file") == CONTENT
 
 
-def test_a_part_without_its_journal_means_a_new_beginning(web: Web, tmp_path: Path) -> None:
+def test_missing_journal_restarts_the_download(web: Web, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(b"x" * 400_000)
     assert fetch_file(web, tmp_path / "file") == CONTENT
 
 
 @pytest.mark.parametrize("new", [CONTENT[::-1], CONTENT[:1000], CONTENT * 2])
-def test_a_file_that_changes_on_the_way_arrives_as_it_is_then(new: bytes, web: Web, tmp_path: Path) -> None:
+def test_file_that_changes_meanwhile_is_downloaded_again(new: bytes, web: Web, tmp_path: Path) -> None:
     def change(path: str, n: int) -> str:
         if n == 1:
             web.files[FILE] = new
@@ -138,58 +138,58 @@ def test_a_file_that_changes_on_the_way_arrives_as_it_is_then(new: bytes, web: W
     assert fetch_file(web, tmp_path / "file") == new
 
 
-def test_a_file_that_changes_between_runs_too(web: Web, tmp_path: Path) -> None:
+def test_file_that_changed_between_runs_is_downloaded_again(web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: {0: "reset", 1: "500"}.get(n, "")
-    with pytest.raises(InterruptedDownloadError):
+    with pytest.raises(TransientDownloadError):
         fetch_file(web, tmp_path / "file", retries=0)
     web.files[FILE] = CONTENT[::-1]
     assert fetch_file(web, tmp_path / "file") == CONTENT[::-1]
 
 
 @pytest.mark.parametrize("fault", ["", "reset", "truncated", "500"])
-def test_a_server_without_ranges_will_do(fault: str, web: Web, tmp_path: Path) -> None:
+def test_server_without_range_requests_works(fault: str, web: Web, tmp_path: Path) -> None:
     web.serves_ranges, web.fault = False, once(fault)
     assert fetch_file(web, tmp_path / "file", connections=8) == CONTENT
 
 
-def test_a_large_file_comes_by_several_connections(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher, "LEAST_STRETCH", 50_000)
+def test_large_file_uses_several_connections(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetcher, "MIN_RANGE_BYTES", 50_000)
     web.fault = lambda path, n: "reset" if n in (1, 2) else ""
     assert fetch_file(web, tmp_path / "file", connections=4) == CONTENT
     starts = {int(wanted.removeprefix("bytes=").split("-")[0]) for wanted in web.ranges(FILE)}
     assert starts >= {0, 75_000, 150_000, 225_000}
 
 
-def test_an_empty_file_is_a_file(web: Web, tmp_path: Path) -> None:
+def test_empty_file_is_downloaded(web: Web, tmp_path: Path) -> None:
     web.files[FILE] = b""
     assert fetch_file(web, tmp_path / "file") == b""
 
 
-def test_progress_is_what_came_to_disk(web: Web, remote: HttpFile, tmp_path: Path) -> None:
+def test_progress_counts_bytes_on_disk(web: Web, remote: HttpFile, tmp_path: Path) -> None:
     counts: list[int] = []
     web.serves_ranges, web.fault = False, once("reset")
     Fetcher(advance=counts.append).fetch(remote, tmp_path / "file", Path.read_bytes)
     assert sum(counts) == len(CONTENT)
-    assert min(counts) < 0  # without ranges, what a broken connection brought is of no use
+    assert min(counts) < 0  # without range requests, partial data is discarded
 
 
-def test_a_wrong_size_is_refused(web: Web, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="has 300000 bytes, 300001 are expected"):
+def test_wrong_size_is_refused(web: Web, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="300000 bytes on the server, expected 300001"):
         fetch_file(web, tmp_path / "file", size=300_001)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_damaged_is_fetched_anew_and_then_refused(web: Web, remote: HttpFile, tmp_path: Path) -> None:
+def test_damaged_file_is_downloaded_again_and_then_refused(web: Web, remote: HttpFile, tmp_path: Path) -> None:
     def refuse(path: Path) -> None:
         raise DamagedFileError("rotten")
 
     with pytest.raises(DamagedFileError, match="rotten"):
         Fetcher().fetch(remote, tmp_path / "file", refuse)
-    assert len(web.ranges(FILE)) == fetcher.STARTS
+    assert len(web.ranges(FILE)) == fetcher.MAX_DOWNLOADS
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_wanted_is_not_fetched_again(web: Web, remote: HttpFile, tmp_path: Path) -> None:
+def test_refused_file_is_not_downloaded_again(web: Web, remote: HttpFile, tmp_path: Path) -> None:
     def refuse(path: Path) -> None:
         raise RefusedFileError("hostile")
 
@@ -203,27 +203,27 @@ def test_what_is_not_wanted_is_not_fetched_again(web: Web, remote: HttpFile, tmp
     ("algorithm", "value"),
     [("crc32", "y/Q5Jg=="), ("md5", "JfnnlDI7RTiF9RgfG2JNCw=="), ("sha1", "98O8HYCOBHMq32eZZczDTKeuNEE=")],
 )
-def test_checksums_are_those_of_s3(algorithm: str, value: str, tmp_path: Path) -> None:
+def test_checksums_match_s3(algorithm: str, value: str, tmp_path: Path) -> None:
     (tmp_path / "digits").write_bytes(b"123456789")
     assert checksum(tmp_path / "digits", algorithm) == value
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
-def test_a_refusal_is_not_tried_again(status: int, web: Web, tmp_path: Path) -> None:
+def test_permanent_errors_are_not_retried(status: int, web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: str(status)
-    with pytest.raises(DownloadError, match=f"{FILE}: the server answers {status}"):
+    with pytest.raises(DownloadError, match=f"{FILE}: HTTP {status}"):
         fetch_file(web, tmp_path / "file")
-    assert len(web.asked) == 1
+    assert len(web.requests) == 1
 
 
-def test_retries_have_an_end(web: Web, tmp_path: Path) -> None:
+def test_retries_are_limited(web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: "503"
     with pytest.raises(DownloadError, match="503"):
         fetch_file(web, tmp_path / "file", retries=4)
-    assert len(web.asked) == 5
+    assert len(web.requests) == 5
 
 
-def test_a_server_may_say_how_long_to_wait(web: Web) -> None:
+def test_retry_after_is_respected(web: Web) -> None:
     for value, least, most in [
         ("7", 7, 7),
         ("99999", 600, 600),
@@ -232,70 +232,72 @@ def test_a_server_may_say_how_long_to_wait(web: Web) -> None:
         ("²", 0, 0),
     ]:
         web.fault = lambda path, n, value=value: f"429 {value}"  # type: ignore[misc]
-        with pytest.raises(InterruptedDownloadError) as told:
-            ask(web.address + FILE, {})
+        with pytest.raises(TransientDownloadError) as told:
+            http_get(web.address + FILE, {})
         assert least <= told.value.wait <= most
 
 
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("http://127.0.0.1:9/file", "the connection is refused"),
-        ("http://no-such-host.invalid/file", "no such host, or no network"),
-        ("htp://127.0.0.1/file", "not an address"),
-        ("nonsense", "not an address"),
+        ("http://127.0.0.1:9/file", "the connection was refused"),
+        ("http://no-such-host.invalid/file", "host not found, or no network"),
+        ("htp://127.0.0.1/file", "not a valid URL"),
+        ("nonsense", "not a valid URL"),
     ],
 )
-def test_no_server_is_one_clear_line(url: str, reason: str, tmp_path: Path) -> None:
+def test_unreachable_server_is_a_one_line_error(url: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=reason):
         Fetcher(retries=0).fetch(HttpFile(url), tmp_path / "file", Path.read_bytes)
 
 
-def test_no_room_is_told_before_anything_is_fetched(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher, "BYTES_TO_SPARE", 2**60)
-    with pytest.raises(DownloadError, match=r"are needed, .* are free"):
+def test_lack_of_disk_space_is_reported_before_downloading(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetcher, "RESERVED_BYTES", 2**60)
+    with pytest.raises(DownloadError, match=r"needs .*, .* free; free up space"):
         fetch_file(web, tmp_path / "file")
-    assert len(web.asked) == 1
+    assert len(web.requests) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_told(web: Web, tmp_path: Path) -> None:
+def test_unwritable_folder_is_an_error(web: Web, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(DownloadError, match="cannot be written"):
         fetch_file(web, tmp_path / "taken" / "file")
 
 
-def test_a_journal_that_vouches_for_more_than_there_is_means_a_new_beginning(web: Web, tmp_path: Path) -> None:
+def test_journal_beyond_the_data_restarts_the_download(web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: {0: "reset", 1: "500"}.get(n, "")
-    with pytest.raises(InterruptedDownloadError):
+    with pytest.raises(TransientDownloadError):
         fetch_file(web, tmp_path / "file", retries=0)
     (tmp_path / "file.part").write_bytes(b"short")
     assert fetch_file(web, tmp_path / "file") == CONTENT
 
 
-def test_of_another_version_nothing_is_left_to_go_on_with(web: Web, tmp_path: Path) -> None:
-    """Not even when the first one comes back."""
+def test_data_of_another_version_is_discarded(web: Web, tmp_path: Path) -> None:
+    """Even if the first version comes back."""
     web.fault = lambda path, n: {0: "reset", 1: "500", 2: "reset", 3: "500"}.get(n, "")
     for content in (CONTENT, CONTENT[::-1]):
         web.files[FILE] = content
-        with pytest.raises(InterruptedDownloadError):
+        with pytest.raises(TransientDownloadError):
             fetch_file(web, tmp_path / "file", retries=0)
     web.files[FILE] = CONTENT
     assert fetch_file(web, tmp_path / "file") == CONTENT
 
 
-def test_what_was_there_already_is_told_apart(web: Web, tmp_path: Path) -> None:
+def test_resumed_bytes_are_counted_separately(web: Web, tmp_path: Path) -> None:
     web.fault = lambda path, n: {0: "reset", 1: "500"}.get(n, "")
-    with pytest.raises(InterruptedDownloadError):
+    with pytest.raises(TransientDownloadError):
         fetch_file(web, tmp_path / "file", retries=0)
     found: list[int] = []
     fetched: list[int] = []
     with closing(HttpFile(web.address + FILE)) as remote:
-        Fetcher(advance=fetched.append, found=found.append).fetch(remote, tmp_path / "file", Path.read_bytes)
+        Fetcher(advance=fetched.append, resumed=found.append).fetch(remote, tmp_path / "file", Path.read_bytes)
     assert (sum(found), sum(fetched)) == (150_000, 150_000)
 
 
-def test_after_stopping_nothing_comes(remote: HttpFile, tmp_path: Path) -> None:
+def test_stopped_fetcher_downloads_nothing(remote: HttpFile, tmp_path: Path) -> None:
     fetcher = Fetcher()
     fetcher.stopping.set()
     with pytest.raises(DownloadError, match="stopped"):
@@ -303,7 +305,7 @@ def test_after_stopping_nothing_comes(remote: HttpFile, tmp_path: Path) -> None:
     assert not (tmp_path / "file").exists()
 
 
-def test_stopping_leaves_what_can_be_resumed(web: Web, remote: HttpFile, tmp_path: Path) -> None:
+def test_stopped_download_can_be_resumed(web: Web, remote: HttpFile, tmp_path: Path) -> None:
     stopping = threading.Event()
     web.fault = once("slow")
     fetcher = Fetcher(advance=lambda n: stopping.set() if n else None, stopping=stopping)
@@ -315,9 +317,11 @@ def test_stopping_leaves_what_can_be_resumed(web: Web, remote: HttpFile, tmp_pat
     assert fetch_file(web, tmp_path / "file") == CONTENT
 
 
-def test_what_is_noted_is_on_disk(web: Web, remote: HttpFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noting comes after the bytes, also while a file is under way."""
-    monkeypatch.setattr(fetcher, "BYTES_AT_RISK", 1)
+def test_journal_never_runs_ahead_of_the_data(
+    web: Web, remote: HttpFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is saved after the bytes, also during the download."""
+    monkeypatch.setattr(fetcher, "FLUSH_BYTES", 1)
     seen = []
 
     def look(n_bytes: int) -> None:
@@ -331,19 +335,19 @@ def test_what_is_noted_is_on_disk(web: Web, remote: HttpFile, tmp_path: Path, mo
     assert len(seen) >= 5
 
 
-def test_only_one_run_is_at_work_in_a_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_exclusive_lock_waits_for_the_other_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "transcriptformer")
     order = []
 
     def second() -> None:
-        with fetcher.alone(tmp_path / "lock"):
+        with fetcher.exclusive_lock(tmp_path / "lock"):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with fetcher.alone(tmp_path / "lock"):
+    with fetcher.exclusive_lock(tmp_path / "lock"):
         thread.start()
         thread.join(0.3)
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    assert "another run is at work here" in caplog.text
+    assert "in use by another run; waiting" in caplog.text

@@ -1,4 +1,4 @@
-"""Weights come from S3 to their folder: whole, safe, once."""
+"""Weights are downloaded from S3 completely, safely and once."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ KEY = "weights/tf_sapiens.tar.gz"
 
 
 class Mirror:
-    """A bucket with archives, and its address."""
+    """A bucket with archives, and its endpoint."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -56,9 +56,9 @@ def server() -> Iterator[Mirror]:
 
 @pytest.fixture
 def mirror(server: Mirror, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mirror:
-    """With the synthetic checkpoint as TF-Sapiens, and where the command looks."""
+    """Mirror with the synthetic checkpoint as TF-Sapiens, set as the command's endpoint."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.address)
-    monkeypatch.setattr(fetcher, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(fetcher, "INITIAL_BACKOFF", 0.001)
     for found in server.client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
         server.client.delete_object(Bucket=BUCKET, Key=found["Key"])
     server.put(pack(CHECKPOINT, tmp_path / "sapiens.tar.gz", "tf_sapiens"))
@@ -86,7 +86,7 @@ def assert_whole(place: Path, model: str = "tf_sapiens") -> None:
     assert visible(place) == [model]
 
 
-def test_a_checkpoint_comes_to_its_folder_and_is_described(mirror: Mirror, place: Path) -> None:
+def test_checkpoint_is_downloaded_and_described(mirror: Mirror, place: Path) -> None:
     result = download(place)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{place}/tf_sapiens: 2 layers of width 32, 305 genes of homo sapiens\n"
@@ -96,27 +96,25 @@ def test_a_checkpoint_comes_to_its_folder_and_is_described(mirror: Mirror, place
     assert record["files"].keys() == contents(CHECKPOINT).keys()
 
 
-def test_a_second_run_finds_it_complete_without_any_network(
-    mirror: Mirror, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_complete_checkpoint_needs_no_network(mirror: Mirror, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     download(place)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     result = download(place)
     assert result.exit_code == 0
-    assert "complete already" in result.stderr
+    assert "already complete" in result.stderr
     assert "2 layers" in result.stdout
 
 
-def test_so_it_finds_one_that_came_in_another_way(mirror: Mirror, place: Path) -> None:
+def test_checkpoint_copied_by_hand_is_complete(mirror: Mirror, place: Path) -> None:
     shutil.copytree(CHECKPOINT, place / "tf_sapiens")
     result = download(place)
     assert result.exit_code == 0
-    assert "complete already" in result.stderr
+    assert "already complete" in result.stderr
     assert contents(place / "tf_sapiens") == contents(CHECKPOINT)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "record"])
-def test_what_is_not_whole_any_more_is_named_and_replaced_on_request(damage: str, mirror: Mirror, place: Path) -> None:
+def test_damaged_checkpoint_is_named_and_replaced_on_request(damage: str, mirror: Mirror, place: Path) -> None:
     download(place)
     weights = place / "tf_sapiens" / "model_weights.pt"
     if damage == "missing":
@@ -127,12 +125,12 @@ def test_what_is_not_whole_any_more_is_named_and_replaced_on_request(damage: str
         (place / "tf_sapiens" / "download.json").write_text("{")
     result = download(place)
     assert result.exit_code == 1
-    assert "is missing or damaged; --force replaces the folder" in result.stderr
+    assert "is missing or damaged; add --force to replace the folder" in result.stderr
     assert download(place, "--force").exit_code == 0
     assert_whole(place)
 
 
-def test_all_is_everything(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+def test_all_downloads_every_artifact(mirror: Mirror, place: Path, tmp_path: Path) -> None:
     for name in ("tf_exemplar", "tf_metazoa"):
         mirror.put(pack(CHECKPOINT, tmp_path / "archive.tar.gz", name), f"weights/{name}.tar.gz")
     embeddings = pack(CHECKPOINT / "vocabs", tmp_path / "archive.tar.gz", "all_embeddings")
@@ -144,10 +142,8 @@ def test_all_is_everything(mirror: Mirror, place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["SHA256", "SHA1", "CRC32", "MD5"])
-def test_bytes_that_are_not_those_of_the_object_are_not_taken(
-    algorithm: str, mirror: Mirror, place: Path, tmp_path: Path
-) -> None:
-    """What an earlier run left says it is done, but its bytes are others."""
+def test_checksum_mismatch_restarts_the_download(algorithm: str, mirror: Mirror, place: Path, tmp_path: Path) -> None:
+    """The journal of an earlier run claims completion, but the bytes differ."""
     mirror.put(tmp_path / "sapiens.tar.gz", **({} if algorithm == "MD5" else {"ChecksumAlgorithm": algorithm}))
     size = (tmp_path / "sapiens.tar.gz").stat().st_size
     tag = mirror.client.head_object(Bucket=BUCKET, Key=KEY)["ETag"]
@@ -157,11 +153,11 @@ def test_bytes_that_are_not_those_of_the_object_are_not_taken(
     write_json(place / ".tf_sapiens.tar.gz.part.json", journal)
     result = download(place)
     assert result.exit_code == 0
-    assert f"has another {algorithm} checksum; starting anew" in result.stderr
+    assert f"{algorithm} checksum mismatch; restarting the download" in result.stderr
     assert_whole(place)
 
 
-def test_an_object_that_changed_is_begun_anew(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+def test_changed_object_restarts_the_download(mirror: Mirror, place: Path, tmp_path: Path) -> None:
     size = (tmp_path / "sapiens.tar.gz").stat().st_size
     place.mkdir()
     (place / ".tf_sapiens.tar.gz.part").write_bytes(bytes(size))
@@ -171,16 +167,16 @@ def test_an_object_that_changed_is_begun_anew(mirror: Mirror, place: Path, tmp_p
     assert_whole(place)
 
 
-def test_a_large_object_comes_by_several_connections(
+def test_large_object_uses_several_connections(
     mirror: Mirror, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetcher, "LEAST_STRETCH", 50_000)
+    monkeypatch.setattr(fetcher, "MIN_RANGE_BYTES", 50_000)
     assert download(place, "--connections", 5).exit_code == 0
     assert_whole(place)
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_archive_leaves_the_old_checkpoint_as_it_was(
+def test_malicious_archive_keeps_the_existing_checkpoint(
     kind: str, mirror: Mirror, place: Path, tmp_path: Path
 ) -> None:
     download(place)
@@ -189,21 +185,21 @@ def test_a_hostile_archive_leaves_the_old_checkpoint_as_it_was(
     before = contents(tmp_path)
     result = download(place, "--force")
     assert result.exit_code == 1
-    assert "nothing of it is kept" in result.stderr
+    assert "the archive was not unpacked" in result.stderr
     assert contents(tmp_path) == before
     assert_whole(place)
 
 
-def test_so_does_one_that_lacks_something(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+def test_incomplete_archive_keeps_the_existing_checkpoint(mirror: Mirror, place: Path, tmp_path: Path) -> None:
     download(place)
     mirror.put(pack_members(tmp_path / "half.tar.gz", [member("tf_sapiens/config.json")]))
     result = download(place, "--force")
     assert result.exit_code == 1
-    assert "lacks model_weights.pt, vocabs; nothing of it is kept" in result.stderr
+    assert "model_weights.pt, vocabs missing in the archive; it was not installed" in result.stderr
     assert_whole(place)
 
 
-def test_a_mirror_may_pack_what_was_downloaded(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+def test_mirror_may_pack_a_downloaded_folder(mirror: Mirror, place: Path, tmp_path: Path) -> None:
     download(place)
     mirror.put(pack(place / "tf_sapiens", tmp_path / "again.tar.gz", "tf_sapiens"))
     for _ in range(2):
@@ -211,7 +207,7 @@ def test_a_mirror_may_pack_what_was_downloaded(mirror: Mirror, place: Path, tmp_
     assert_whole(tmp_path / "elsewhere")
 
 
-def test_a_link_to_a_large_disk_may_be_replaced_again_and_again(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+def test_symbolic_link_can_be_replaced_repeatedly(mirror: Mirror, place: Path, tmp_path: Path) -> None:
     place.mkdir()
     (tmp_path / "large").mkdir()
     (place / "tf_sapiens").symlink_to(tmp_path / "large")
@@ -220,14 +216,14 @@ def test_a_link_to_a_large_disk_may_be_replaced_again_and_again(mirror: Mirror, 
     assert_whole(place)
 
 
-def test_an_archive_of_the_users_is_left_alone(mirror: Mirror, place: Path) -> None:
+def test_other_archives_are_kept(mirror: Mirror, place: Path) -> None:
     place.mkdir()
     (place / "tf_sapiens.tar.gz").write_text("mine")
     assert download(place).exit_code == 0
     assert (place / "tf_sapiens.tar.gz").read_text() == "mine"
 
 
-def test_so_does_a_truncated_one(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+def test_truncated_archive_keeps_the_existing_checkpoint(mirror: Mirror, place: Path, tmp_path: Path) -> None:
     download(place)
     os.truncate(tmp_path / "sapiens.tar.gz", 10_000)
     mirror.put(tmp_path / "sapiens.tar.gz")
@@ -237,26 +233,24 @@ def test_so_does_a_truncated_one(mirror: Mirror, place: Path, tmp_path: Path) ->
     assert_whole(place)
 
 
-def test_room_for_archive_and_contents_is_asked_for_first(
+def test_disk_space_for_archive_and_contents_is_checked_first(
     mirror: Mirror, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "UNPACKED_SIZE", 1e12)
+    monkeypatch.setattr(weights, "UNPACKED_RATIO", 1e12)
     result = download(place)
     assert result.exit_code == 1
-    assert "are needed, " in result.stderr
+    assert "free up space and rerun" in result.stderr
     assert visible(place) == []
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--bucket", "no-such-bucket"], "s3://no-such-bucket/weights/tf_sapiens.tar.gz: the server answers 404"),
+        (["--bucket", "no-such-bucket"], "s3://no-such-bucket/weights/tf_sapiens.tar.gz: HTTP 404"),
         (["--bucket", "Not a bucket!"], "Invalid bucket name"),
     ],
 )
-def test_a_bucket_that_is_not_there_is_one_clear_line(
-    options: list[str], reason: str, mirror: Mirror, place: Path
-) -> None:
+def test_missing_bucket_is_a_one_line_error(options: list[str], reason: str, mirror: Mirror, place: Path) -> None:
     result = download(place, *options)
     assert result.exit_code == 1
     assert reason in result.stderr
@@ -264,7 +258,7 @@ def test_a_bucket_that_is_not_there_is_one_clear_line(
     assert visible(place) == []
 
 
-def test_no_network_is_one_clear_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_network_is_a_one_line_error(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     result = download(place, "--max-retries", 0)
     assert result.exit_code == 1
@@ -272,13 +266,13 @@ def test_no_network_is_one_clear_line(place: Path, monkeypatch: pytest.MonkeyPat
     assert result.stderr.count("\n") == 1
 
 
-def test_an_unknown_model_is_one_clear_line(place: Path) -> None:
+def test_unknown_model_is_a_one_line_error(place: Path) -> None:
     result = download(place, models=("tf-sapient",))
     assert result.exit_code == 2
-    assert "'tf-sapient' is not known; there are: tf-sapiens, tf-exemplar" in result.stderr
+    assert "'tf-sapient' is unknown; choose from tf-sapiens, tf-exemplar" in result.stderr
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line(mirror: Mirror, tmp_path: Path) -> None:
+def test_unwritable_folder_is_a_one_line_error(mirror: Mirror, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     result = download(tmp_path / "taken")
     assert result.exit_code == 1
@@ -290,19 +284,19 @@ def command(place: Path) -> list[str]:
     return [str(part) for part in (COMMAND, "download", "tf-sapiens", "--checkpoint-dir", place, "--bucket", BUCKET)]
 
 
-def test_two_runs_at_once_do_not_harm_each_other(mirror: Mirror, place: Path) -> None:
+def test_concurrent_runs_are_safe(mirror: Mirror, place: Path) -> None:
     runs = [start(command(place)) for _ in range(2)]
     results = [finish(run) for run in runs]
     assert [result.returncode for result in results] == [0, 0]
-    assert sum("complete already" in result.stderr for result in results) == 1
+    assert sum("already complete" in result.stderr for result in results) == 1
     assert_whole(place)
 
 
 @pytest.mark.parametrize("left", ["old", "old and new", "new", "archive"])
-def test_what_a_killed_run_may_leave_is_put_right(left: str, mirror: Mirror, place: Path) -> None:
+def test_leftovers_of_a_killed_run_are_cleaned_up(left: str, mirror: Mirror, place: Path) -> None:
     download(place)
     folder = place / "tf_sapiens"
-    if left == "old":  # killed between the two steps in which a folder is replaced
+    if left == "old":  # killed between the two moves
         folder.rename(place / ".tf_sapiens.old")
     elif left == "old and new":
         shutil.copytree(folder, place / ".tf_sapiens.old")
@@ -312,13 +306,13 @@ def test_what_a_killed_run_may_leave_is_put_right(left: str, mirror: Mirror, pla
         (place / ".tf_sapiens.tar.gz").write_text("left")
         (place / ".tf_sapiens.tar.gz.part.json").write_text("left")
     result = download(place)
-    assert "complete already" in result.stderr
+    assert "already complete" in result.stderr
     assert_whole(place)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_same_command_completes_it(mirror: Mirror, place: Path, tmp_path: Path) -> None:
-    """A folder that does not shrink, so that there is something to kill; the final name is only ever on a whole one."""
+def test_rerun_after_a_kill_completes_the_download(mirror: Mirror, place: Path, tmp_path: Path) -> None:
+    """With incompressible data, to be slow enough to kill; the final folder is always complete."""
     large = Path(shutil.copytree(CHECKPOINT, tmp_path / "large"))
     (large / "noise").write_bytes(np.random.default_rng(0).bytes(150_000_000))
     mirror.put(pack(large, tmp_path / "large.tar.gz", "tf_sapiens"))

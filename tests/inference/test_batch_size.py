@@ -1,4 +1,4 @@
-"""Batches are as large as memory allows, and become smaller where that was too much."""
+"""Batches are as large as memory allows, and are halved when they run out of memory."""
 
 import json
 import shutil
@@ -18,9 +18,9 @@ from tests.h5ad_files import make_adata
 from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.checkpoint.vocabs import read_aux_vocab, read_gene_vocab
-from transcriptformer.inference.batch_size import MOST_CELLS, batch_limits, bytes_per_token
+from transcriptformer.inference.batch_size import MAX_CELLS, batch_limits, bytes_per_token
 from transcriptformer.model.transcriptformer import TranscriptFormer
-from transcriptformer.runtime.memory import MOST_TOKENS, suitable_tokens
+from transcriptformer.runtime.memory import MAX_TOKENS, preferred_batch_tokens
 
 N_GENES = 500
 
@@ -32,36 +32,36 @@ def load(path: Path = CHECKPOINT, **inference: object) -> Checkpoint:
 
 
 @pytest.mark.parametrize(("batch_size", "tokens_per_batch"), [(1, None), (8, None), (5000, 100), (8, 2**40)])
-def test_sizes_that_are_given_are_kept(batch_size: int, tokens_per_batch: int | None) -> None:
+def test_explicit_sizes_are_kept(batch_size: int, tokens_per_batch: int | None) -> None:
     checkpoint = load(batch_size=batch_size, tokens_per_batch=tokens_per_batch)
     limits = batch_limits(checkpoint)
-    suitable = suitable_tokens(checkpoint.device, checkpoint.width)
+    suitable = preferred_batch_tokens(checkpoint.device, checkpoint.width)
     assert (limits.max_cells, limits.max_tokens) == (batch_size, tokens_per_batch or suitable)
 
 
-def test_a_cpu_likes_batches_that_stay_in_its_cache() -> None:
+def test_cpu_batches_fit_into_the_cache() -> None:
     cpu = torch.device("cpu")
-    assert suitable_tokens(cpu, width=2048) == 4096
-    assert suitable_tokens(cpu, width=64) == MOST_TOKENS["cpu"]
-    assert suitable_tokens(torch.device("cuda"), width=2048) == MOST_TOKENS["cuda"]
+    assert preferred_batch_tokens(cpu, width=2048) == 4096
+    assert preferred_batch_tokens(cpu, width=64) == MAX_TOKENS["cpu"]
+    assert preferred_batch_tokens(torch.device("cuda"), width=2048) == MAX_TOKENS["cuda"]
 
 
 @pytest.mark.parametrize("tokens_per_batch", [None, 100])
 @pytest.mark.parametrize("model_type", ["transcriptformer", "esm2ce"])
-def test_auto_takes_what_fits_but_not_more_than_makes_it_faster(model_type: str, tokens_per_batch: int | None) -> None:
+def test_auto_fits_into_memory_and_is_no_larger_than_useful(model_type: str, tokens_per_batch: int | None) -> None:
     options = {"batch_size": "auto", "tokens_per_batch": tokens_per_batch, "precision": "32", "device": "cpu"}
     settings = {f"model.inference_config.{key}": value for key, value in options.items()}
     checkpoint = load_checkpoint(CHECKPOINT, load_config(CHECKPOINT, {**settings, "model.model_type": model_type}))
     limits = batch_limits(checkpoint)
-    assert limits.max_cells == MOST_CELLS
-    assert 1 <= limits.max_tokens <= min(MOST_TOKENS["cpu"], tokens_per_batch or MOST_TOKENS["cpu"])
+    assert limits.max_cells == MAX_CELLS
+    assert 1 <= limits.max_tokens <= min(MAX_TOKENS["cpu"], tokens_per_batch or MAX_TOKENS["cpu"])
     assert limits.max_tokens * bytes_per_token(checkpoint) < psutil.virtual_memory().available
 
 
-def test_processes_share_the_memory_and_a_full_machine_still_takes_a_cell() -> None:
+def test_processes_share_memory_and_at_least_one_token_is_allowed() -> None:
     checkpoint = load(batch_size="auto", tokens_per_batch=2**62)
-    alone, shared = (batch_limits(checkpoint, n).max_tokens for n in (1, 4))
-    assert shared == pytest.approx(alone / 4, rel=0.2)
+    one_process, shared = (batch_limits(checkpoint, n).max_tokens for n in (1, 4))
+    assert shared == pytest.approx(one_process / 4, rel=0.2)
     assert batch_limits(checkpoint, 10**12).max_tokens == 1
 
 
@@ -87,7 +87,7 @@ def mid_sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def full_cells(path: Path, n_cells: int) -> None:
-    """Cells that express all genes but one, so that every position of a batch is taken."""
+    """Write cells that express all genes but one, so that batches have no padding."""
     counts = np.random.default_rng(0).integers(1, 30, (n_cells, N_GENES - 1))
     make_adata(counts, genes=[f"ENSG{i:011}" for i in range(N_GENES - 1)]).write_h5ad(path)
 
@@ -119,7 +119,7 @@ def peak_memory_after(n_cells, n_positions):
         module.predict_step(batch, 0)
     return peak_memory()
 
-few, many = 20, 60  # the first batches also take what does not grow with them
+few, many = 20, 60  # the first batch also allocates constant memory
 before = peak_memory_after(few, 500)
 more = peak_memory_after(many, 500) - before
 print(more / ((many - few) * 500), bytes_per_token(checkpoint))
@@ -131,15 +131,15 @@ print(more / ((many - few) * 500), bytes_per_token(checkpoint))
 @pytest.mark.parametrize("attention", ["blockwise", "plain"])
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 @pytest.mark.parametrize("keys", ["[embeddings]", "[embeddings,llh]"])
-def test_a_token_takes_no_more_memory_than_is_reckoned_with(
+def test_a_token_takes_no_more_memory_than_estimated(
     mid_sized: Path, attention: str, precision: str, keys: str
 ) -> None:
     settings = {"attention": attention, "precision": precision, "output_keys": keys}
     options = [f"model.inference_config.{key}={value}" for key, value in settings.items()]
     code = [sys.executable, "-c", PRINT_BYTES_PER_TOKEN, str(mid_sized), *options]
-    measured, reckoned = map(float, subprocess.run(code, check=True, capture_output=True, text=True).stdout.split())
-    assert measured <= reckoned
-    assert measured > reckoned / 10  # and it is not far off
+    measured, estimated = map(float, subprocess.run(code, check=True, capture_output=True, text=True).stdout.split())
+    assert measured <= estimated
+    assert measured > estimated / 10
 
 
 EMBED_IN_LIMITED_MEMORY = """
@@ -176,12 +176,12 @@ def embed_in_limited_memory(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_a_batch_that_does_not_fit_is_halved_and_the_result_is_the_same(mid_sized: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory limit needs Linux")
+def test_a_batch_that_runs_out_of_memory_is_halved_with_the_same_result(mid_sized: Path, tmp_path: Path) -> None:
     full_cells(tmp_path / "cells.h5ad", 80)
     limited = embed_in_limited_memory(mid_sized, tmp_path / "cells.h5ad", tmp_path / "limited", 80, 300)
     assert limited.returncode == 0, limited.stderr
-    assert "out of memory with 80 cells of 500 tokens: continuing in halves" in limited.stderr
+    assert "out of memory with 80 cells of 500 tokens; halving the batch" in limited.stderr
     assert "Traceback" not in limited.stderr
     unlimited = embed_in_limited_memory(mid_sized, tmp_path / "cells.h5ad", tmp_path / "unlimited", 4, 0)
     assert unlimited.returncode == 0, unlimited.stderr

@@ -1,4 +1,4 @@
-"""Metadata that cannot be read or written is found before any cell is computed; what can be mended is mended."""
+"""Unreadable or unwritable metadata is an error before any cell is computed; fixable metadata is fixed."""
 
 import json
 import logging
@@ -39,8 +39,8 @@ N_CELLS = 7
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two cells, so that trouble comes late."""
-    for module in ("inputs", "data.joined"):
+    """Blocks of two cells, so that errors come late."""
+    for module in ("inference.inputs", "data.joined"):
         monkeypatch.setattr(f"transcriptformer.{module}.BLOCK_SIZE", 2)
 
 
@@ -53,7 +53,7 @@ def cells() -> anndata.AnnData:
 
 
 def write(path: Path, change: Callable[[Any], None] | None = None, adata: anndata.AnnData | None = None) -> Path:
-    """A file of cells, whose obs is then changed in place."""
+    """Write cells to a file, then change its obs in place."""
     adata = cells() if adata is None else adata
     getattr(adata, f"write_{path.suffix[1:]}")(path, convert_strings_to_categoricals=False)
     if change is None:
@@ -69,7 +69,7 @@ def write(path: Path, change: Callable[[Any], None] | None = None, adata: anndat
 
 
 def replace(group: Any, name: str, values: Any, **attributes: object) -> None:
-    """Put another array in the place of one, with its attributes."""
+    """Replace an array, keeping its attributes."""
     kept = {**dict(group[name].attrs), **attributes}
     del group[name]
     if isinstance(group, zarr.Group):
@@ -94,15 +94,15 @@ def inference(paths: list[Path], output: Path, progress: list[Any] | None = None
 
 def refusals(paths: list[Path], *options: str) -> list[str | None]:
     result = CliRunner().invoke(app, ["check", *map(str, paths), *options, "--json"], catch_exceptions=False)
-    logging.getLogger("transcriptformer").setLevel(logging.INFO)  # which `check` raises for good
+    logging.getLogger("transcriptformer").setLevel(logging.INFO)  # `check` raises it permanently
     return [file["refused"] for file in json.loads(result.stdout)["files"]]
 
 
-def too_large_code(obs: Any) -> None:
+def large_code(obs: Any) -> None:
     obs["donor/codes"][4] = 99
 
 
-def too_small_code(obs: Any) -> None:
+def small_code(obs: Any) -> None:
     obs["donor/codes"][4] = -2
 
 
@@ -151,16 +151,16 @@ def opaque(obs: Any) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Any], None], str, str]] = {
-    "code too large": (too_large_code, "donor", r"'donor' has 2 categories, and cell 'c4' \(row 4\) has .* code 99"),
-    "code too small": (too_small_code, "donor", r"'donor' has 2 categories, and cell 'c4' \(row 4\) has .* code -2"),
+    "code too large": (large_code, "donor", r"'donor' has 2 categories, but cell 'c4' \(row 4\) has category code 99"),
+    "code too small": (small_code, "donor", r"'donor' has 2 categories, but cell 'c4' \(row 4\) has category code -2"),
     "two-dimensional": (two_dimensional, "score", r"'score' is an array of shape \(7, 3\)"),
-    "text in Latin-1": (latin1, "note", r"'note' holds text that is not UTF-8, b'd\\xe9', in cell 'c4' \(row 4\)"),
-    "category in Latin-1": (latin1_category, "donor", r"'donor' holds text that is not UTF-8, b'd\\xe9'"),
-    "records": (records, "score", "'score' holds records of a, b"),
-    "opaque": (opaque, "score", "'score' holds records"),
+    "text in Latin-1": (latin1, "note", r"'note' contains text that is not UTF-8, b'd\\xe9', in cell 'c4' \(row 4\)"),
+    "category in Latin-1": (latin1_category, "donor", r"'donor' contains text that is not UTF-8, b'd\\xe9'"),
+    "records": (records, "score", "'score' contains records of a, b"),
+    "opaque": (opaque, "score", "'score' contains records"),
     "sparse": (sparse_column, "score", "'score' is stored as csr_matrix"),
     "absent": (absent_column, "score", "'score' cannot be read"),
-    "short": (short_column, "score", "damaged: obs has 7 rows, its column 'score' 6"),
+    "short": (short_column, "score", "damaged: obs has 7 rows, but its column 'score' has 6"),
     "reserved name": (reserved_name, "_index", "column '_index' cannot be written.*reserved"),
     "no name": (nameless_column, "", "column '' cannot be read"),
 }
@@ -175,18 +175,20 @@ def broken(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str, s
 def test_a_broken_column_is_named_before_anything_is_computed(broken: tuple[Path, str, str], tmp_path: Path) -> None:
     path, _, message = broken
     progress: list[Any] = []
-    with pytest.raises(DataError, match=rf"cells\.h5ad.*{message}.*leave it out: --config-override") as error:
+    with pytest.raises(
+        DataError, match=rf"cells\.h5ad.*{message}.*fix the column or drop it: --config-override"
+    ) as error:
         inference([path], tmp_path / "out", progress)
     assert "\n" not in str(error.value)
     assert not progress
     assert not list((tmp_path / "out").iterdir())
-    if "reserved" in message:  # memory holds what a file does not
+    if "reserved" in message:  # allowed in memory
         return
     with pytest.raises(DataError, match=message):
         embed([write(tmp_path / "good.h5ad"), path], load_checkpoint(CHECKPOINT, load_config(CHECKPOINT)))
 
 
-def test_check_says_the_same(tmp_path: Path) -> None:
+def test_check_reports_the_same_errors(tmp_path: Path) -> None:
     paths, errors = list[Path](), list[str]()
     for name, (change, _, _) in BROKEN.items():
         paths.append(write(tmp_path / f"{name}.h5ad", change))
@@ -194,14 +196,14 @@ def test_check_says_the_same(tmp_path: Path) -> None:
             inference(paths[-1:], tmp_path / "out")
         errors.append(str(raised.value))
     assert refusals(paths, "--checkpoint-path", str(CHECKPOINT)) == errors
-    assert all(alone and error.startswith(alone) for alone, error in zip(refusals(paths), errors, strict=True))
+    assert all(refusal and error.startswith(refusal) for refusal, error in zip(refusals(paths), errors, strict=True))
     left = [path for path, (_, column, _) in zip(paths, BROKEN.values(), strict=True) if column != "note"]
     keys = ["--config-override", "model.inference_config.obs_keys=[assay,note]"]
     assert refusals(left, "--checkpoint-path", str(CHECKPOINT), *keys) == [None] * len(left)
 
 
 @pytest.mark.slow
-def test_a_broken_column_that_is_left_out_does_not_matter(broken: tuple[Path, str, str], tmp_path: Path) -> None:
+def test_a_broken_column_that_is_dropped_does_not_matter(broken: tuple[Path, str, str], tmp_path: Path) -> None:
     path, column, _ = broken
     with pytest.raises(DataError) as error:
         inference([path], tmp_path / "out")
@@ -214,7 +216,7 @@ def test_a_broken_column_that_is_left_out_does_not_matter(broken: tuple[Path, st
     result = anndata.read_h5ad(written)
     assert list(result.obs.columns) == left
     pd.testing.assert_frame_equal(result.obs, cells().obs.astype({"assay": object})[left], check_names=False)
-    pooled = inference([path], tmp_path / "pooled", emb_type="cge", cge_pool="assay")  # which does not read it
+    pooled = inference([path], tmp_path / "pooled", emb_type="cge", cge_pool="assay")  # does not read the column
     assert set(pooled.obs["assay"]) == {"10x multiome"}
 
 
@@ -228,8 +230,8 @@ def test_a_broken_column_breaks_pools_of_it(tmp_path: Path) -> None:
 
 
 def test_a_broken_column_breaks_training_on_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "cells.h5ad", too_large_code)
-    with pytest.raises(DataError, match=r"cells\.h5ad: obs: column 'donor' has 2 categories, and cell 'c4'"):
+    path = write(tmp_path / "cells.h5ad", large_code)
+    with pytest.raises(DataError, match=r"cells\.h5ad: obs: column 'donor' has 2 categories, but cell 'c4'"):
         fit(config_of(tmp_path / "run", path, start=CHECKPOINT, label_column="donor"))
 
 
@@ -270,9 +272,9 @@ def index_among_columns(obs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "column", "expected", "told"),
+    ("change", "column", "expected", "warning"),
     [
-        (repeated_categories, "donor", [3] * N_CELLS, r"column 'donor' repeats categories \(3\)"),
+        (repeated_categories, "donor", [3] * N_CELLS, r"column 'donor' has duplicate categories \(3\)"),
         (missing_category, "donor", [1.5, None, 1.5, None, None, 1.5, 1.5], "column 'donor' has a missing category"),
         (one_column, "score", [0, 1, 2, 3, 4, 5, 6], "column 'score' is an array of shape"),
         (ascii_that_is_utf8, "note", ["ä"] * N_CELLS, ""),
@@ -282,11 +284,11 @@ def index_among_columns(obs: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
-def test_what_is_clear_is_mended_and_said(
+def test_fixable_columns_are_fixed_with_a_warning(
     change: Callable[[Any], None],
     column: str,
     expected: list[Any],
-    told: str,
+    warning: str,
     ending: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -296,13 +298,13 @@ def test_what_is_clear_is_mended_and_said(
     found = result.obs[column]
     assert found.astype(object).where(found.notna(), None).tolist() == expected
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len([warning for warning in warnings if "column" in warning]) == bool(told), warnings
-    if told:
-        assert any(pd.Series(warnings).str.contains(told))
+    assert len([message for message in warnings if "column" in message]) == bool(warning), warnings
+    if warning:
+        assert any(pd.Series(warnings).str.contains(warning))
 
 
 @pytest.mark.parametrize("index", ["int", "categorical", "nullable"])
-def test_names_of_cells_become_text(index: str, tmp_path: Path) -> None:
+def test_cell_names_become_strings(index: str, tmp_path: Path) -> None:
     names = {
         "int": (np.arange(N_CELLS) * 3, [str(i * 3) for i in range(N_CELLS)]),
         "categorical": (pd.Categorical([f"x{i}" for i in range(N_CELLS)]), [f"x{i}" for i in range(N_CELLS)]),
@@ -327,7 +329,7 @@ def test_a_cell_without_a_name_is_an_error(tmp_path: Path) -> None:
         with anndata.settings.override(allow_write_nullable_strings=True):
             anndata.io.write_elem(obs, "_index", pd.array(["a", "b", "c", None, "e", "f", "g"], dtype="string"))
 
-    with pytest.raises(DataError, match=r"cells\.h5ad: obs: the cell of row 3 has no name; name all cells"):
+    with pytest.raises(DataError, match=r"cells\.h5ad: obs: the cell in row 3 has no name; set adata\.obs_names"):
         inference([write(tmp_path / "cells.h5ad", change)], tmp_path / "out")
 
 
@@ -345,7 +347,7 @@ def test_columns_may_have_any_name(index_name: str, ending: str, tmp_path: Path)
     )
 
 
-def test_predictions_replace_columns_of_their_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_predictions_overwrite_columns_of_the_same_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained = fit(
         config_of(
             tmp_path / "run", write(tmp_path / "cells.h5ad"), start=CHECKPOINT, label_column="donor", max_epochs=1
@@ -362,20 +364,20 @@ def test_predictions_replace_columns_of_their_name(tmp_path: Path, caplog: pytes
     obs = anndata.read_h5ad(written).obs
     assert set(obs["predicted_donor"]) <= {"a", "b"}
     assert obs["predicted_donor_probability"].between(0.5, 1).all()
-    assert "obs has a column 'predicted_donor' already; predictions of the checkpoint replace it" in caplog.text
+    assert "obs already has a column 'predicted_donor'; it is overwritten by the predictions" in caplog.text
 
 
-def test_groups_must_not_bear_a_name_of_the_result(tmp_path: Path) -> None:
+def test_a_pool_column_must_not_conflict_with_output_columns(tmp_path: Path) -> None:
     adata = cells()
     adata.obs["n_cells"] = list("abababa")
     path = write(tmp_path / "cells.h5ad", adata=adata)
-    with pytest.raises(DataError, match="--cge-pool n_cells: the result has a column 'n_cells' of its own"):
+    with pytest.raises(DataError, match="--cge-pool n_cells: conflicts with the output column 'n_cells'"):
         inference([path], tmp_path / "out", emb_type="cge", cge_pool="n_cells")
-    with pytest.raises(DataError, match="'n_cells' of its own"):
+    with pytest.raises(DataError, match="conflicts with the output column 'n_cells'"):
         tf.gene_embeddings(adata, tf.load(CHECKPOINT, device="cpu"), pool="n_cells")
 
 
-def test_a_description_counts_cells_whatever_their_columns(tmp_path: Path) -> None:
+def test_a_summary_counts_cells_regardless_of_columns(tmp_path: Path) -> None:
     adata = cells()
     adata.obs["gene"], adata.obs["n_cells"] = "x", 1
     config = load_config(CHECKPOINT, {"model.inference_config.output_path": str(tmp_path)})
@@ -405,8 +407,8 @@ LATE: dict[str, Any] = {
 
 @pytest.mark.parametrize("as_zarr", [False, True])
 @pytest.mark.parametrize("kind", VALUES)
-def test_values_that_no_file_holds_are_named(kind: str, as_zarr: bool) -> None:
-    """What anndata would refuse, or the file give back as something else."""
+def test_unwritable_values_are_named(kind: str, as_zarr: bool) -> None:
+    """Values that anndata rejects, or that do not round-trip."""
     table = pd.DataFrame({"x": [1, 2, 3], "odd": VALUES[kind]}, index=["c0", "c1", "c2"])
     blocks = [("cells.h5ad", 0, table[:2]), ("cells.h5ad", 2, table[2:])]
     with pytest.raises(ColumnError, match=r"cells\.h5ad: obs: column 'odd' cannot be written \(.+\)") as error:
@@ -416,34 +418,34 @@ def test_values_that_no_file_holds_are_named(kind: str, as_zarr: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", LATE)
-def test_the_first_value_that_no_file_holds_is_named(kind: str) -> None:
+def test_the_first_unwritable_value_is_named(kind: str) -> None:
     table = pd.DataFrame({"x": [1, 2, 3], "odd": pd.array(LATE[kind], dtype=object)}, index=["c0", "c1", "c2"])
     blocks = [("cells.h5ad", 10, table[:2]), ("cells.h5ad", 12, table[2:])]
-    with pytest.raises(ColumnError, match=r"column 'odd' cannot .*the first time in cell 'c2' \(row 12\)"):
+    with pytest.raises(ColumnError, match=r"column 'odd' cannot .*, first in cell 'c2' \(row 12\)"):
         check_writable_rows(blocks, 3, as_zarr=False)
     check_writable_rows([("cells.h5ad", 0, table.drop(columns="odd"))], 3, as_zarr=False)
 
 
-def test_blocks_must_be_alike() -> None:
+def test_blocks_must_have_the_same_types() -> None:
     tables = [pd.DataFrame({"x": values}, index=["a", "b"]) for values in ([1, 2], [0.5, 1])]
-    with pytest.raises(ColumnError, match="x is of float64, but of int64 in the first rows"):
+    with pytest.raises(ColumnError, match="x is float64, but int64 in the first rows"):
         check_writable_rows([("1", 0, tables[0]), ("2", 0, tables[1])], 4, as_zarr=False)
     tables = [pd.DataFrame({"x": pd.Categorical(values)}, index=["a", "b"]) for values in (["a", "b"], ["a", "c"])]
-    with pytest.raises(ColumnError, match="column 'x' has other categories than in the first rows"):
+    with pytest.raises(ColumnError, match="column 'x' has different categories than in the first rows"):
         check_writable_rows([("1", 0, tables[0]), ("2", 0, tables[1])], 4, as_zarr=False)
 
 
-def test_a_repeated_column_of_an_anndata_is_named() -> None:
+def test_a_duplicate_column_of_an_anndata_is_named() -> None:
     adata = make_adata([[1], [2]])
     adata.obs = pd.DataFrame([["a", 1, 2]] * 2, index=adata.obs_names, columns=["assay", "x", "x"])
     model = tf.load(CHECKPOINT, device="cpu")
-    with pytest.raises(DataError, match="there are several columns 'x'"):
+    with pytest.raises(DataError, match="column name 'x' is not unique; rename the duplicates"):
         tf.embed([adata], model)
-    tf.embed(adata, model)  # where obs is not read
+    tf.embed(adata, model)  # does not read obs
     assert "X_transcriptformer" in adata.obsm
 
 
-KINDS_OF_FILES: dict[str, Any] = {
+COLUMN_KINDS: dict[str, Any] = {
     "text": ["a", "b", "1"],
     "text categories": pd.Categorical(["b", "a", None]),
     "int": [1, 2, 3],
@@ -457,24 +459,24 @@ KINDS_OF_FILES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("first", KINDS_OF_FILES)
-def test_files_of_any_kinds_make_one_file(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pair of kinds at once, a column each."""
+@pytest.mark.parametrize("first", COLUMN_KINDS)
+def test_columns_of_different_kinds_are_joined(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pair of kinds, one column each."""
     paths = []
     for i in range(2):
         adata = random_adata(3, seed=i)
         adata.obs_names = [f"{i}-{cell}" for cell in adata.obs_names]
-        for second, values in KINDS_OF_FILES.items():
-            column = values if i else KINDS_OF_FILES[first]
+        for second, values in COLUMN_KINDS.items():
+            column = values if i else COLUMN_KINDS[first]
             if column is not None:
                 adata.obs[second] = column
         paths.append(write(tmp_path / f"{i}.h5ad", adata=adata))
     obs = inference(paths, tmp_path).obs
-    for second, values in KINDS_OF_FILES.items():
+    for second, values in COLUMN_KINDS.items():
         if second not in obs:
             assert first == second == "absent"
             continue
-        stored = [None] * 3 if KINDS_OF_FILES[first] is None else list(KINDS_OF_FILES[first])
+        stored = [None] * 3 if COLUMN_KINDS[first] is None else list(COLUMN_KINDS[first])
         expected = [*stored, *([None] * 3 if values is None else values)]
         found = obs[second].astype(object).where(obs[second].notna(), None).tolist()
         expected = [None if pd.isna(value) else value for value in expected]

@@ -47,7 +47,7 @@ def cells(tmp_path: Path) -> Path:
     return path
 
 
-def test_obs_is_found_again_exactly_as_it_was(cells: Path, tmp_path: Path) -> None:
+def test_obs_is_preserved_exactly(cells: Path, tmp_path: Path) -> None:
     result = run_on(cells, tmp_path / "out")
     pd.testing.assert_frame_equal(result.obs, anndata.read_h5ad(cells).obs)
     assert result.obs.index.name == "barcode"
@@ -59,17 +59,17 @@ def test_obs_of_real_columns_survives(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(run_on(CELLS, tmp_path).obs, anndata.read_h5ad(CELLS).obs)
 
 
-def test_chosen_columns_stay_in_the_order_of_the_file(cells: Path, tmp_path: Path) -> None:
+def test_selected_columns_keep_the_order_of_the_file(cells: Path, tmp_path: Path) -> None:
     assert list(run_on(cells, tmp_path / "out", obs_keys=["n", "zebra"]).obs.columns) == ["zebra", "n"]
     assert list(run_on(cells, tmp_path / "out", obs_keys=[]).obs.columns) == []
 
 
-def test_a_missing_column_is_named_with_those_there_are() -> None:
+def test_a_missing_column_is_named_with_the_available_ones() -> None:
     with pytest.raises(DataError, match=r"no column 'cell_type'; its columns are: zebra, text"):
         select_columns(list(OBS.columns), ["zebra", "cell_type"])
 
 
-def test_results_are_where_people_look_for_them(tmp_path: Path) -> None:
+def test_results_are_under_the_documented_keys(tmp_path: Path) -> None:
     result = run_on(CELLS, tmp_path, output_keys=["embeddings", "llh"])
     assert result.obsm["embeddings"].shape == (24, 32)
     assert result.obsm["embeddings"].dtype == np.float32
@@ -77,12 +77,12 @@ def test_results_are_where_people_look_for_them(tmp_path: Path) -> None:
     assert list(result.uns["llh"].index) == list(result.obs_names)
 
 
-def test_only_what_was_asked_for_is_there(tmp_path: Path) -> None:
+def test_only_requested_results_are_written(tmp_path: Path) -> None:
     assert "llh" not in run_on(CELLS, tmp_path).uns
     assert "embeddings" not in run_on(CELLS, tmp_path, output_keys=["llh"]).obsm
 
 
-def test_the_file_tells_how_it_was_made(tmp_path: Path) -> None:
+def test_the_file_has_its_provenance(tmp_path: Path) -> None:
     made = run_on(CELLS, tmp_path, batch_size=3).uns["transcriptformer"]
     assert made["checkpoint"] == "checkpoint"
     assert len(made["weights_sha256"]) == 64
@@ -91,7 +91,7 @@ def test_the_file_tells_how_it_was_made(tmp_path: Path) -> None:
     assert made["version"]
 
 
-def test_the_old_result_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_the_old_result_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     output = tmp_path / "embeddings.h5ad"
     output.write_bytes(b"the old result")
     broken = make_adata([[1]])
@@ -102,7 +102,7 @@ def test_the_old_result_stays_until_the_new_one_is_whole(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_a_folder_that_went_away_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         write_anndata(make_adata([[1]]), tmp_path / "gone" / "embeddings.h5ad")
 
@@ -114,7 +114,7 @@ def test_results_in_memory_keep_metadata_that_a_file_could_not_store() -> None:
     pd.testing.assert_frame_equal(result.obs, adata.obs)
 
 
-def test_an_index_may_bear_the_name_of_a_result(tmp_path: Path) -> None:
+def test_an_index_may_have_the_name_of_a_result(tmp_path: Path) -> None:
     adata = make_adata([[1], [2]])
     adata.obs.index.name = "llh"
     adata.write_h5ad(tmp_path / "cells.h5ad")
@@ -123,7 +123,7 @@ def test_an_index_may_bear_the_name_of_a_result(tmp_path: Path) -> None:
     assert list(result.uns["llh"].index) == ["c0", "c1"]
 
 
-def test_one_source_needs_no_list_and_none_is_an_error() -> None:
+def test_a_single_source_needs_no_list_and_an_empty_list_is_an_error() -> None:
     config = load_config(CHECKPOINT)
     checkpoint = load_checkpoint(CHECKPOINT, config)
     for sources in (CELLS, str(CELLS), [str(CELLS)], anndata.read_h5ad(CELLS)):
@@ -132,14 +132,14 @@ def test_one_source_needs_no_list_and_none_is_an_error() -> None:
         embed([], checkpoint)
 
 
-def test_progress_tells_how_many_cells_are_done() -> None:
+def test_progress_reports_completed_cells() -> None:
     config = load_config(CHECKPOINT, {"model.inference_config.batch_size": 10})
-    told: list[tuple[int, int]] = []
-    embed(CELLS, load_checkpoint(CHECKPOINT, config), lambda *progress: told.append(progress))
-    assert told == [(0, 24), (10, 24), (20, 24), (24, 24)]
+    calls: list[tuple[int, int]] = []
+    embed(CELLS, load_checkpoint(CHECKPOINT, config), lambda *progress: calls.append(progress))
+    assert calls == [(0, 24), (10, 24), (20, 24), (24, 24)]
 
 
-def test_cells_from_memory_and_from_a_file_give_the_same(tmp_path: Path) -> None:
+def test_cells_from_memory_and_from_a_file_give_the_same_result(tmp_path: Path) -> None:
     config = load_config(CHECKPOINT)
     in_memory = embed([anndata.read_h5ad(CELLS)], load_checkpoint(CHECKPOINT, config))
     np.testing.assert_array_equal(in_memory.obsm["embeddings"], run_on(CELLS, tmp_path).obsm["embeddings"])
@@ -172,7 +172,7 @@ def test_gene_embeddings_are_the_same_written_in_blocks(
 
 @pytest.mark.parametrize("n_empty", [1, 2, 5])
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_cells_without_genes_may_follow_one_with_more_genes_than_a_block(
+def test_cells_without_genes_may_follow_one_larger_than_a_block(
     n_empty: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transcriptformer.inference.output.BLOCK_BYTES", 128)  # one gene of width 32
@@ -191,7 +191,7 @@ def test_cells_without_any_gene_have_no_gene_embeddings(tmp_path: Path) -> None:
     assert run_on(tmp_path / "one.h5ad", tmp_path / "out", emb_type="cge").uns["cge_cell_indices"].tolist() == [1, 1]
 
 
-def test_a_zarr_store_replaces_the_old_one_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_complete_zarr_store_replaces_the_old_one(tmp_path: Path) -> None:
     for seed in (1, 2):
         (tmp_path / f"{seed}.h5ad").unlink(missing_ok=True)
         make_adata([[seed, seed]]).write_h5ad(tmp_path / f"{seed}.h5ad")
@@ -200,7 +200,7 @@ def test_a_zarr_store_replaces_the_old_one_when_it_is_whole(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["embeddings.zarr"]
 
 
-def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".embeddings.h5ad.tmp").write_bytes(b"half")
     write_anndata(make_adata([[1]]), tmp_path / "embeddings.h5ad")
     assert [path.name for path in tmp_path.iterdir()] == ["embeddings.h5ad"]
@@ -215,7 +215,7 @@ def test_inputs_are_closed_when_the_run_is_done(tmp_path: Path) -> None:
     adata.write_h5ad(tmp_path / "cells.h5ad")
 
 
-def test_a_failure_leaves_no_half_written_store(tmp_path: Path) -> None:
+def test_a_failure_leaves_no_incomplete_output(tmp_path: Path) -> None:
     for name in ("embeddings.zarr", "embeddings.h5ad"):
         with pytest.raises(ZeroDivisionError), new_anndata(tmp_path / name):
             raise ZeroDivisionError

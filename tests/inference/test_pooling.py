@@ -1,4 +1,4 @@
-"""Pooled gene embeddings are the means of the full result, whatever the batches, and however often a run was ended."""
+"""Pooled gene embeddings equal means of the full result, regardless of batches and interruptions."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.checkpoint.vocabs import read_gene_ids
 from transcriptformer.config import Config
-from transcriptformer.inference.pooling import NO_GROUP, Pool, PoolWriter, read_pools, rows_pooled
+from transcriptformer.inference.pooling import NO_GROUP, Pool, PoolWriter, read_pools, verified_rows
 from transcriptformer.inference.run import embed, run
 from transcriptformer.storage.atomic import temporary_path
 
@@ -36,7 +36,7 @@ def cells() -> anndata.AnnData:
 
 @pytest.fixture(scope="module")
 def per_gene(cells: anndata.AnnData) -> pd.DataFrame:
-    """The full result: a row per gene and cell."""
+    """The full result: one row per gene and cell."""
     result = embed(cells, load_checkpoint(CHECKPOINT, config_for(None)))
     table = pd.DataFrame(result.uns["cge_embeddings"].astype(np.float64))
     cell = result.uns["cge_cell_indices"]
@@ -61,23 +61,25 @@ def test_a_pool_is_the_mean_of_the_full_result(
     assert pooled.obs["n_cells"].tolist() == groups.size().loc[of_row].tolist()
     assert pooled.obs_names.is_unique
     n_without = 0 if column == "gene" else int(cells.obs[column].isna().sum())
-    assert (f"{n_without} cells without a value of '{column}' are left out" in caplog.text) == (n_without > 0)
+    assert (f"{n_without} cells without a value of '{column}' are excluded from the pool" in caplog.text) == (
+        n_without > 0
+    )
 
 
-def test_genes_come_in_the_order_of_the_vocabulary_and_of_a_gene_all_groups(cells: anndata.AnnData) -> None:
+def test_rows_are_in_vocabulary_order_with_the_groups_of_a_gene_together(cells: anndata.AnnData) -> None:
     pooled = embed(cells, load_checkpoint(CHECKPOINT, config_for("state")))
     order = {gene: i for i, gene in enumerate(read_gene_ids(CHECKPOINT / "vocabs" / "homo_sapiens_gene.h5"))}
-    places = [order[gene] for gene in pooled.obs["gene"]]
-    assert places == sorted(places)
+    indices = [order[gene] for gene in pooled.obs["gene"]]
+    assert indices == sorted(indices)
     gene, state = pooled.obs["gene"].iloc[0], pooled.obs["state"].iloc[0]
     assert pooled.obs_names[0] == f"{gene} | {state}"
 
 
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
-def test_a_pool_in_a_file_is_the_pool_in_memory(
+def test_pools_in_files_and_in_memory_are_equal(
     ending: str, cells: anndata.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transcriptformer.inference.pooling.SECONDS_AT_RISK", 0)
+    monkeypatch.setattr("transcriptformer.inference.pooling.FLUSH_SECONDS", 0)
     cells.write_h5ad(tmp_path / "cells.h5ad")
     config = config_for("state", output_path=str(tmp_path), output_filename=f"pool.{ending}")
     written = run([tmp_path / "cells.h5ad"], CHECKPOINT, config)
@@ -93,7 +95,7 @@ N_TOKENS, WIDTH = 11, 3
 
 
 def batch(rows: list[int], seed: int = 0) -> dict[str, np.ndarray]:
-    """Of each row its own genes and vectors."""
+    """Genes and vectors that depend only on the row."""
     genes, vectors = [], []
     for row in rows:
         rng = np.random.default_rng([seed, row])
@@ -117,15 +119,15 @@ def test_order_and_size_of_batches_do_not_matter(data: st.DataObject, groups: li
     pools = []
     for batches in ([list(range(len(rows)))], [rows[i : i + step] for i in range(0, len(rows), step)]):
         pools.append(Pool(np.array(groups, np.int32), N_TOKENS, WIDTH))
-        for some in batches:
-            pools[-1].add(batch(some))
+        for batch_rows in batches:
+            pools[-1].add(batch(batch_rows))
     (table, means), (other_table, other_means) = map(table_of, pools)
     pd.testing.assert_frame_equal(table, other_table)
     np.testing.assert_allclose(means, other_means, rtol=0, atol=1e-6)
     assert not np.isnan(means).any()
 
 
-def test_saved_pools_of_all_attempts_and_processes_add_up_to_the_whole(tmp_path: Path) -> None:
+def test_saved_pools_of_all_attempts_and_processes_add_up(tmp_path: Path) -> None:
     groups = np.array([0, 1, NO_GROUP, 2, 0, 1, 2, 2], np.int32)
 
     def new_pool() -> Pool:
@@ -135,15 +137,15 @@ def test_saved_pools_of_all_attempts_and_processes_add_up_to_the_whole(tmp_path:
     first.add(batch([0, 2]))
     first.flush()
     first.add(batch([1]))  # lost: the process is killed before it saves
-    assert rows_pooled(tmp_path, "run", 8).nonzero()[0].tolist() == [0, 2]
-    temporary_path(first.path).write_bytes(b"half a file")  # by a kill while it saved
+    assert verified_rows(tmp_path, "run", 8).nonzero()[0].tolist() == [0, 2]
+    temporary_path(first.path).write_bytes(b"half a file")  # killed while saving
     before = first.path.read_bytes()
     for process, rows in ((0, [1, 7]), (1, [3, 4]), (0, [5, 6])):
         again = PoolWriter(tmp_path, process, new_pool(), "run")
         for row in rows:
             again.add(batch([row]))
             again.flush()
-    assert rows_pooled(tmp_path, "run", 8).all()
+    assert verified_rows(tmp_path, "run", 8).all()
     assert first.path.read_bytes() == before
     whole, saved = new_pool(), new_pool()
     whole.add(batch(list(range(8))))
@@ -154,7 +156,7 @@ def test_saved_pools_of_all_attempts_and_processes_add_up_to_the_whole(tmp_path:
 
 
 @pytest.mark.parametrize("can_be_deleted", [True, False])
-def test_cells_that_two_saved_pools_hold_count_once(
+def test_cells_in_two_saved_pools_count_once(
     can_be_deleted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = np.zeros(6, np.int32)
@@ -170,13 +172,13 @@ def test_cells_that_two_saved_pools_hold_count_once(
         monkeypatch.setattr(Path, "unlink", refuse)
     saved, expected = Pool(groups, N_TOKENS, WIDTH), Pool(groups, N_TOKENS, WIDTH)
     done = read_pools(tmp_path, "run", saved)
-    assert "holds cells that another file holds too" in caplog.text
+    assert "contains cells that another file contains too" in caplog.text
     assert done.nonzero()[0].tolist() in ([0, 1, 3], [1, 2, 3])
     expected.add(batch(done.nonzero()[0].tolist()))
     np.testing.assert_allclose(table_of(saved)[1], table_of(expected)[1], rtol=0, atol=1e-6)
 
 
-def test_a_pool_that_could_not_take_a_batch_is_not_saved(tmp_path: Path) -> None:
+def test_a_pool_that_failed_to_add_a_batch_is_not_saved(tmp_path: Path) -> None:
     writer = PoolWriter(tmp_path, 0, Pool(np.zeros(6, np.int32), N_TOKENS, WIDTH), "run")
     writer.add(batch([0]))
     writer.flush()
@@ -184,24 +186,24 @@ def test_a_pool_that_could_not_take_a_batch_is_not_saved(tmp_path: Path) -> None
         writer.add({**batch([1]), "cge_embeddings": np.zeros((len(batch([1])["genes"]), WIDTH + 1), np.float32)})
     with pytest.raises(ValueError, match="broadcast"):
         writer.flush()
-    assert rows_pooled(tmp_path, "run", 6).nonzero()[0].tolist() == [0]
+    assert verified_rows(tmp_path, "run", 6).nonzero()[0].tolist() == [0]
 
 
-def test_a_pool_that_could_not_be_saved_takes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_that_failed_to_save_accepts_no_more_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = PoolWriter(tmp_path, 0, Pool(np.zeros(6, np.int32), N_TOKENS, WIDTH), "run")
     writer.add(batch([0]))
     writer.flush()
     writer.add(batch([1]))
 
-    def lack(*arguments: object) -> None:
+    def raise_memory_error(*arguments: object) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("transcriptformer.inference.pooling.write_sealed", lack)
+        patch.setattr("transcriptformer.inference.pooling.write_sealed", raise_memory_error)
         with pytest.raises(MemoryError):
             writer.flush()
     with pytest.raises(MemoryError):
         writer.add(batch([2]))
     with pytest.raises(MemoryError):
         writer.flush()
-    assert rows_pooled(tmp_path, "run", 6).nonzero()[0].tolist() == [0]
+    assert verified_rows(tmp_path, "run", 6).nonzero()[0].tolist() == [0]

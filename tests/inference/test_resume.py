@@ -1,4 +1,4 @@
-"""A run that was ended goes on where it was, and only if it is the same run."""
+"""An interrupted run resumes where it stopped, and only if it is the same run."""
 
 import json
 import os
@@ -23,28 +23,28 @@ from tests.h5ad_files import random_adata
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.cli.main import app
 from transcriptformer.errors import OutputError
-from transcriptformer.inference.recording import BATCHES_WAITING
+from transcriptformer.inference.recording import MAX_PENDING_BATCHES
 from transcriptformer.inference.run import run
 
 N_CELLS = 40
 
 
-class EndedError(Exception):
-    """Stands for whatever ends a run."""
+class InterruptedRunError(Exception):
+    """Stands for anything that interrupts a run."""
 
 
 @pytest.fixture
-def ended(tmp_path: Path, checkpoint_copy: Path) -> Path:
-    """A folder with an input, a checkpoint, and what a run kept that was ended halfway."""
+def interrupted(tmp_path: Path, checkpoint_copy: Path) -> Path:
+    """A folder with an input, a checkpoint, and the intermediate results of a run interrupted halfway."""
     random_adata(N_CELLS).write_h5ad(tmp_path / "cells.h5ad")
 
     def end_halfway(n_done: int, n_cells: int) -> None:
         if n_done >= n_cells / 2:
-            raise EndedError
+            raise InterruptedRunError
 
     settings = {"precision": "32", "device": "cpu", "batch_size": 5, "output_path": str(tmp_path / "out")}
     config = load_config(checkpoint_copy, {f"model.inference_config.{key}": value for key, value in settings.items()})
-    with pytest.raises(EndedError):
+    with pytest.raises(InterruptedRunError):
         run([tmp_path / "cells.h5ad"], checkpoint_copy, config, end_halfway)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["embeddings.h5ad.parts"]
     return tmp_path
@@ -65,8 +65,8 @@ def resume(folder: Path, *options: object) -> Result:
     return CliRunner().invoke(app, [str(option) for option in [*fixed, *options]])
 
 
-def unbroken(folder: Path) -> anndata.AnnData:
-    settings = {"precision": "32", "device": "cpu", "output_path": str(folder / "unbroken")}
+def uninterrupted(folder: Path) -> anndata.AnnData:
+    settings = {"precision": "32", "device": "cpu", "output_path": str(folder / "uninterrupted")}
     config = load_config(CHECKPOINT, {f"model.inference_config.{key}": value for key, value in settings.items()})
     written = run([folder / "cells.h5ad"], CHECKPOINT, config)
     assert written is not None
@@ -77,17 +77,19 @@ def assert_refused(result: Result, folder: Path, change: str) -> None:
     assert result.exit_code == 2, result.output
     errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
     assert len(errors) == 1
-    assert re.search(rf"--resume: .*embeddings\.h5ad\.parts holds another run; changed: {change}", errors[0]), errors[0]
+    assert re.search(rf"--resume: .*embeddings\.h5ad\.parts contains a different run; changed: {change}", errors[0]), (
+        errors[0]
+    )
     assert result.stdout == ""
     assert [path.name for path in (folder / "out").iterdir()] == ["embeddings.h5ad.parts"]
 
 
-def test_other_ways_to_compute_the_same_are_accepted(ended: Path) -> None:
-    result = resume(ended, "--batch-size", 3, "--n-data-workers", 2, "--no-oom-dataloader")
+def test_settings_that_do_not_affect_results_may_change(interrupted: Path) -> None:
+    result = resume(interrupted, "--batch-size", 3, "--n-data-workers", 2, "--no-oom-dataloader")
     assert result.exit_code == 0, result.output
-    assert f"{N_CELLS // 2 + 5 * BATCHES_WAITING} of them are done already" in result.stderr
-    assert_same(read_result(ended / "out" / "embeddings.h5ad"), unbroken(ended))
-    assert [path.name for path in (ended / "out").iterdir()] == ["embeddings.h5ad"]
+    assert f"{N_CELLS // 2 + 5 * MAX_PENDING_BATCHES} cells are already done" in result.stderr
+    assert_same(read_result(interrupted / "out" / "embeddings.h5ad"), uninterrupted(interrupted))
+    assert [path.name for path in (interrupted / "out").iterdir()] == ["embeddings.h5ad"]
 
 
 @pytest.mark.parametrize(
@@ -101,46 +103,48 @@ def test_other_ways_to_compute_the_same_are_accepted(ended: Path) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_other_settings_are_refused_and_named(ended: Path, options: list[object], change: str) -> None:
-    assert_refused(resume(ended, *options), ended, change)
+def test_other_changed_settings_are_refused_and_named(interrupted: Path, options: list[object], change: str) -> None:
+    assert_refused(resume(interrupted, *options), interrupted, change)
 
 
-def test_a_changed_input_is_refused_and_named(ended: Path) -> None:
-    random_adata(N_CELLS, seed=1).write_h5ad(ended / "other.h5ad")
-    (ended / "other.h5ad").replace(ended / "cells.h5ad")
-    assert_refused(resume(ended), ended, r"inputs\.0\.content was [0-9a-f]{64}, is [0-9a-f]{64};")
+def test_a_changed_input_is_refused_and_named(interrupted: Path) -> None:
+    random_adata(N_CELLS, seed=1).write_h5ad(interrupted / "other.h5ad")
+    (interrupted / "other.h5ad").replace(interrupted / "cells.h5ad")
+    assert_refused(resume(interrupted), interrupted, r"inputs\.0\.content was [0-9a-f]{64}, is [0-9a-f]{64};")
 
 
-def test_other_content_of_the_same_size_and_date_is_noticed(ended: Path) -> None:
-    path = ended / "cells.h5ad"
+def test_changed_content_of_the_same_size_and_date_is_detected(interrupted: Path) -> None:
+    path = interrupted / "cells.h5ad"
     status = path.stat()
     with h5py.File(path, "r+") as file:
         file["X/data"][5] += 1
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
-    assert_refused(resume(ended), ended, r"inputs\.0\.content was [0-9a-f]{64}, is [0-9a-f]{64};")
+    assert_refused(resume(interrupted), interrupted, r"inputs\.0\.content was [0-9a-f]{64}, is [0-9a-f]{64};")
 
 
-def test_another_date_of_the_same_content_does_not_matter(ended: Path) -> None:
-    (ended / "cells.h5ad").touch()
-    assert resume(ended).exit_code == 0
+def test_a_changed_date_of_the_same_content_does_not_matter(interrupted: Path) -> None:
+    (interrupted / "cells.h5ad").touch()
+    assert resume(interrupted).exit_code == 0
 
 
 @pytest.mark.parametrize("vocabulary", ["genes", "metadata"])
-def test_a_permuted_vocabulary_is_noticed(ended: Path, vocabulary: str) -> None:
+def test_a_permuted_vocabulary_is_detected(interrupted: Path, vocabulary: str) -> None:
     if vocabulary == "genes":
-        with h5py.File(ended / "checkpoint" / "vocabs" / "homo_sapiens_gene.h5", "r+") as file:
+        with h5py.File(interrupted / "checkpoint" / "vocabs" / "homo_sapiens_gene.h5", "r+") as file:
             file["keys"][...] = file["keys"][:][::-1]
     else:
-        path = ended / "checkpoint" / "vocabs" / "assay_vocab.json"
+        path = interrupted / "checkpoint" / "vocabs" / "assay_vocab.json"
         ids = json.loads(path.read_text())
         first, second = [name for name in ids if name != "unknown"][:2]
         ids[first], ids[second] = ids[second], ids[first]
         path.write_text(json.dumps(ids))
-    assert_refused(resume(ended), ended, rf"checkpoint\.{vocabulary} was [0-9a-f]{{64}}, is [0-9a-f]{{64}};")
+    assert_refused(
+        resume(interrupted), interrupted, rf"checkpoint\.{vocabulary} was [0-9a-f]{{64}}, is [0-9a-f]{{64}};"
+    )
 
 
-def test_an_input_that_changes_while_it_is_read_makes_no_result(tmp_path: Path) -> None:
+def test_an_input_that_changes_while_it_is_read_gives_no_result(tmp_path: Path) -> None:
     path = tmp_path / "cells.h5ad"
     random_adata(N_CELLS).write_h5ad(path)
 
@@ -151,96 +155,96 @@ def test_an_input_that_changes_while_it_is_read_makes_no_result(tmp_path: Path) 
 
     settings = {"precision": "32", "device": "cpu", "batch_size": 5, "output_path": str(tmp_path / "out")}
     config = load_config(CHECKPOINT, {f"model.inference_config.{key}": value for key, value in settings.items()})
-    with pytest.raises(OutputError, match=rf"an input was changed while it was read \({path}\); what was computed"):
+    with pytest.raises(OutputError, match=rf"an input changed while it was read \({path}\); the results are deleted"):
         run([path], CHECKPOINT, config, change_halfway)
-    assert list((tmp_path / "out").iterdir()) == [], "a resumed run would believe what is left"
+    assert list((tmp_path / "out").iterdir()) == [], "a resumed run would use what is left"
 
 
-def test_a_changed_checkpoint_is_refused_and_named(ended: Path) -> None:
-    path = ended / "checkpoint" / "model_weights.pt"
+def test_a_changed_checkpoint_is_refused_and_named(interrupted: Path) -> None:
+    path = interrupted / "checkpoint" / "model_weights.pt"
     weights = torch.load(path)
     torch.save({name: 2 * weight for name, weight in weights.items()}, path)
-    assert_refused(resume(ended), ended, r"checkpoint\.weights was [0-9a-f]{64}, is [0-9a-f]{64};")
+    assert_refused(resume(interrupted), interrupted, r"checkpoint\.weights was [0-9a-f]{64}, is [0-9a-f]{64};")
 
 
-def test_without_the_option_what_is_kept_is_not_touched(ended: Path) -> None:
-    parts = ended / "out" / "embeddings.h5ad.parts"
+def test_without_the_option_intermediate_results_are_not_modified(interrupted: Path) -> None:
+    parts = interrupted / "out" / "embeddings.h5ad.parts"
     before = {path: path.read_bytes() for path in parts.iterdir()}
-    settings = {"precision": "32", "device": "cpu", "output_path": str(ended / "out")}
+    settings = {"precision": "32", "device": "cpu", "output_path": str(interrupted / "out")}
     config = load_config(CHECKPOINT, {f"model.inference_config.{key}": value for key, value in settings.items()})
-    with pytest.raises(Exception, match=r"holds what an earlier run has computed; add --resume"):
-        run([ended / "cells.h5ad"], CHECKPOINT, config)
+    with pytest.raises(Exception, match=r"contains results of an earlier run; add --resume"):
+        run([interrupted / "cells.h5ad"], CHECKPOINT, config)
     assert {path: path.read_bytes() for path in parts.iterdir()} == before
 
 
-def test_with_nothing_to_resume_it_is_a_run_like_any_other(tmp_path: Path, checkpoint_copy: Path) -> None:
+def test_with_nothing_to_resume_a_new_run_starts(tmp_path: Path, checkpoint_copy: Path) -> None:
     random_adata(N_CELLS).write_h5ad(tmp_path / "cells.h5ad")
     result = resume(tmp_path)
     assert result.exit_code == 0, result.output
-    assert "done already" not in result.stderr
-    assert_same(read_result(tmp_path / "out" / "embeddings.h5ad"), unbroken(tmp_path))
+    assert "already done" not in result.stderr
+    assert_same(read_result(tmp_path / "out" / "embeddings.h5ad"), uninterrupted(tmp_path))
 
 
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
-def test_a_result_that_is_complete_is_left_alone(tmp_path: Path, checkpoint_copy: Path, ending: str) -> None:
+def test_a_complete_result_is_not_rewritten(tmp_path: Path, checkpoint_copy: Path, ending: str) -> None:
     random_adata(N_CELLS).write_h5ad(tmp_path / "cells.h5ad")
     assert resume(tmp_path, "--output-filename", f"x.{ending}").exit_code == 0
     output = tmp_path / "out" / f"x.{ending}"
     before = output.stat()
     again = resume(tmp_path, "--output-filename", f"x.{ending}", "--batch-size", 2)
     assert again.exit_code == 0, again.output
-    assert f"{output} is complete already" in again.stderr
+    assert f"{output} is already complete" in again.stderr
     assert again.stdout == f"{N_CELLS} cells: obsm['embeddings'] ({N_CELLS}, 32) in {output}\n"
     assert (output.stat().st_ino, output.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     other = resume(tmp_path, "--output-filename", f"x.{ending}", "--clip-counts", 5)
-    assert "complete already" not in other.stderr
+    assert "already complete" not in other.stderr
     assert output.stat().st_ino != before.st_ino
 
 
-def test_a_run_that_was_killed_while_it_cleaned_up_is_complete(ended: Path) -> None:
-    parts = ended / "out" / "embeddings.h5ad.parts"
-    left = [path for path in parts.iterdir() if path.name != "run.json"]  # which goes first
+def test_a_run_killed_during_cleanup_is_complete(interrupted: Path) -> None:
+    parts = interrupted / "out" / "embeddings.h5ad.parts"
+    left = [path for path in parts.iterdir() if path.name != "run.json"]  # deleted first
     contents = {path: path.read_bytes() for path in left}
-    assert resume(ended).exit_code == 0
+    assert resume(interrupted).exit_code == 0
     parts.mkdir()
     for path, content in contents.items():
         path.write_bytes(content)
-    again = resume(ended)
+    again = resume(interrupted)
     assert again.exit_code == 0, again.output
-    assert "is complete already" in again.stderr
-    assert [path.name for path in (ended / "out").iterdir()] == ["embeddings.h5ad"]
+    assert "is already complete" in again.stderr
+    assert [path.name for path in (interrupted / "out").iterdir()] == ["embeddings.h5ad"]
 
 
 @pytest.mark.parametrize("cge_pool", ["gene", "assay"])
-def test_pools_go_on_too(cge_pool: str, tmp_path: Path, checkpoint_copy: Path) -> None:
+def test_pooled_runs_resume_too(cge_pool: str, tmp_path: Path, checkpoint_copy: Path) -> None:
     random_adata(N_CELLS).write_h5ad(tmp_path / "cells.h5ad")
     settings = {"precision": "32", "device": "cpu", "emb_type": "cge", "cge_pool": cge_pool, "batch_size": 7}
     config = {f"model.inference_config.{key}": value for key, value in settings.items()}
 
     def end_early(n_done: int, n_cells: int) -> None:
         if n_done:
-            raise EndedError
+            raise InterruptedRunError
 
-    for name in ("out", "unbroken"):
+    for name in ("out", "uninterrupted"):
         options = {**config, "model.inference_config.output_path": str(tmp_path / name)}
         if name == "out":
-            with pytest.raises(EndedError):
+            with pytest.raises(InterruptedRunError):
                 run([tmp_path / "cells.h5ad"], checkpoint_copy, load_config(checkpoint_copy, options), end_early)
             result = resume(tmp_path, "--emb-type", "cge", "--cge-pool", cge_pool, "--batch-size", 4)
-            assert f"{7 + 7 * BATCHES_WAITING} of them are done already" in result.stderr
+            assert f"{7 + 7 * MAX_PENDING_BATCHES} cells are already done" in result.stderr
         else:
             run([tmp_path / "cells.h5ad"], checkpoint_copy, load_config(checkpoint_copy, options))
-    results = [read_result(tmp_path / name / "embeddings.h5ad") for name in ("out", "unbroken")]
+    results = [read_result(tmp_path / name / "embeddings.h5ad") for name in ("out", "uninterrupted")]
     assert_same(*results)
 
 
 MANY_CELLS = 3000
-"""One at a time they take long enough for results to be kept several times."""
+"""In batches of one, they take long enough for several flushes."""
 
 
 @pytest.fixture(scope="module")
 def many_cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], anndata.AnnData, float]:
-    """A command, its unbroken result, and the seconds that it takes."""
+    """A command, its uninterrupted result and its duration in seconds."""
     folder = tmp_path_factory.mktemp("many")
     random_adata(MANY_CELLS, density=0.4).write_h5ad(folder / "cells.h5ad")
     options: list[object] = ["--data-file", folder / "cells.h5ad", "--batch-size", 1]
@@ -251,12 +255,12 @@ def many_cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], 
 
 
 @contextmanager
-def never_seen_in_pieces(path: Path) -> Iterator[None]:
-    """Whenever a file of that name is there, it has all cells."""
-    ended, problems = threading.Event(), []
+def never_incomplete(path: Path) -> Iterator[None]:
+    """Check continuously that the file, if present, has all cells."""
+    stopped, problems = threading.Event(), []
 
     def look() -> None:
-        while not ended.wait(0.02):
+        while not stopped.wait(0.02):
             if path.exists():
                 try:
                     with h5py.File(path) as file:
@@ -270,24 +274,24 @@ def never_seen_in_pieces(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        ended.set()
+        stopped.set()
         watcher.join()
     assert problems == []
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_result(
+def test_a_run_killed_at_any_time_resumes_to_the_same_result(
     many_cells: tuple[list[object], anndata.AnnData, float], tmp_path: Path
 ) -> None:
     options, expected, seconds = many_cells
     rng, kept = random.Random(0), []
     for i in range(20):
         folder = tmp_path / str(i)
-        with never_seen_in_pieces(folder / "embeddings.h5ad"):
+        with never_incomplete(folder / "embeddings.h5ad"):
             run_command(*options, "--output-path", folder, kill_after=seconds * (i + rng.random()) / 20)
             done = run_command(*options, "--output-path", folder, "--resume")
         assert done.returncode == 0, done.stderr
-        found = re.search(r"(\d+) of them are done already", done.stderr)
+        found = re.search(r"(\d+) cells are already done", done.stderr)
         kept.append(int(found[1]) if found else 0)
         assert_same(read_result(folder / "embeddings.h5ad"), expected)
     assert max(kept) > MANY_CELLS / 2, kept
@@ -295,7 +299,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 300 kB."""
+    """A file system of 300 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -309,7 +313,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
-def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(
+def test_a_run_ended_by_a_full_disk_resumes_with_more_space(
     many_cells: tuple[list[object], anndata.AnnData, float], small_disk: Path
 ) -> None:
     options, expected, _ = many_cells
@@ -324,5 +328,5 @@ def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(
     subprocess.run(["mount", "-o", "remount,size=5m", small_disk], check=True)
     done = run_command(*options, "--output-path", small_disk, "--resume")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\d+ of them are done already", done.stderr)
+    assert re.search(r"\d+ cells are already done", done.stderr)
     assert_same(read_result(small_disk / "embeddings.h5ad"), expected)

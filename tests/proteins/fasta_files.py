@@ -1,4 +1,4 @@
-"""FASTA files like those that people have."""
+"""Realistic FASTA files."""
 
 import gzip
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ VERSIONLESS = (
 
 
 def write_fasta(path: Path, records: Iterable[tuple[str, str]], line: int = 60) -> Path:
-    """Header and sequence of each record, in lines of 60 letters; gzipped if the name ends in .gz."""
+    """Write records, headers and sequences, in lines of 60 letters; gzipped if the name ends in .gz."""
     text = "".join(
         f">{header}\n" + "".join(f"{sequence[i : i + line]}\n" for i in range(0, len(sequence), line))
         for header, sequence in records
@@ -42,7 +42,7 @@ def random_protein(rng: np.random.Generator, length: int) -> str:
 
 
 def random_records(genes: Iterable[str], seed: int = 0, longest: int = 60) -> list[tuple[str, str]]:
-    """A protein for each gene, headers as Ensembl's."""
+    """Return a random protein for each gene, with headers in Ensembl's format."""
     rng = np.random.default_rng(seed)
     return [
         (

@@ -1,4 +1,4 @@
-"""The command from a FASTA file to a protein-embedding file, and what ends it early."""
+"""The command from a FASTA file to a protein-embedding file, and its interruptions."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def model(reference: esm.ESM2, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the genes of the synthetic cells, with two isoforms of some, one long protein and unknown letters."""
+    """Proteins of the genes of the synthetic cells, with two isoforms of some, one long protein and unknown letters."""
     records = random_records(GENES)
     records += [(f"{header} isoform:2".replace("P", "Q", 1), sequence[::-1]) for header, sequence in records[:50]]
     records[7] = records[7][0], 30 * "MKVLAGDERWH" + "*J"
@@ -79,7 +79,7 @@ def assert_same_file(one: Path, other: Path) -> None:
         assert [path.name for path in folder.iterdir()] == ["mus_musculus_gene.h5"]
 
 
-def test_every_gene_has_the_residue_mean_of_fair_esm_in_the_order_of_the_file(
+def test_genes_have_the_residue_means_of_fair_esm_in_file_order(
     fasta: Path, model: Path, reference: esm.ESM2, tmp_path: Path
 ) -> None:
     result = embed(fasta, model, tmp_path, "--max-length", 200)
@@ -108,9 +108,7 @@ def test_the_file_has_the_published_layout(fasta: Path, model: Path, tmp_path: P
     assert (made["fasta"], made["model"]["layer"], made["settings"]["isoforms"]) == (fasta.name, 2, "first")
 
 
-def test_inference_takes_the_file_for_a_new_species_and_check_knows_its_genes(
-    fasta: Path, model: Path, tmp_path: Path
-) -> None:
+def test_inference_and_check_accept_the_file_for_a_new_species(fasta: Path, model: Path, tmp_path: Path) -> None:
     embed(fasta, model, tmp_path)
     made = tmp_path / "mus_musculus_gene.h5"
     options = ["--checkpoint-path", CHECKPOINT, "--pretrained-embedding", made, "--precision", "32", "--device", "cpu"]
@@ -146,7 +144,7 @@ def test_isoforms_are_chosen_as_asked(
     np.testing.assert_allclose(embeddings[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_wanted_layer_is_taken(fasta: Path, model: Path, reference: esm.ESM2, tmp_path: Path) -> None:
+def test_the_layer_can_be_chosen(fasta: Path, model: Path, reference: esm.ESM2, tmp_path: Path) -> None:
     embed(fasta, model, tmp_path, "--layer", 1)
     proteins = [sequence for _, sequence in random_records(GENES)[:3]]
     np.testing.assert_allclose(result_of(tmp_path)[1][:3], by_fair_esm(reference, proteins, 1), rtol=1e-5, atol=1e-5)
@@ -159,7 +157,7 @@ def test_two_processes_equal_one(fasta: Path, model: Path, tmp_path: Path) -> No
     assert_same_file(tmp_path / "one", tmp_path / "two")
 
 
-def test_batches_hold_proteins_of_like_length_and_all_of_them() -> None:
+def test_batches_hold_every_protein_among_others_of_similar_length() -> None:
     records = random_records((f"G{i}" for i in range(200)), longest=300)
     proteome = choose_isoforms([Protein(header, sequence) for header, sequence in records], "first", 1022)
     batches = plan_batches(proteome, 1000, 1022)
@@ -171,55 +169,53 @@ def test_batches_hold_proteins_of_like_length_and_all_of_them() -> None:
     assert [longest for _, longest in sizes] == sorted((longest for _, longest in sizes), reverse=True)
 
 
-class EndedError(Exception):
-    """Stands for whatever ends a run."""
+class InterruptedRunError(Exception):
+    """Raised to interrupt a run."""
 
 
 @pytest.fixture
-def ended(fasta: Path, model: Path, tmp_path: Path) -> Path:
-    """A folder with what a run kept that was ended halfway."""
+def interrupted(fasta: Path, model: Path, tmp_path: Path) -> Path:
+    """A folder with the intermediate results of a run that was interrupted halfway."""
 
-    def end_halfway(n_done: int, n_total: int) -> None:
+    def interrupt_halfway(n_done: int, n_total: int) -> None:
         if n_done >= n_total / 2:
-            raise EndedError
+            raise InterruptedRunError
 
     output = tmp_path / "out" / "mus_musculus_gene.h5"
-    with pytest.raises(EndedError):
-        embed_proteins(fasta, output, Settings(str(model), device="cpu", tokens_per_batch=300), end_halfway)
+    with pytest.raises(InterruptedRunError):
+        embed_proteins(fasta, output, Settings(str(model), device="cpu", tokens_per_batch=300), interrupt_halfway)
     assert [path.name for path in output.parent.iterdir()] == ["mus_musculus_gene.h5.parts"]
     return output.parent
 
 
-def test_a_run_that_was_ended_and_resumed_equals_an_unbroken_one(
-    ended: Path, fasta: Path, model: Path, tmp_path: Path
-) -> None:
-    resumed = embed(fasta, model, ended, "--resume", "--tokens-per-batch", 300)
+def test_a_resumed_run_equals_an_uninterrupted_one(interrupted: Path, fasta: Path, model: Path, tmp_path: Path) -> None:
+    resumed = embed(fasta, model, interrupted, "--resume", "--tokens-per-batch", 300)
     assert resumed.exit_code == 0, resumed.output
-    assert "of 310 sequences are done already" in resumed.stderr
-    assert embed(fasta, model, tmp_path / "unbroken", "--tokens-per-batch", 300).exit_code == 0
-    assert_same_file(ended, tmp_path / "unbroken")
+    assert "of 310 sequences are already done" in resumed.stderr
+    assert embed(fasta, model, tmp_path / "uninterrupted", "--tokens-per-batch", 300).exit_code == 0
+    assert_same_file(interrupted, tmp_path / "uninterrupted")
 
 
-def test_it_may_go_on_with_other_batches(ended: Path, fasta: Path, model: Path, tmp_path: Path) -> None:
-    assert embed(fasta, model, ended, "--resume", "--tokens-per-batch", 1000).exit_code == 0
-    embed(fasta, model, tmp_path / "unbroken")
-    np.testing.assert_allclose(result_of(ended)[1], result_of(tmp_path / "unbroken")[1], rtol=1e-5, atol=1e-6)
+def test_a_run_may_resume_with_another_batch_size(interrupted: Path, fasta: Path, model: Path, tmp_path: Path) -> None:
+    assert embed(fasta, model, interrupted, "--resume", "--tokens-per-batch", 1000).exit_code == 0
+    embed(fasta, model, tmp_path / "uninterrupted")
+    np.testing.assert_allclose(
+        result_of(interrupted)[1], result_of(tmp_path / "uninterrupted")[1], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "deleted"])
-def test_results_that_were_damaged_are_computed_again(
-    how: str, ended: Path, fasta: Path, model: Path, tmp_path: Path
-) -> None:
-    piece = pieces_in(ended)[0]
+def test_damaged_results_are_recomputed(how: str, interrupted: Path, fasta: Path, model: Path, tmp_path: Path) -> None:
+    piece = pieces_in(interrupted)[0]
     content = piece.read_bytes()
     piece.write_bytes(content[:-3] + bytes([content[-3] ^ 8]) + content[-2:] if how == "flipped" else content[:-50])
     if how == "deleted":
         piece.unlink()
-    resumed = embed(fasta, model, ended, "--resume", "--tokens-per-batch", 300)
+    resumed = embed(fasta, model, interrupted, "--resume", "--tokens-per-batch", 300)
     assert resumed.exit_code == 0, resumed.output
     assert (f"{piece}: truncated" in resumed.stderr) == (how != "deleted")
-    embed(fasta, model, tmp_path / "unbroken", "--tokens-per-batch", 300)
-    assert_same_file(ended, tmp_path / "unbroken")
+    embed(fasta, model, tmp_path / "uninterrupted", "--tokens-per-batch", 300)
+    assert_same_file(interrupted, tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize(
@@ -231,53 +227,55 @@ def test_results_that_were_damaged_are_computed_again(
         (["--precision", "bf16-mixed"], "settings.type of matrix products was torch.float32, is torch.bfloat16"),
     ],
 )
-def test_another_run_is_refused_and_the_change_is_named(
-    options: list[object], change: str, ended: Path, fasta: Path, model: Path
+def test_resuming_with_changed_settings_is_refused_and_names_the_change(
+    options: list[object], change: str, interrupted: Path, fasta: Path, model: Path
 ) -> None:
-    result = embed(fasta, model, ended, "--resume", *options)
+    result = embed(fasta, model, interrupted, "--resume", *options)
     assert result.exit_code == 2
     assert change in result.stderr
-    assert [path.name for path in ended.iterdir()] == ["mus_musculus_gene.h5.parts"]
+    assert [path.name for path in interrupted.iterdir()] == ["mus_musculus_gene.h5.parts"]
 
 
-def test_without_the_option_what_is_kept_is_not_touched(ended: Path, fasta: Path, model: Path) -> None:
-    result = embed(fasta, model, ended)
+def test_without_resume_intermediate_results_are_not_overwritten(interrupted: Path, fasta: Path, model: Path) -> None:
+    result = embed(fasta, model, interrupted)
     assert result.exit_code == 2
-    assert "holds what an earlier run has computed; add --resume" in result.stderr
-    assert [path.name for path in ended.iterdir()] == ["mus_musculus_gene.h5.parts"]
+    assert "contains results of an earlier run; add --resume" in result.stderr
+    assert [path.name for path in interrupted.iterdir()] == ["mus_musculus_gene.h5.parts"]
 
 
-def test_a_result_that_is_complete_is_left_alone(fasta: Path, model: Path, tmp_path: Path) -> None:
+def test_a_complete_result_is_not_recomputed(fasta: Path, model: Path, tmp_path: Path) -> None:
     embed(fasta, model, tmp_path)
     before = (tmp_path / "mus_musculus_gene.h5").stat().st_mtime_ns
     result = embed(fasta, model, tmp_path, "--resume")
     assert result.exit_code == 0
-    assert "is complete already" in result.stderr
+    assert "is already complete" in result.stderr
     assert (tmp_path / "mus_musculus_gene.h5").stat().st_mtime_ns == before
 
 
 @pytest.fixture
 def long_run(tmp_path: Path) -> list[str]:
-    """Options of a run that takes a while."""
+    """Options of a run that takes several seconds."""
     model = convert(random_esm2(layers=6, width=320, heads=20), tmp_path / "larger")
     fasta = write_fasta(tmp_path / "Mus_musculus.fa", random_records(f"G{i:05}" for i in range(1000)))
     return command(fasta, model, tmp_path / "out", "--tokens-per-batch", 1000)
 
 
 def pieces_in(folder: Path) -> list[Path]:
-    """What is safely on disk."""
+    """Intermediate results on disk."""
     return list(folder.glob(f"mus_musculus_gene.h5.parts/{PIECES}"))
 
 
 def rows_kept(folder: Path) -> int:
-    """Sequences that are."""
+    """Number of sequences in them."""
     return sum(len(SealedFile(path).read("rows")) for path in pieces_in(folder))
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_file_of_an_unbroken_run(long_run: list[str], tmp_path: Path) -> None:
-    """A process that keeps every batch at once, so that there is something to lose whenever it is killed."""
-    at_once = "from transcriptformer.storage import results; results.SECONDS_AT_RISK = 0"
+def test_a_run_that_is_killed_repeatedly_ends_with_the_file_of_an_uninterrupted_one(
+    long_run: list[str], tmp_path: Path
+) -> None:
+    """The process writes every batch at once, so that every kill can lose something."""
+    at_once = "from transcriptformer.storage import results; results.FLUSH_SECONDS = 0"
     code = f"{at_once}; from transcriptformer.cli.main import app; app()"
     eager = [sys.executable, "-c", code, *long_run, "--resume"]
     before = 0
@@ -291,19 +289,19 @@ def test_killed_again_and_again_it_ends_with_the_file_of_an_unbroken_run(long_ru
     assert before < 1000
     last = finish(start(eager))
     assert last.returncode == 0, last.stderr
-    assert "of 1000 sequences are done already" in last.stderr
-    assert_as_unbroken(long_run, tmp_path)
+    assert "of 1000 sequences are already done" in last.stderr
+    assert_as_uninterrupted(long_run, tmp_path)
 
 
-def assert_as_unbroken(run: list[str], folder: Path) -> None:
-    """What is there is what the run makes without an interruption."""
+def assert_as_uninterrupted(run: list[str], folder: Path) -> None:
+    """Compare the output with that of an uninterrupted run."""
     (folder / "out").rename(folder / "interrupted")
     assert finish(start([str(COMMAND), *run])).returncode == 0
     assert_same_file(folder / "interrupted", folder / "out")
 
 
 def wait_for_both(process: "subprocess.Popen[str]", folder: Path) -> list[psutil.Process]:
-    """The two processes of a run, which both have kept something and are at work."""
+    """Return the two worker processes of a run once both have written results."""
     while len({path.name[:11] for path in pieces_in(folder)}) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -313,9 +311,7 @@ def wait_for_both(process: "subprocess.Popen[str]", folder: Path) -> list[psutil
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_run_in_one_line_which_can_be_resumed(
-    long_run: list[str], tmp_path: Path
-) -> None:
+def test_a_killed_worker_ends_the_run_which_can_be_resumed(long_run: list[str], tmp_path: Path) -> None:
     process = start([str(COMMAND), *long_run, "--num-gpus", "2"])
     workers = wait_for_both(process, tmp_path / "out")
     workers[0].kill()
@@ -323,25 +319,28 @@ def test_a_process_that_is_killed_ends_the_run_in_one_line_which_can_be_resumed(
     assert psutil.wait_procs(workers, timeout=5)[1] == []
     result = finish(process)
     assert result.returncode == 1
-    assert "exit code -9, as if killed; the same command with --resume goes on" in result.stderr
-    assert rows_kept(tmp_path / "out") > 0, "the other process has kept nothing"
+    assert (
+        "a worker process was killed or crashed (exit code -9); rerun the same command with --resume to continue"
+        in result.stderr
+    )
+    assert rows_kept(tmp_path / "out") > 0, "the other process has written nothing"
     assert finish(start([str(COMMAND), *long_run, "--resume", "--num-gpus", "2"])).returncode == 0
-    assert_as_unbroken(long_run, tmp_path)
+    assert_as_uninterrupted(long_run, tmp_path)
 
 
 @pytest.mark.slow
-def test_what_fails_in_a_process_is_one_clear_line_and_leaves_nothing(fasta: Path, model: Path, tmp_path: Path) -> None:
+def test_an_error_in_a_worker_is_one_line_and_leaves_no_files(fasta: Path, model: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(model, tmp_path / "damaged"))
     os.truncate(damaged / "model.safetensors", 3000)
     result = embed(fasta, damaged, tmp_path / "out", "--num-gpus", 2)
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"ERROR: {damaged}: its weights cannot be read")
+    assert result.stderr.startswith(f"ERROR: {damaged}: cannot read the weights")
     assert result.stderr.count("\n") == 1
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.slow
-def test_processes_end_with_the_main_one_and_keep_what_they_have(long_run: list[str], tmp_path: Path) -> None:
+def test_workers_write_their_results_and_end_when_the_main_process_dies(long_run: list[str], tmp_path: Path) -> None:
     process = start([str(COMMAND), *long_run, "--num-gpus", "2"])
     workers = wait_for_both(process, tmp_path / "out")
     process.kill()
@@ -351,7 +350,7 @@ def test_processes_end_with_the_main_one_and_keep_what_they_have(long_run: list[
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_was_computed(long_run: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_keeps_computed_sequences(long_run: list[str], tmp_path: Path) -> None:
     process = start([str(COMMAND), *long_run, "--num-gpus", "2"])
     wait_for_both(process, tmp_path / "out")
     os.killpg(process.pid, signal.SIGINT)
@@ -372,7 +371,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_bad_file_is_one_clear_line_and_nothing_is_written(kind: str, model: Path, tmp_path: Path) -> None:
+def test_an_invalid_file_is_a_one_line_error_and_nothing_is_written(kind: str, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "Mus_musculus.fa"
     path.write_bytes(BAD_FILES[kind])
     result = embed(path, model, tmp_path / "out")
@@ -388,15 +387,15 @@ def test_a_bad_file_is_one_clear_line_and_nothing_is_written(kind: str, model: P
         (["--layer", 3], "--layer 3: the model has layers 1 to 2"),
         (["--isoforms", "last"], "--isoforms last: not one of first, longest, mean"),
         (["--precision", "16"], "--precision 16: not one of"),
-        (["--num-gpus", 0], "--num-gpus 0: at least 1, or -1 for all"),
-        (["--device", "tpu"], "--device tpu: not available here"),
+        (["--num-gpus", 0], "--num-gpus 0: must be at least 1, or -1 for all"),
+        (["--device", "tpu"], "--device tpu: not available; available devices: cpu"),
         (["--id-from", "gene:("], "--id-from 'gene:(': not a regular expression"),
         (["--organism-key", "homo_sapiens"], "one of --fasta and --organism-key"),
         (["--output-dir", "/dev/null/x"], "--output-dir /dev/null/x: mus_musculus_gene.h5 cannot be written there"),
         (["--model", "no/such/folder"], "--model no/such/folder: no such folder"),
     ],
 )
-def test_a_bad_option_is_one_clear_line(
+def test_an_invalid_option_is_a_one_line_error(
     options: list[object], reason: str, fasta: Path, model: Path, tmp_path: Path
 ) -> None:
     result = embed(fasta, model, tmp_path, *options)
@@ -424,7 +423,7 @@ def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array([x @ y / (np.linalg.norm(x) * np.linalg.norm(y)) for x, y in zip(a, b, strict=True)])
 
 
-def test_what_cannot_be_compared_with_is_told_before_anything_is_computed(
+def test_a_missing_file_to_compare_with_is_an_error_before_anything_is_computed(
     fasta: Path, model: Path, tmp_path: Path
 ) -> None:
     result = embed(fasta, model, tmp_path / "out", "--compare", tmp_path / "absent.h5")
@@ -433,20 +432,19 @@ def test_what_cannot_be_compared_with_is_told_before_anything_is_computed(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("package", ["transformers", "Bio.SeqIO.FastaIO"])
-def test_without_the_extra_it_is_said_how_to_install_it(
-    package: str, fasta: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_the_extra_the_error_says_how_to_install_it(
+    fasta: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     result = embed(fasta, model, tmp_path)
     assert result.exit_code == 2
-    assert 'pip install "transcriptformer[proteins]" brings it' in result.stderr
+    assert 'run: pip install "transcriptformer[proteins]"' in result.stderr
     assert result.stderr.count("\n") == 1
 
 
 @pytest.fixture
 def hub(model: Path) -> Iterator[Web]:
-    """A server that answers as the Hugging Face hub does, with our model."""
+    """A server that imitates the Hugging Face hub and serves the model."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     described = {"id": "lab/esm2", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
@@ -458,7 +456,7 @@ def hub(model: Path) -> Iterator[Web]:
         yield web
 
 
-def test_a_model_comes_from_the_hub_once_and_a_species_from_ensembl(
+def test_a_model_is_downloaded_from_the_hub_once_and_a_species_from_ensembl(
     hub: Web, fasta: Path, model: Path, tmp_path: Path
 ) -> None:
     hub.files["/pub/release-113/fasta/mus_musculus/pep/Mus_musculus.GRCm39.pep.all.fa.gz"] = fasta.read_bytes()
@@ -476,25 +474,25 @@ def test_a_model_comes_from_the_hub_once_and_a_species_from_ensembl(
     assert found.stdout == "['config.json', 'model.safetensors']\n", found.stderr
 
 
-def test_without_a_network_it_is_said_what_to_download_and_where_to_put_it(fasta: Path, tmp_path: Path) -> None:
+def test_without_a_network_the_error_says_what_to_download_and_where_to_put_it(fasta: Path, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": NOWHERE, "HF_HOME": str(tmp_path / "hub")}
     published = "facebook/esm2_t36_3B_UR50D"
     result = finish(start([str(COMMAND), *command(fasta, published, tmp_path / "out")], environment))
     assert result.returncode == 1
     assert result.stderr.startswith(
-        f"ERROR: --model {published}: no such folder, not in the cache, and cannot be fetched from http://"
+        f"ERROR: --model {published}: no such folder, not in the cache, and cannot be downloaded from http://"
     )
     assert f"`hf download {published} --local-dir esm2_t36_3B_UR50D`" in result.stderr
-    assert "bring it here and name it by --model" in result.stderr
+    assert "copy that folder (config.json and *.safetensors or *.bin) here and pass it to --model" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_the_script_of_the_folder_is_the_command(tmp_path: Path) -> None:
+def test_embed_py_runs_the_command(tmp_path: Path) -> None:
     script = SYNTHETIC.parents[1] / "protein_embeddings" / "embed.py"
     result = finish(start([sys.executable, str(script), "--fasta", str(tmp_path / "absent.fa")]))
     assert (result.returncode, result.stderr) == (1, f"ERROR: {tmp_path}/absent.fa: no such file\n")
 
 
-def test_settings_from_python_are_checked_too() -> None:
+def test_settings_are_validated_in_python_too() -> None:
     with pytest.raises(UsageError, match="--isoforms shortest: not one of"):
         Settings(isoforms="shortest")

@@ -1,4 +1,4 @@
-"""Proteins come from Ensembl by the manifest: whole, once."""
+"""Downloads of proteins from Ensembl by the manifest."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def content(tmp_path: Path) -> bytes:
 
 @pytest.fixture
 def web(content: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setattr(fetcher, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(fetcher, "INITIAL_BACKOFF", 0.001)
     with serve(Web({PATH: content})) as web:
         monkeypatch.setenv(ADDRESS_VARIABLE, web.address)
         yield web
@@ -59,7 +59,7 @@ def test_the_species_of_the_published_embeddings_that_are_on_ensembl_are_in_the_
 
 
 @pytest.mark.parametrize("organism_key", IN_THE_MANIFEST)
-def test_every_entry_of_the_manifest_is_an_address_of_its_species(organism_key: str) -> None:
+def test_every_entry_of_the_manifest_gives_a_url_of_its_species(organism_key: str) -> None:
     url = fasta_source(organism_key).url
     pattern = r"https://ftp\.ensembl(genomes\.ebi\.ac\.uk|\.org)/pub/[\w/-]+/fasta/([a-z0-9_]+)/pep/([\w.-]+)\.pep\.all\.fa\.gz"
     match = re.fullmatch(pattern, url)
@@ -68,40 +68,40 @@ def test_every_entry_of_the_manifest_is_an_address_of_its_species(organism_key: 
     assert match[3].lower().startswith(f"{match[2]}.")
 
 
-def test_an_unknown_species_is_one_clear_error() -> None:
-    with pytest.raises(
-        UsageError, match=r"homo_sapient: not in .*ensembl.yaml, which has homo_sapiens, .*give --fasta"
-    ):
+def test_an_unknown_species_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"homo_sapient: not in .*ensembl.yaml, which has homo_sapiens, .*use --fasta"):
         fasta_source("homo_sapient")
-    with pytest.raises(UsageError, match=r"xenopus_laevis: not on Ensembl; fetch proteins from Xenbase .*give --fasta"):
+    with pytest.raises(
+        UsageError, match=r"xenopus_laevis: not on Ensembl; download proteins from Xenbase .*use --fasta"
+    ):
         fasta_source("xenopus_laevis")
 
 
-def test_a_file_comes_once_and_is_found_again_without_a_network(web: Web, content: bytes, tmp_path: Path) -> None:
+def test_a_file_is_downloaded_once_and_then_found_without_a_network(web: Web, content: bytes, tmp_path: Path) -> None:
     place = tmp_path / "place"
     sizes: list[int] = []
     source = fasta_source("homo_sapiens")
     assert fetch_fasta(source, place, Fetcher(), sizes.append).read_bytes() == content
-    n_asked = len(web.asked)
+    n_requests = len(web.requests)
     assert fetch_fasta(source, place, Fetcher(), sizes.append).read_bytes() == content
     assert visible(place) == [FILE]
     assert sizes == [len(content)]
-    assert len(web.asked) == n_asked
+    assert len(web.requests) == n_requests
 
 
 def first_byte(web: Web) -> int:
-    """Of the last request that was answered."""
+    """Return the first byte of the last successful request."""
     return int(web.ranges(PATH)[-1].removeprefix("bytes=").partition("-")[0])
 
 
-def test_a_broken_connection_costs_only_what_was_on_its_way(web: Web, content: bytes, tmp_path: Path) -> None:
+def test_a_broken_connection_loses_only_data_in_transit(web: Web, content: bytes, tmp_path: Path) -> None:
     web.fault = lambda path, n: "reset" if n < 3 else ""
     fetched = fetch_fasta(fasta_source("homo_sapiens"), tmp_path / "place", Fetcher())
     assert fetched.read_bytes() == content
     assert first_byte(web) > len(content) / 2
 
 
-def test_what_an_ended_run_left_is_gone_on_with(web: Web, content: bytes, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(web: Web, content: bytes, tmp_path: Path) -> None:
     web.fault = lambda path, n: "reset" if n < 2 else "503"
     with pytest.raises(DownloadError):
         fetch_fasta(fasta_source("homo_sapiens"), tmp_path / "place", Fetcher(retries=1))
@@ -113,9 +113,7 @@ def test_what_an_ended_run_left_is_gone_on_with(web: Web, content: bytes, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "log-in page", "nucleotides"])
-def test_what_is_no_whole_file_of_proteins_does_not_get_the_name(
-    damage: str, web: Web, content: bytes, tmp_path: Path
-) -> None:
+def test_an_incomplete_or_invalid_file_never_appears(damage: str, web: Web, content: bytes, tmp_path: Path) -> None:
     changed = bytearray(content)
     changed[len(content) // 2] ^= 255
     cdna = write_fasta(tmp_path / "cdna.fa.gz", [("P1 gene:G1", "ACGT" * 100)]).read_bytes()
@@ -126,8 +124,8 @@ def test_what_is_no_whole_file_of_proteins_does_not_get_the_name(
     assert visible(tmp_path / "place") == []
 
 
-def test_an_address_that_is_not_there_is_told(web: Web, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=r"Mus_musculus.GRCm39.pep.all.fa.gz: the server answers 404"):
+def test_a_missing_url_is_an_error(web: Web, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match=r"Mus_musculus.GRCm39.pep.all.fa.gz: HTTP 404"):
         fetch_fasta(fasta_source("mus_musculus"), tmp_path / "place", Fetcher())
 
 

@@ -1,4 +1,4 @@
-"""Our residue means are those of fair-esm."""
+"""Residue means equal those of fair-esm."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ def random_proteins(lengths: list[int], seed: int = 0) -> list[str]:
 
 
 def by_fair_esm(model: esm.ESM2, proteins: list[str], layer: int) -> np.ndarray:
-    """One protein at a time, the way of fair-esm's README: letters outside the alphabet are written `<unk>`."""
+    """Embed one protein at a time as in fair-esm's README, with letters outside the alphabet written as `<unk>`."""
     batch_converter = model.alphabet.get_batch_converter()
     means = []
     for residues in proteins:
@@ -61,14 +61,14 @@ def test_the_alphabet_is_that_of_fair_esm(reference: esm.ESM2) -> None:
 
 
 @pytest.mark.parametrize("layer", range(1, LAYERS + 1))
-def test_residue_means_are_those_of_fair_esm_at_every_layer(reference: esm.ESM2, folder: Path, layer: int) -> None:
-    proteins = random_proteins([50, 7, 1, 33])  # padded, but for the first
+def test_residue_means_equal_fair_esm_at_every_layer(reference: esm.ESM2, folder: Path, layer: int) -> None:
+    proteins = random_proteins([50, 7, 1, 33])  # all but the first are padded
     ours = Esm2(folder, layer, "32", CPU).residue_means(proteins)
     assert ours.shape == (4, WIDTH)
     assert_close(ours, by_fair_esm(reference, proteins, layer))
 
 
-def test_the_norm_at_the_end_of_the_model_is_of_its_last_layer_only(reference: esm.ESM2, folder: Path) -> None:
+def test_the_final_norm_applies_to_the_last_layer_only(reference: esm.ESM2, folder: Path) -> None:
     proteins = random_proteins([20])
     with torch.inference_mode():
         tokens = torch.from_numpy(tokenize(proteins[0]))[None]
@@ -86,13 +86,13 @@ def test_unknown_letters_are_unk_as_for_fair_esm(reference: esm.ESM2, folder: Pa
 
 
 @pytest.mark.parametrize("layer", [2, LAYERS])
-def test_the_longest_proteins_agree_too(reference: esm.ESM2, folder: Path, layer: int) -> None:
+def test_the_longest_proteins_equal_fair_esm(reference: esm.ESM2, folder: Path, layer: int) -> None:
     proteins = random_proteins([1022, 300, 1022])
     ours = Esm2(folder, layer, "32", CPU).residue_means(proteins)
     assert_close(ours, by_fair_esm(reference, proteins, layer))
 
 
-def test_the_frequencies_that_a_checkpoint_brings_are_used(reference: esm.ESM2, folder: Path, tmp_path: Path) -> None:
+def test_the_rotary_frequencies_of_a_checkpoint_are_used(reference: esm.ESM2, folder: Path, tmp_path: Path) -> None:
     """They may have been rounded when they were saved."""
     rounded = random_esm2()
     for block in rounded.layers:
@@ -104,7 +104,7 @@ def test_the_frequencies_that_a_checkpoint_brings_are_used(reference: esm.ESM2, 
     assert np.abs(means - by_fair_esm(reference, proteins, LAYERS)).max() > 1e-3
 
 
-def test_an_embedding_does_not_depend_on_batch_neighbours(folder: Path) -> None:
+def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(folder: Path) -> None:
     model = Esm2(folder, 2, "32", CPU)
     proteins = random_proteins([5, 200, 60])
     together = model.residue_means(proteins)
@@ -112,7 +112,7 @@ def test_an_embedding_does_not_depend_on_batch_neighbours(folder: Path) -> None:
         np.testing.assert_allclose(model.residue_means([protein])[0], mean, rtol=1e-5, atol=1e-6)
 
 
-def test_half_precision_is_near(folder: Path) -> None:
+def test_half_precision_is_close(folder: Path) -> None:
     proteins = random_proteins([100, 30])
     exact, rough = (Esm2(folder, 2, precision, CPU).residue_means(proteins) for precision in ("32", "bf16-mixed"))
     assert rough.dtype == np.float32
@@ -121,7 +121,7 @@ def test_half_precision_is_near(folder: Path) -> None:
 
 
 class LittleMemory(Esm2):
-    """A device with room for so many tokens, which says what PyTorch says where there is no more."""
+    """A device that runs out of memory above so many tokens."""
 
     room = 100
     n_refused = 0
@@ -143,7 +143,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_so_are_later_ones(folder: Path)
     assert model.n_refused == refused == 2
 
 
-def test_one_protein_that_does_not_fit_is_one_clear_line(folder: Path) -> None:
+def test_a_single_protein_that_does_not_fit_is_an_error(folder: Path) -> None:
     with pytest.raises(TranscriptFormerError, match="single protein of 202 tokens; use another device"):
         LittleMemory(folder, 2, "32", CPU).residue_means(random_proteins([200]))
 
@@ -167,37 +167,37 @@ def damaged(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "damaged"))
 
 
-def test_weights_that_are_missing_are_named_rather_than_made_up(damaged: Path) -> None:
+def test_missing_weights_are_an_error_rather_than_random(damaged: Path) -> None:
     weights = load_file(damaged / "model.safetensors")
     del weights["esm.encoder.layer.1.LayerNorm.weight"]
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"its weights lack (esm\.)?encoder\.layer\.1\.LayerNorm\.weight"):
+    with pytest.raises(CheckpointError, match=r"missing weights: (esm\.)?encoder\.layer\.1\.LayerNorm\.weight"):
         Esm2(damaged, 2, "32", CPU)
 
 
-def test_truncated_weights_are_one_clear_error(damaged: Path) -> None:
+def test_truncated_weights_are_an_error(damaged: Path) -> None:
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="damaged: its weights cannot be read"):
+    with pytest.raises(CheckpointError, match="damaged: cannot read the weights"):
         Esm2(damaged, 2, "32", CPU)
 
 
 def test_a_folder_without_weights_or_configuration_is_refused(damaged: Path) -> None:
     (damaged / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="there are no weights in it"):
+    with pytest.raises(CheckpointError, match=r"damaged: no weights \("):
         read_config(damaged)
     (damaged / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"its config.json is missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"config.json is missing or damaged"):
         read_config(damaged)
 
 
 def test_another_kind_of_model_is_refused(damaged: Path) -> None:
     BertConfig().save_pretrained(damaged)
-    with pytest.raises(CheckpointError, match="not an ESM-2, but a model of type 'bert'"):
+    with pytest.raises(CheckpointError, match="not an ESM-2 model, but of type 'bert'"):
         read_config(damaged)
 
 
-def test_pytorch_files_are_read_as_well(reference: esm.ESM2, damaged: Path) -> None:
+def test_pytorch_weights_are_read(reference: esm.ESM2, damaged: Path) -> None:
     torch.save(load_file(damaged / "model.safetensors"), damaged / "pytorch_model.bin")
     (damaged / "model.safetensors").unlink()
     proteins = random_proteins([20])
@@ -206,6 +206,6 @@ def test_pytorch_files_are_read_as_well(reference: esm.ESM2, damaged: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["./esm2", "/models/esm2", "esm2", "a/b/c"])
-def test_a_folder_that_is_not_there_is_not_looked_for_elsewhere(name: str) -> None:
+def test_a_missing_folder_is_not_looked_up_on_the_hub(name: str) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         find_model(name)

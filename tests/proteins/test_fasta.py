@@ -1,4 +1,4 @@
-"""Genes and proteins of FASTA files, and what is refused."""
+"""Genes and proteins read from FASTA files, and files that are refused."""
 
 import gzip
 from pathlib import Path
@@ -17,13 +17,13 @@ def genes(path: Path, id_from: str = "gene") -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["proteins.fa", "proteins.fa.gz"])
-def test_genes_of_real_headers_are_read_without_their_versions(name: str, tmp_path: Path) -> None:
+def test_gene_ids_of_real_headers_lose_their_versions(name: str, tmp_path: Path) -> None:
     path = write_fasta(tmp_path / name, [(header, "MKV" * 50) for header in HEADERS])
     assert genes(path) == ["ENSG00000139618", "FBgn0031081", "ENSMUSG00000000001", "YAL001C"]
     assert {protein.residues for protein in read_proteins(path)} == {"MKV" * 50}
 
 
-def test_symbols_stand_for_genes_on_request_and_ids_where_there_is_none(tmp_path: Path) -> None:
+def test_symbols_replace_gene_ids_on_request_where_there_is_one(tmp_path: Path) -> None:
     path = write_fasta(tmp_path / "proteins.fa", [(header, "MKV") for header in HEADERS])
     assert genes(path, "gene_symbol") == ["BRCA2", "Nep3", "ENSMUSG00000000001", "TFC3"]
 
@@ -44,41 +44,47 @@ def test_a_regular_expression_finds_genes_of_other_sources(
     assert genes(write_fasta(tmp_path / "proteins.fa", [(header, "MKV")]), pattern) == [gene]
 
 
-def test_ids_with_dots_are_kept_but_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ids_with_dots_are_kept_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_fasta(tmp_path / "proteins.fa", [("Aqu2.1.00123_001 gene:Aqu2.1.00123", "MKV")])
     assert genes(path, r"gene:(\S+)") == ["Aqu2.1.00123"]
     assert (
-        "1 gene ids hold a dot, such as Aqu2.1.00123; `inference` reads ids of cells up to the first dot" in caplog.text
+        "1 gene ids contain a dot, such as Aqu2.1.00123; `inference` drops the part after the first dot" in caplog.text
     )
 
 
 @pytest.mark.parametrize(
     ("fields", "id_from", "shared"),
     [
-        (["gene:Aqu2.1.01", "gene:Aqu2.1.02"], "gene", "Aqu2 for Aqu2.1.01 and Aqu2.1.02"),
-        (["gene:G1.1 gene_symbol:X", "gene:G2.1 gene_symbol:X"], "gene_symbol", "X for G1.1 and G2.1"),
+        (["gene:Aqu2.1.01", "gene:Aqu2.1.02"], "gene", "Aqu2 stands for Aqu2.1.01 and Aqu2.1.02"),
+        (["gene:G1.1 gene_symbol:X", "gene:G2.1 gene_symbol:X"], "gene_symbol", "X stands for G1.1 and G2.1"),
     ],
 )
-def test_genes_that_get_the_same_id_are_told(
+def test_genes_that_get_the_same_id_are_a_warning(
     fields: list[str], id_from: str, shared: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_fasta(tmp_path / "proteins.fa", [(f"P{i} {field}", "MKV") for i, field in enumerate(fields)])
     assert len(set(genes(path, id_from))) == 1
-    assert f"1 ids stand for several genes each, which are taken for one: {shared}" in caplog.text
+    assert f"1 gene ids are ambiguous, and their genes are merged: {shared}" in caplog.text
 
 
-def test_isoforms_of_a_gene_are_nothing_to_tell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_isoforms_of_a_gene_are_not_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert genes(write_fasta(tmp_path / "proteins.fa", [(f"P{i} gene:G1.7", "MKV") for i in range(3)])) == ["G1"] * 3
     assert caplog.text == ""
 
 
-def test_masked_letters_count_as_others_and_windows_line_ends_do_not_count(tmp_path: Path) -> None:
+def test_soft_masked_residues_are_upper_cased_and_windows_line_endings_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "proteins.fa"
     path.write_bytes(b"\r\n>P1 gene:G1\r\nmkvLA*\r\nX\r\n\r\n>P2 gene:G2\r\nMK\r\n")
     assert [protein.residues for protein in read_proteins(path)] == ["MKVLA*X", "MK"]
 
 
-def test_headers_in_any_encoding_do_not_matter(tmp_path: Path) -> None:
+def test_whitespace_in_sequences_is_dropped_and_only_a_line_that_starts_with_it_begins_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "proteins.fa"
+    path.write_bytes(b" \n>P1 gene:G1 a>b \nMK V\tLA \r\n L\n\n>P2 gene:G2\nMK>A")
+    assert read_proteins(path) == [("G1", "MKVLAL"), ("G2", "MK>A")]
+
+
+def test_headers_may_be_in_any_encoding(tmp_path: Path) -> None:
     path = tmp_path / "proteins.fa"
     path.write_bytes(b">P1 gene:G1 description:M\xfcller\nMKV\n")
     assert genes(path) == ["G1"]
@@ -87,7 +93,7 @@ def test_headers_in_any_encoding_do_not_matter(tmp_path: Path) -> None:
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     for content in (b"", b"\n\n", gzip.compress(b"")):
         (tmp_path / "proteins.fa").write_bytes(content)
-        with pytest.raises(DataError, match=r"proteins.fa: empty, there is no protein in it"):
+        with pytest.raises(DataError, match=r"proteins.fa: no proteins in the file"):
             read_proteins(tmp_path / "proteins.fa")
 
 
@@ -98,9 +104,9 @@ def test_nucleotides_are_refused(nucleotides: str, tmp_path: Path) -> None:
         read_proteins(path)
 
 
-def test_a_protein_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_protein_is_refused(tmp_path: Path) -> None:
     path = write_fasta(tmp_path / "proteins.fa", [(header, "MKV") for header in [*HEADERS, METAZOA]])
-    with pytest.raises(DataError, match=r"record 5, '>FBpp.*the protein FBpp0070000 is there twice, first as record 2"):
+    with pytest.raises(DataError, match=r"record 5, '>FBpp.*: duplicate of protein FBpp0070000 in record 2"):
         read_proteins(path)
 
 
@@ -125,21 +131,21 @@ def test_a_damaged_gzip_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("header", ["P1 pep chromosome:1", "", "P1 gene_symbol:BRCA2", "P1 gene:", "gene"])
 def test_a_header_without_an_id_is_refused(header: str, tmp_path: Path) -> None:
     path = write_fasta(tmp_path / "proteins.fa", [(VERTEBRATE, "MKV"), (header, "MKV")])
-    with pytest.raises(DataError, match=r"record 2, '>.*': no gene id \(gene:…\); --id-from says where else it is"):
+    with pytest.raises(DataError, match=r"record 2, '>.*': no gene id \(expected gene:…\); set --id-from to where"):
         read_proteins(path)
 
 
-def test_a_header_that_a_regular_expression_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_header_that_does_not_match_the_regular_expression_is_refused(tmp_path: Path) -> None:
     path = write_fasta(tmp_path / "proteins.fa", [("P1 GN=A", "MKV"), ("P2 GN=", "MKV")])
-    with pytest.raises(DataError, match=r"record 2, '>P2 GN=': no gene id \(nothing fits GN="):
+    with pytest.raises(DataError, match=r"record 2, '>P2 GN=': no gene id \(no match for GN="):
         read_proteins(path, r"GN=(\w+)")
 
 
 @pytest.mark.parametrize(
     ("pattern", "reason"),
-    [("gene:(", "not a regular expression"), (r"gene:\S+", "this has 0"), ("(a)(b)", "this has 2")],
+    [("gene:(", "not a regular expression"), (r"gene:\S+", "0 groups; use gene,"), ("(a)(b)", "2 groups; use gene,")],
 )
-def test_a_pattern_that_cannot_tell_an_id_is_refused(pattern: str, reason: str, tmp_path: Path) -> None:
+def test_a_pattern_without_exactly_one_group_is_refused(pattern: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=reason):
         read_proteins(tmp_path / "proteins.fa", pattern)
 
@@ -151,17 +157,17 @@ def test_a_pattern_that_cannot_tell_an_id_is_refused(pattern: str, reason: str, 
         (b"\x89HDF\r\n\x1a\n" + bytes(range(256)), "not FASTA"),
         (b"<html>Log in</html>", "not FASTA"),
         (b">P1 gene:G1\n>P2 gene:G2\nMKV\n", "record 1, '>P1 gene:G1': no residues"),
-        (b">P1 gene:a/b\nMKV\n", "'a/b' cannot be a name"),
+        (b">P1 gene:a/b\nMKV\n", "'a/b' is not a valid HDF5 name"),
     ],
 )
-def test_what_else_is_wrong_with_a_file_is_told(content: bytes, reason: str, tmp_path: Path) -> None:
+def test_other_faults_of_a_file_are_reported(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "proteins.fa"
     path.write_bytes(content)
     with pytest.raises(DataError, match=reason):
         read_proteins(path)
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "absent.fa", "no such file"), (tmp_path, "cannot be read")):
         with pytest.raises(TranscriptFormerError, match=reason):
             read_proteins(path)

@@ -1,4 +1,4 @@
-"""Which proteins stand for a gene."""
+"""The choice of isoforms, and their deduplicated sequences."""
 
 import numpy as np
 
@@ -23,38 +23,38 @@ def chosen(isoforms: str, max_length: int = 1022) -> dict[str, list[str]]:
     return found
 
 
-def test_the_first_protein_of_each_gene_is_taken_in_the_order_of_the_file() -> None:
+def test_first_chooses_the_first_protein_of_each_gene_in_file_order() -> None:
     assert list(chosen("first").items()) == [("B", ["MKV"]), ("A", ["MM*J"]), ("C", ["MKVLA"])]
 
 
-def test_the_longest_is_taken_and_of_several_the_first() -> None:
+def test_longest_chooses_the_first_of_the_longest_proteins() -> None:
     assert list(chosen("longest").items()) == [("B", ["MKVLA"]), ("A", ["MM*J"]), ("C", ["MKVLA"])]
 
 
-def test_all_are_taken_for_the_mean() -> None:
+def test_mean_chooses_all_proteins() -> None:
     assert chosen("mean") == {"B": ["MKV", "MKVLA", "GGGGG"], "A": ["MM*J", "MK"], "C": ["MKVLA"]}
 
 
-def test_a_sequence_that_several_have_is_embedded_once() -> None:
+def test_identical_sequences_are_embedded_once() -> None:
     proteome = choose_isoforms(PROTEINS, "mean", 1022)
     assert sorted(proteome.sequences) == ["GGGGG", "MK", "MKV", "MKVLA", "MM*J"]
     assert proteome.n_proteins == 6
 
 
-def test_proteins_are_cut_and_what_is_cut_off_does_not_count() -> None:
+def test_proteins_are_truncated_before_unknown_letters_are_counted() -> None:
     proteome = choose_isoforms(PROTEINS, "longest", 3)
     assert proteome.sequences == ["MKV", "MM*"]
     assert (proteome.n_cut, proteome.n_replaced) == (3, 1)
     assert (choose_isoforms(PROTEINS, "first", 4).n_cut, choose_isoforms(PROTEINS, "first", 4).n_replaced) == (1, 2)
 
 
-def test_the_longest_is_the_longest_before_it_is_cut() -> None:
+def test_the_longest_protein_is_chosen_before_truncation() -> None:
     assert chosen("longest", 3)["B"] == ["MKV"]
     longer = [Protein("A", "MKV"), Protein("A", "GGGGG")]
     assert choose_isoforms(longer, "longest", 3).sequences == ["GGG"]
 
 
-def test_means_are_of_the_proteins_of_a_gene_each_as_often_as_it_is_there() -> None:
+def test_means_weight_identical_proteins_of_a_gene_by_their_number() -> None:
     twice = [*PROTEINS, Protein("C", "MKVLA"), Protein("C", "MK")]
     proteome = choose_isoforms(twice, "mean", 1022)
     embeddings = np.random.default_rng(0).standard_normal((len(proteome.sequences), 4), np.float32)
@@ -69,7 +69,7 @@ def test_means_are_of_the_proteins_of_a_gene_each_as_often_as_it_is_there() -> N
     np.testing.assert_allclose(means, expected, rtol=1e-6)
 
 
-def test_one_protein_per_gene_is_passed_on_as_it_is() -> None:
+def test_the_mean_of_one_protein_is_its_embedding() -> None:
     proteome = choose_isoforms(PROTEINS, "longest", 1022)
     embeddings = np.random.default_rng(0).standard_normal((len(proteome.sequences), 4), np.float32)
     np.testing.assert_array_equal(proteome.gene_means(embeddings), embeddings[[0, 1, 0]])

@@ -12,12 +12,12 @@ ABSENT = [
 
 
 @pytest.mark.parametrize("name", ABSENT)
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=f"--device {name}: not available here; this machine has .*cpu"):
+def test_unavailable_device_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--device {name}: not available; available devices: .*cpu"):
         choose_device(name)
 
 
-def test_auto_is_a_device_that_is_there() -> None:
+def test_auto_is_an_available_device() -> None:
     assert choose_device("auto").type in {"cuda", "mps", "cpu"}
     assert choose_device("cpu").type == "cpu"
 
@@ -32,7 +32,7 @@ def test_auto_is_a_device_that_is_there() -> None:
         ("bf16-mixed", "cpu", torch.bfloat16),
     ],
 )
-def test_precision_names_the_type_of_the_products(precision: str, device: str, expected: torch.dtype) -> None:
+def test_precision_sets_the_matrix_product_type(precision: str, device: str, expected: torch.dtype) -> None:
     assert compute_dtype(precision, torch.device(device)) is expected
 
 
@@ -46,7 +46,5 @@ def test_precision_names_the_type_of_the_products(precision: str, device: str, e
         ({}, torch.float32),
     ],
 )
-def test_a_cpu_computes_in_bfloat16_only_where_it_has_instructions_for_it(
-    capabilities: dict[str, bool], expected: torch.dtype
-) -> None:
+def test_cpu_uses_bfloat16_only_with_hardware_support(capabilities: dict[str, bool], expected: torch.dtype) -> None:
     assert compute_dtype("16-mixed", torch.device("cpu"), capabilities) is expected

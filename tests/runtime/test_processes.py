@@ -1,4 +1,4 @@
-"""Several processes, whoever starts them, write the one file that one process writes."""
+"""Runs with several processes, however started, write the same result as one process."""
 
 import re
 import socket
@@ -23,7 +23,7 @@ from transcriptformer.runtime.watchdog import ProcessEndedError
 
 @pytest.fixture
 def cells(tmp_path: Path) -> list[Path]:
-    """Two files of some hundred cells, one of them a store."""
+    """Two inputs of some hundred cells, one h5ad and one zarr store."""
     for seed, name in enumerate(("first.h5ad", "second.zarr")):
         adata = random_adata(150 + 50 * seed, n_genes=180, density=0.1 + 0.5 * seed, seed=seed)
         adata.obs_names = [f"{name}-{cell}" for cell in adata.obs_names]
@@ -45,13 +45,13 @@ def free_port() -> str:
 
 
 def one_process(*options: object) -> anndata.AnnData:
-    """The result of the command in this process."""
+    """Run `inference` in one process and return its result."""
     done = CliRunner().invoke(app, inference_command(*options)[1:])
     assert done.exit_code == 0, done.output
-    return whole_result(Path(str(options[options.index("--output-path") + 1])))
+    return read_whole(Path(str(options[options.index("--output-path") + 1])))
 
 
-def whole_result(folder: Path) -> anndata.AnnData:
+def read_whole(folder: Path) -> anndata.AnnData:
     assert [path.name for path in folder.iterdir()] == ["embeddings.h5ad"]
     return read_result(folder / "embeddings.h5ad")
 
@@ -66,17 +66,17 @@ def whole_result(folder: Path) -> anndata.AnnData:
     ids=" ".join,
 )
 @pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default")
-def test_two_processes_write_what_one_writes(options: tuple[str, ...], cells: list[Path], tmp_path: Path) -> None:
+def test_two_processes_match_one(options: tuple[str, ...], cells: list[Path], tmp_path: Path) -> None:
     done = run_command(*options_for(cells, tmp_path / "two"), "--num-gpus", 2, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     assert done.stderr.count("350 cells") == 1
-    assert_same(whole_result(tmp_path / "two"), one_process(*options_for(cells, tmp_path / "one"), *options))
+    assert_same(read_whole(tmp_path / "two"), one_process(*options_for(cells, tmp_path / "one"), *options))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default")
-def test_torchrun_on_two_machines_writes_what_one_process_writes(cells: list[Path], tmp_path: Path) -> None:
+def test_torchrun_on_two_machines_matches_one_process(cells: list[Path], tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launcher += ["--master-addr", "127.0.0.1", "--master-port", free_port(), "--no-python"]
     machines = []
@@ -86,13 +86,13 @@ def test_torchrun_on_two_machines_writes_what_one_process_writes(cells: list[Pat
     done = [finish(machine) for machine in machines]
     assert [machine.returncode for machine in done] == [0, 0], done
     assert "".join(machine.stdout for machine in done).count("350 cells: ") == 1
-    assert_same(whole_result(tmp_path / "two"), one_process(*options_for(cells, tmp_path / "one")))
+    assert_same(read_whole(tmp_path / "two"), one_process(*options_for(cells, tmp_path / "one")))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default")
 @pytest.mark.parametrize("n_nodes", [1, 2])
-def test_slurm_tasks_write_what_one_process_writes(n_nodes: int, cells: list[Path], tmp_path: Path) -> None:
+def test_slurm_tasks_match_one_process(n_nodes: int, cells: list[Path], tmp_path: Path) -> None:
     port, tasks = free_port(), []
     for rank in range(2):
         env = {
@@ -105,7 +105,7 @@ def test_slurm_tasks_write_what_one_process_writes(n_nodes: int, cells: list[Pat
         tasks.append(start(inference_command(*options_for(cells, tmp_path / "two"), *spread), env))
     done = [finish(task) for task in tasks]
     assert [task.returncode for task in done] == [0, 0], done
-    assert_same(whole_result(tmp_path / "two"), one_process(*options_for(cells, tmp_path / "one")))
+    assert_same(read_whole(tmp_path / "two"), one_process(*options_for(cells, tmp_path / "one")))
 
 
 def test_bad_data_ends_all_processes_with_one_line(tmp_path: Path) -> None:
@@ -124,15 +124,15 @@ def test_bad_data_ends_all_processes_with_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
-def test_gpus_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_missing_gpus_are_refused(tmp_path: Path) -> None:
     options = ["--data-file", CELLS, "--output-path", tmp_path, "--device", "cuda", "--num-gpus", 2]
     command = inference_command(*options)
     done = CliRunner().invoke(app, command[1:])
     assert done.exit_code == 2
-    assert done.stderr == "ERROR: --device cuda: not available here; this machine has cpu\n"
+    assert done.stderr == "ERROR: --device cuda: not available; available devices: cpu\n"
 
 
-def test_a_connection_that_is_lost_is_the_end_of_another_process() -> None:
-    said = "another process of this run has ended; .* --resume goes on"
+def test_lost_connection_means_another_process_ended() -> None:
+    said = "another process of this run has ended; .* with --resume to continue"
     with pytest.raises(ProcessEndedError, match=said), plain_lightning(pl.Trainer(logger=False, accelerator="cpu")):
         raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")

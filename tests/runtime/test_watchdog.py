@@ -1,4 +1,4 @@
-"""Processes end on signals and with each other: small ones, without a model."""
+"""Processes end on signals and with each other; tested with small scripts without a model."""
 
 import os
 import signal
@@ -13,17 +13,17 @@ import pytest
 
 from tests.commands import default_signals
 
-RESUME = "the same command with --resume goes on"
+RESUME = "rerun the same command with --resume to continue"
 
 PRELUDE = """
 import ctypes, os, signal, subprocess, sys, time
 from transcriptformer.runtime import parents, signals, watchdog
 from transcriptformer.runtime.watchdog import Watchdog
 
-watchdog.TIME_TO_END = 1.0
+watchdog.TERMINATION_TIMEOUT = 1.0
 
 def hang():
-    "Wait for a lock in the C library, as in a collective operation: no Python code runs in this thread any more."
+    "Block on a lock in the C library, like a collective operation: this thread runs no more Python code."
     library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     library.pthread_mutex_init(mutex, None)
     library.pthread_mutex_lock(mutex)
@@ -37,7 +37,7 @@ def wait():
     time.sleep(60)
 
 class Broadcast:
-    "The first process of a run tells the others by way of a file."
+    "Broadcast from the first process to the others through a file."
     def __init__(self, path):
         self.path = path
     def __call__(self, value):
@@ -56,7 +56,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a Python process with some code, and waits until it is ready."""
+    """Start a Python process with some code, and wait until it is ready."""
     started: list[subprocess.Popen[str]] = []
 
     def start(code: str, *arguments: object, wait: bool = True) -> subprocess.Popen[str]:
@@ -73,7 +73,7 @@ def start() -> Iterator[Start]:
         if wait:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n", process.communicate()[1]
-            time.sleep(0.3)  # until it does what comes next
+            time.sleep(0.3)  # until it runs the next statement
         return process
 
     yield start
@@ -83,7 +83,7 @@ def start() -> Iterator[Start]:
 
 
 def end_of(process: subprocess.Popen[str], seconds: float = 5.0) -> tuple[int, str, str]:
-    """Exit code, output and errors of a process that ends in so many seconds."""
+    """Exit code, stdout and stderr of a process that must end within `seconds`."""
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 
@@ -103,7 +103,7 @@ def assert_end(processes: list[psutil.Process], seconds: float = 5.0) -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_signal_raises_and_what_is_computed_is_kept(sent: signal.Signals, code: int, start: Start) -> None:
+def test_signal_raises_and_results_are_kept(sent: signal.Signals, code: int, start: Start) -> None:
     process = start(
         """
 try:
@@ -118,13 +118,13 @@ except BaseException as error:
     assert end_of(process) == (code, "kept\n", "")
 
 
-def test_a_signal_that_is_ignored_stays_ignored(start: Start) -> None:
+def test_ignored_signal_stays_ignored(start: Start) -> None:
     process = start("signal.signal(signal.SIGHUP, signal.SIG_IGN)\nwith Watchdog():\n    ready(); time.sleep(1)")
     process.send_signal(signal.SIGHUP)
     assert end_of(process) == (0, "", "")
 
 
-def test_handlers_are_as_before_in_the_end(start: Start) -> None:
+def test_handlers_are_restored(start: Start) -> None:
     process = start(
         """
 with Watchdog():
@@ -137,31 +137,31 @@ ready()
     assert end_of(process) == (0, "", "")
 
 
-def test_a_process_that_hangs_is_flushed_and_ended(start: Start) -> None:
+def test_hanging_process_is_flushed_and_killed(start: Start) -> None:
     process = start("with Watchdog() as dog:\n    dog.flush = lambda: print('kept', flush=True)\n    ready(); hang()")
     process.send_signal(signal.SIGTERM)
     assert end_of(process) == (143, "kept\n", f"INFO: ended by SIGTERM; {RESUME}\n")
 
 
-def test_nor_does_it_wait_for_a_flush_that_hangs(start: Start) -> None:
+def test_hanging_flush_does_not_block_the_exit(start: Start) -> None:
     process = start("with Watchdog() as dog:\n    dog.flush = hang\n    ready(); hang()")
     process.send_signal(signal.SIGTERM)
     assert end_of(process)[0] == 143
 
 
-def test_a_process_that_hangs_while_it_cleans_up_is_ended(start: Start) -> None:
+def test_process_that_hangs_during_cleanup_is_killed(start: Start) -> None:
     process = start("with Watchdog():\n    try:\n        wait()\n    finally:\n        hang()")
     process.send_signal(signal.SIGTERM)
     assert end_of(process)[0] == 143
 
 
-def test_a_process_that_hangs_after_it_was_told_is_ended(start: Start) -> None:
+def test_process_that_hangs_after_end_is_killed(start: Start) -> None:
     process = start("try:\n    with Watchdog():\n        wait()\nexcept SystemExit:\n    hang()")
     process.send_signal(signal.SIGTERM)
     assert end_of(process) == (143, "", "")
 
 
-def test_a_signal_can_be_left_to_a_better_moment(start: Start) -> None:
+def test_signal_can_be_deferred(start: Start) -> None:
     process = start(
         """
 with Watchdog() as dog:
@@ -188,7 +188,7 @@ with Watchdog(rank, 3) as dog:
 
 
 def peers(start: Start, folder: Path, *what: str) -> list[subprocess.Popen[str]]:
-    """The processes of a run, each of which does something while it is watched."""
+    """Start the processes of a run, each with its own code under a watchdog."""
     codes = [PEER + f"    {code}\n" for code in what]
     processes = [start(code, rank, folder / "link", wait=False) for rank, code in enumerate(codes)]
     for process in processes:
@@ -198,7 +198,7 @@ def peers(start: Start, folder: Path, *what: str) -> list[subprocess.Popen[str]]
     return processes
 
 
-def test_the_others_end_when_one_is_killed_and_the_first_says_so(start: Start, tmp_path: Path) -> None:
+def test_killed_process_ends_the_others_and_the_first_reports_it(start: Start, tmp_path: Path) -> None:
     first, killed, other = peers(start, tmp_path, "time.sleep(60)", "time.sleep(60)", "hang()")
     killed.kill()
     code, _, err = end_of(first)
@@ -208,39 +208,39 @@ def test_the_others_end_when_one_is_killed_and_the_first_says_so(start: Start, t
     assert (code, out, err) == (1, "flushed\n", "")
 
 
-def test_a_first_process_that_hangs_says_so_too(start: Start, tmp_path: Path) -> None:
+def test_hanging_first_process_reports_it_too(start: Start, tmp_path: Path) -> None:
     first, killed, other = peers(start, tmp_path, "hang()", "time.sleep(60)", "time.sleep(60)")
     killed.kill()
     assert end_of(first) == (1, "flushed\n", f"ERROR: process 1 of 3 was killed; {RESUME}\n")
     assert end_of(other)[0] == 1
 
 
-def test_the_others_end_when_the_first_is_killed_and_one_says_so(start: Start, tmp_path: Path) -> None:
+def test_killed_first_process_ends_the_others_and_one_reports_it(start: Start, tmp_path: Path) -> None:
     first, speaker, other = peers(start, tmp_path, "hang()", "hang()", "time.sleep(60)")
     first.kill()
     assert end_of(speaker) == (1, "", f"ERROR: the first process of this run was killed; {RESUME}\n")
     assert end_of(other) == (1, "", "")
 
 
-def test_a_process_that_was_told_to_end_is_named_by_the_first(start: Start, tmp_path: Path) -> None:
+def test_terminated_process_is_named_by_the_first(start: Start, tmp_path: Path) -> None:
     first, told, _ = peers(start, tmp_path, "time.sleep(60)", "time.sleep(60)", "time.sleep(60)")
     told.send_signal(signal.SIGTERM)
     assert end_of(told) == (143, "", "")
     assert end_of(first)[2].splitlines()[-1].endswith(f"process 1 of 3 was ended by SIGTERM; {RESUME}")
 
 
-def test_of_a_process_that_has_said_why_it_failed_the_first_does_not_speak(start: Start, tmp_path: Path) -> None:
+def test_reported_failure_is_not_reported_again_by_the_first(start: Start, tmp_path: Path) -> None:
     first, failed, _ = peers(start, tmp_path, "time.sleep(60)", "raise ValueError('bad cell')", "time.sleep(60)")
     assert end_of(failed)[2].splitlines()[-1] == "ValueError: bad cell"
     assert end_of(first) == (1, "", "")
 
 
-def test_a_process_that_is_done_does_not_end_the_others(start: Start, tmp_path: Path) -> None:
+def test_finished_process_does_not_end_the_others(start: Start, tmp_path: Path) -> None:
     first, done, slow = peers(start, tmp_path, "time.sleep(2)", "pass", "time.sleep(3)")
     assert [end_of(process) for process in (done, first, slow)] == [(0, "", "")] * 3
 
 
-def test_a_stranger_at_the_port_is_turned_away(start: Start, tmp_path: Path) -> None:
+def test_unknown_connection_is_rejected(start: Start, tmp_path: Path) -> None:
     stranger = """
 import socket
 port, _ = Broadcast(sys.argv[2])(None)
@@ -256,13 +256,13 @@ imports = "import time; from transcriptformer.runtime import parents; "
 child = imports + sys.argv[1] + "; print('ready', flush=True); time.sleep(60)"
 environment = {**os.environ, parents.LAUNCHED_BY: str(os.getpid()), "LOCAL_RANK": "1"}
 with Watchdog(0, 2) as dog:
-    dog.care_for({1: subprocess.Popen([sys.executable, "-c", child], env=environment)})
+    dog.watch_children({1: subprocess.Popen([sys.executable, "-c", child], env=environment)})
     time.sleep(60)
 """
 
 
-def test_a_launched_process_ends_with_a_killed_launcher_and_says_so(start: Start) -> None:
-    process = start(PARENT, "parents.end_with_launcher()")
+def test_launched_process_ends_with_a_killed_launcher_and_reports_it(start: Start) -> None:
+    process = start(PARENT, "parents.exit_with_launcher()")
     children = children_of(process, 1)
     process.kill()
     assert_end(children)
@@ -270,15 +270,15 @@ def test_a_launched_process_ends_with_a_killed_launcher_and_says_so(start: Start
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
-def test_a_launched_process_ends_with_a_launcher_that_a_signal_ends(sent: signal.Signals, start: Start) -> None:
-    process = start(PARENT, "parents.end_with_launcher()")
+def test_launched_process_ends_with_a_terminated_launcher(sent: signal.Signals, start: Start) -> None:
+    process = start(PARENT, "parents.exit_with_launcher()")
     children = children_of(process, 1)
     process.send_signal(sent)
     assert end_of(process) == (128 + sent, "", "")
     assert_end(children, 1)
 
 
-def test_a_launched_process_that_is_killed_is_named(start: Start) -> None:
+def test_killed_launched_process_is_named(start: Start) -> None:
     process = start(PARENT, "pass")
     (child,) = children_of(process, 1)
     child.kill()
@@ -286,10 +286,10 @@ def test_a_launched_process_that_is_killed_is_named(start: Start) -> None:
     assert last_line.endswith(f"ProcessEndedError: process 1 of 2 ({child.pid}) was ended by SIGKILL; {RESUME}")
 
 
-SERVANTS = """
+WORKERS = """
 import multiprocessing
 def work(parent, stuck):
-    parents.serve(parent, started, 0)
+    parents.serve_parent(parent, started, 0)
     hang() if stuck else time.sleep(60)
 context = multiprocessing.get_context("fork")
 started = context.Semaphore(0)
@@ -303,7 +303,7 @@ with Watchdog():
 
 
 def test_data_workers_end_with_their_parent(start: Start) -> None:
-    process = start(SERVANTS)
+    process = start(WORKERS)
     workers = children_of(process, 2)
     time.sleep(0.5)
     process.kill()
@@ -311,21 +311,21 @@ def test_data_workers_end_with_their_parent(start: Start) -> None:
 
 
 @pytest.mark.parametrize("does", ["time.sleep(60)", "hang()"])
-def test_a_killed_data_worker_is_named(does: str, start: Start) -> None:
-    process = start(SERVANTS.replace("wait()", f"ready(); {does}"))
+def test_killed_data_worker_is_named(does: str, start: Start) -> None:
+    process = start(WORKERS.replace("wait()", f"ready(); {does}"))
     workers = children_of(process, 2)
     time.sleep(1)
     workers[0].kill()
     code, _, err = end_of(process)
     assert code == 1
-    words = f"a data worker (process {workers[0].pid}) was ended by SIGKILL; fewer --n-data-workers take less memory"
+    words = f"a data worker (process {workers[0].pid}) was ended by SIGKILL; reduce --n-data-workers to save memory"
     assert err.splitlines()[-1].endswith(f"{words}; {RESUME}")
     assert_end(workers, 1)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_data_workers_leave_signals_to_their_parent(sent: signal.Signals, start: Start) -> None:
-    process = start(SERVANTS)
+def test_data_workers_ignore_signals_to_the_group(sent: signal.Signals, start: Start) -> None:
+    process = start(WORKERS)
     workers = children_of(process, 2)
     time.sleep(0.5)
     for worker in workers:
@@ -333,12 +333,12 @@ def test_data_workers_leave_signals_to_their_parent(sent: signal.Signals, start:
     time.sleep(1)
     assert [worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers] == [True, True]
     os.kill(process.pid, signal.SIGTERM)
-    assert end_of(process) == (143, "", "")  # which ends them
+    assert end_of(process) == (143, "", "")  # the parent ends them
     assert_end(workers, 1)
 
 
-def test_a_signal_does_not_wait_for_ever_for_a_better_moment(start: Start) -> None:
-    process = start("watchdog.TIME_TO_DEFER = 1.0\nwith Watchdog() as dog:\n    dog.is_deferred = True\n    wait()")
+def test_deferral_of_a_signal_is_limited(start: Start) -> None:
+    process = start("watchdog.DEFER_TIMEOUT = 1.0\nwith Watchdog() as dog:\n    dog.is_deferred = True\n    wait()")
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     assert process.poll() is None
@@ -346,14 +346,14 @@ def test_a_signal_does_not_wait_for_ever_for_a_better_moment(start: Start) -> No
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_what_comes_after_all_is_done_does_not_end_it(code: int, start: Start) -> None:
-    """Such as a child that lingers, and is killed, or fails on its way out."""
+def test_child_failure_after_the_end_is_ignored(code: int, start: Start) -> None:
+    """Such as a child that lingers and is killed, or fails while exiting."""
     process = start(
         f"""
-watchdog.TIME_TO_FINISH = 0.7
+watchdog.FINISH_TIMEOUT = 0.7
 late = "import sys, time; time.sleep(" + ("60" if {code} == 0 else "0.2") + "); sys.exit({code})"
-with signals.handling(), Watchdog(0, 2) as dog:
-    dog.care_for({{1: subprocess.Popen([sys.executable, "-c", late])}})
+with signals.handle_signals(), Watchdog(0, 2) as dog:
+    dog.watch_children({{1: subprocess.Popen([sys.executable, "-c", late])}})
 time.sleep(1)
 print("done", flush=True)
 """,
@@ -362,19 +362,19 @@ print("done", flush=True)
     assert end_of(process, 20) == (0, "done\n", "")
 
 
-def test_signals_are_noted_where_they_must_not_raise(start: Start) -> None:
+def test_signals_are_deferred_where_they_must_not_raise(start: Start) -> None:
     process = start(
         """
-with signals.handling():
+with signals.handle_signals():
     try:
-        with signals.noting() as let_out:
+        with signals.deferred_signals() as run_deferred:
             ready()
             time.sleep(1)
             print("undisturbed", flush=True)
-            let_out()
+            run_deferred()
             print("never", flush=True)
     finally:
-        print(signal.getsignal(signal.SIGTERM) is signals.raise_ended, flush=True)
+        print(signal.getsignal(signal.SIGTERM) is signals.raise_terminated, flush=True)
 """
     )
     process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Files and folders are whole or not there."""
+"""Atomic writes of files and folders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from transcriptformer.errors import OutputError
-from transcriptformer.fetching.fetcher import need_space
-from transcriptformer.storage.atomic import atomic_folder, atomic_write, check_room, check_writable, make_folder
+from transcriptformer.fetching.fetcher import require_free_space
+from transcriptformer.storage.atomic import atomic_folder, atomic_write, check_free_space, check_writable, make_folder
 from transcriptformer.training.folder import TrainingFolder
 
 
 class StoppedError(Exception):
-    """Stands for whatever ends a run."""
+    """Any exception that ends a run."""
 
 
 def fill(folder: Path, text: str) -> None:
@@ -20,7 +20,7 @@ def fill(folder: Path, text: str) -> None:
     (folder / "a" / "b").write_text(text)
 
 
-def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_existing_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("old")
 
@@ -39,7 +39,7 @@ def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_existing_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.mkdir()
     fill(path, "old")
@@ -61,7 +61,7 @@ def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("n_moves", "kept"), [(1, "old"), (2, "new")])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, PermissionError, MemoryError])
-def test_an_exception_amid_the_moves_of_a_folder_loses_nothing(
+def test_exception_while_replacing_a_folder_loses_nothing(
     error: type[BaseException], n_moves: int, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x"
@@ -86,7 +86,7 @@ def test_an_exception_amid_the_moves_of_a_folder_loses_nothing(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_older_folder_that_cannot_be_put_back_stays_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backup_that_cannot_be_restored_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, older = tmp_path / "x", tmp_path / ".x.old"
     path.mkdir()
     fill(path, "old")
@@ -112,7 +112,7 @@ def test_an_older_folder_that_cannot_be_put_back_stays_aside(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_kill_between_the_moves_of_a_folder_is_made_good(tmp_path: Path) -> None:
+def test_backup_is_restored_after_a_kill(tmp_path: Path) -> None:
     path, older, half = tmp_path / "x", tmp_path / ".x.old", tmp_path / ".x.tmp"
     older.mkdir()
     fill(older, "old")
@@ -128,7 +128,7 @@ def test_a_kill_between_the_moves_of_a_folder_is_made_good(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_cannot_be_written_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_write_errors_name_the_path_and_reason(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match=r"gone/x: cannot be written \(No such file or directory\)"),
         atomic_write(tmp_path / "gone" / "x") as temporary,
@@ -145,12 +145,12 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "make_folder": make_folder,
     "inference": lambda folder: check_writable(folder / "x.h5ad"),
     "training": lambda folder: TrainingFolder(folder.parent).lock(),
-    "download": lambda folder: need_space(folder, 0),
+    "download": lambda folder: require_free_space(folder, 0),
 }
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_a_new_folder_is_on_disk_in_those_above_it(
+def test_new_folders_are_synced_in_their_parents(
     make: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
@@ -162,7 +162,7 @@ def test_a_new_folder_is_on_disk_in_those_above_it(
     assert not synced
 
 
-def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
-    check_room(tmp_path / "x", 1000)
-    with pytest.raises(OutputError, match=r"x: cannot be written: \d+\.00 GiB are needed, [\d.]+ GiB are free; wait"):
-        check_room(tmp_path / "x", 2**60, "; wait")
+def test_lack_of_disk_space_is_reported_before_writing(tmp_path: Path) -> None:
+    check_free_space(tmp_path / "x", 1000)
+    with pytest.raises(OutputError, match=r"x: cannot be written: needs \d+\.00 GiB, [\d.]+ GiB free; wait"):
+        check_free_space(tmp_path / "x", 2**60, "; wait")

@@ -1,4 +1,4 @@
-"""Files that take parts of themselves from other files."""
+"""Inputs that refer to other files."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from transcriptformer.api import embed, load
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.checkpoint.vocabs import read_gene_ids, read_protein_embeddings
-from transcriptformer.data.fingerprint import WHOLE_BYTES, fingerprint
+from transcriptformer.data.fingerprint import FULL_HASH_BYTES, fingerprint
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.errors import CheckpointError, DataError, UsageError
 from transcriptformer.runtime.isolated import CrashedError, run_isolated
@@ -34,7 +34,7 @@ SECRET = b"root:x:0:0:root:/root:/bin/bash\n" * 8
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Holds cells.h5ad, which lacks nothing; the same as other.h5ad; and a file that nobody should see."""
+    """Folder with a complete cells.h5ad, a copy of it (other.h5ad) and a private file."""
     random_adata(N_CELLS).write_h5ad(tmp_path / "cells.h5ad")
     shutil.copy(tmp_path / "cells.h5ad", tmp_path / "other.h5ad")
     (tmp_path / "secret").write_bytes(SECRET)
@@ -82,7 +82,7 @@ def virtual(file: h5py.File, folder: Path) -> str:
 
 
 def categories_of_an_old_column(file: h5py.File, folder: Path) -> str:
-    """As anndata 0.7.0 wrote them: an attribute refers to a dataset that nothing else needs to lead to."""
+    """As written by anndata 0.7.0: an attribute refers to a dataset that may be unreachable otherwise."""
     del file["obs/assay"]
     hidden = file.create_dataset("hidden", (N_CELLS,), "S1", external=[(str(folder / "secret"), 0, N_CELLS)])
     file["obs/assay"] = np.arange(N_CELLS, dtype=np.int8)
@@ -119,7 +119,7 @@ def read_all(folder: Path, allow_external_links: bool = False) -> CellSource:
 
 
 @pytest.mark.parametrize("edit", ELSEWHERE.values(), ids=ELSEWHERE)
-def test_what_lies_in_another_file_is_refused(folder: Path, edit: Callable[[h5py.File, Path], str]) -> None:
+def test_data_in_another_file_is_refused(folder: Path, edit: Callable[[h5py.File, Path], str]) -> None:
     place = rewrite(folder, edit)
     with pytest.raises(DataError) as refusal:
         read_all(folder)
@@ -130,7 +130,7 @@ def test_what_lies_in_another_file_is_refused(folder: Path, edit: Callable[[h5py
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ELSEWHERE if kind not in ("raw data", "categories")])
-def test_it_is_read_where_that_is_allowed(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_in_another_file_can_be_allowed(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(folder, ELSEWHERE[kind])
     expected = open_source(folder / "other.h5ad").counts(0, N_CELLS).toarray()
     np.testing.assert_array_equal(read_all(folder, True).counts(0, N_CELLS).toarray(), expected)
@@ -154,7 +154,7 @@ def remove(folder: Path) -> None:
 
 @pytest.mark.parametrize("lose", [remove, shorten])
 @pytest.mark.parametrize("edit", [virtual, counts_elsewhere])
-def test_what_is_missing_there_is_never_taken_for_zeros(
+def test_missing_external_data_is_an_error(
     folder: Path, edit: Callable[[h5py.File, Path], str], lose: Callable[[Path], None]
 ) -> None:
     rewrite(folder, edit)
@@ -181,16 +181,16 @@ def made_of(*parts: slice) -> Callable[[h5py.File, Path], str]:
 @pytest.mark.parametrize(
     "parts", [[slice(100)], [slice(2, None)] * 2, [slice(0, None, 2)] * 2], ids=["half", "most twice", "every other"]
 )
-def test_a_virtual_dataset_must_be_complete(folder: Path, parts: list[slice]) -> None:
+def test_virtual_dataset_must_be_complete(folder: Path, parts: list[slice]) -> None:
     rewrite(folder, made_of(*parts))
-    with pytest.raises(DataError, match="X/data is a virtual dataset, a part of which has no source"):
+    with pytest.raises(DataError, match="X/data is a virtual dataset with missing sources"):
         read_all(folder, True)
 
 
 @pytest.mark.parametrize(
     "parts", [[slice(200), slice(100, None)], [slice(0, None, 2), slice(1, None, 2)]], ids=["overlap", "interleaved"]
 )
-def test_the_parts_of_a_virtual_dataset_may_lie_anyhow(folder: Path, parts: list[slice]) -> None:
+def test_virtual_dataset_mappings_may_be_in_any_order(folder: Path, parts: list[slice]) -> None:
     expected = read_all(folder).counts(0, N_CELLS)
     rewrite(folder, made_of(*parts))
     found = read_all(folder, True).counts(0, N_CELLS)
@@ -198,7 +198,7 @@ def test_the_parts_of_a_virtual_dataset_may_lie_anyhow(folder: Path, parts: list
 
 
 @pytest.mark.parametrize(("second", "is_whole"), [([1, 4], True), ([1, 3], False)])
-def test_the_parts_of_a_virtual_dataset_may_have_any_shape(tmp_path: Path, second: list[int], is_whole: bool) -> None:
+def test_virtual_dataset_mappings_may_have_any_shape(tmp_path: Path, second: list[int], is_whole: bool) -> None:
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     for places in ([0, 2, 3], second):
         space = h5py.h5s.create_simple((5,))
@@ -209,12 +209,12 @@ def test_the_parts_of_a_virtual_dataset_may_have_any_shape(tmp_path: Path, secon
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["kept"] = np.arange(3.0)
         h5py.h5d.create(file.id, b"X", h5py.h5t.NATIVE_DOUBLE, h5py.h5s.create_simple((5,)), dcpl=properties)
-        refused = pytest.raises(DataError, match="X is a virtual dataset, a part of which has no source")
+        refused = pytest.raises(DataError, match="X is a virtual dataset with missing sources")
         with nullcontext() if is_whole else refused:
             Guard("x.h5", allow_external=False).check(file["X"], "X")
 
 
-def test_a_virtual_dataset_of_itself_comes_to_an_end(folder: Path) -> None:
+def test_virtual_dataset_of_itself_terminates(folder: Path) -> None:
     def itself(file: h5py.File, folder: Path) -> str:
         shape, dtype = file["X/data"].shape, file["X/data"].dtype
         del file["X/data"]
@@ -229,7 +229,7 @@ def test_a_virtual_dataset_of_itself_comes_to_an_end(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["/nowhere", "/obs/assay", "assay"], ids=["dangling", "circle", "itself"])
-def test_a_link_that_leads_nowhere_is_an_error(folder: Path, target: str) -> None:
+def test_broken_link_is_an_error(folder: Path, target: str) -> None:
     def replace(file: h5py.File, folder: Path) -> str:
         del file["obs/assay"]
         file["obs/assay"] = h5py.SoftLink(target)
@@ -245,19 +245,19 @@ def test_links_within_the_file_are_followed(folder: Path) -> None:
         file.move("X", "counts")
         file["X"] = h5py.SoftLink("/alias")
         file["alias"] = h5py.SoftLink("counts")
-        file["obs/assay"].parent["again"] = file["obs"]  # a circle of hard links
+        file["obs/assay"].parent["again"] = file["obs"]  # a cycle of hard links
     expected = open_source(folder / "other.h5ad").counts(0, N_CELLS).toarray()
     np.testing.assert_array_equal(read_all(folder).counts(0, N_CELLS).toarray(), expected)
 
 
-def test_what_is_not_read_may_lie_anywhere(folder: Path) -> None:
+def test_unread_data_may_be_external(folder: Path) -> None:
     with h5py.File(folder / "cells.h5ad", "r+") as file:
         file["uns/elsewhere"] = h5py.ExternalLink("nowhere.h5ad", "/")
     read_all(folder)
 
 
 @pytest.mark.filterwarnings("ignore:.*legacy|.*old")
-def test_of_an_old_layout_all_is_read(folder: Path) -> None:
+def test_old_layouts_are_read(folder: Path) -> None:
     with h5py.File(folder / "cells.h5ad", "r+") as file:
         names = np.array([(f"c{i}",) for i in range(N_CELLS)], dtype=[("index", "S8")])
         del file["obs"]
@@ -286,7 +286,7 @@ def test_counts_of_a_backed_anndata_count_as_read(folder: Path) -> None:
     ("target", "message"),
     [("../secret", "a link out of the store, to .*/secret'.*--allow"), ("nowhere", "which is missing")],
 )
-def test_a_zarr_store_does_not_link_out_of_itself(folder: Path, target: str, message: str) -> None:
+def test_zarr_links_out_of_the_store_are_refused(folder: Path, target: str, message: str) -> None:
     random_adata(3).write_zarr(folder / "cells.zarr")
     open_source(folder / "cells.zarr")
     (folder / "renamed.zarr").symlink_to("cells.zarr")  # the user's own link
@@ -297,7 +297,7 @@ def test_a_zarr_store_does_not_link_out_of_itself(folder: Path, target: str, mes
 
 
 @pytest.mark.filterwarnings("ignore:.*zarr:UserWarning", "ignore:Consolidated metadata")
-def test_links_of_a_zarr_store_can_be_allowed(folder: Path) -> None:
+def test_zarr_links_can_be_allowed(folder: Path) -> None:
     random_adata(N_CELLS).write_zarr(folder / "cells.zarr")
     shutil.move(folder / "cells.zarr" / "obs", folder / "obs")
     (folder / "cells.zarr" / "obs").symlink_to("../obs")
@@ -312,8 +312,8 @@ def test_links_of_a_zarr_store_can_be_allowed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["reference://", "simplecache::s3://bucket/cells.zarr", "reference::file:///x.json"])
-def test_urls_that_lead_to_other_urls_are_refused(url: str) -> None:
-    with pytest.raises(UsageError, match=r"leads on to other files; .*--allow-external-links"):
+def test_redirects_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match=r"refers to other files; .*--allow-external-links"):
         open_source(url)
 
 
@@ -334,7 +334,7 @@ def test_protein_embeddings_of_another_file_are_refused(
     assert len(read_protein_embeddings([tmp_path / "gene.h5"], allow_external=True)[0]) > 0
 
 
-def test_one_embedding_in_another_file_is_refused(tmp_path: Path) -> None:
+def test_single_embedding_in_another_file_is_refused(tmp_path: Path) -> None:
     shutil.copy(CHECKPOINT / "vocabs" / "homo_sapiens_gene.h5", tmp_path / "gene.h5")
     (tmp_path / "secret").write_bytes(SECRET)
     gene = read_gene_ids(tmp_path / "gene.h5")[3]
@@ -346,7 +346,7 @@ def test_one_embedding_in_another_file_is_refused(tmp_path: Path) -> None:
         read_protein_embeddings([tmp_path / "gene.h5"])
 
 
-def test_a_vocabulary_outside_of_the_checkpoint_is_refused(checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_vocabulary_outside_the_checkpoint_is_refused(checkpoint_copy: Path, tmp_path: Path) -> None:
     vocab = checkpoint_copy / "vocabs" / "homo_sapiens_gene.h5"
     shutil.move(vocab, tmp_path / "gene.h5")
     vocab.symlink_to(tmp_path / "gene.h5")
@@ -368,12 +368,12 @@ def crash() -> Generator[None]:
 
 
 @pytest.mark.parametrize(("steps", "message"), [(endless, "never ends"), (crash, "crashes")])
-def test_reading_that_crashes_or_never_ends_is_an_error(steps: Callable[[], Generator[None]], message: str) -> None:
+def test_crashing_or_hanging_read_is_an_error(steps: Callable[[], Generator[None]], message: str) -> None:
     with pytest.raises(CrashedError, match=message):
         run_isolated(steps)
 
 
-def test_errors_of_isolated_reading_come_back() -> None:
+def test_errors_of_isolated_reads_are_raised() -> None:
     def refuse() -> Generator[None]:
         yield
         raise DataError("no")
@@ -388,7 +388,7 @@ def test_errors_of_isolated_reading_come_back() -> None:
         run_isolated(fail)
 
 
-def test_what_isolated_reading_finds_comes_back() -> None:
+def test_isolated_reads_return_a_value() -> None:
     def find() -> Generator[None, None, list[int]]:
         yield
         return [os.getpid()]
@@ -396,18 +396,18 @@ def test_what_isolated_reading_finds_comes_back() -> None:
     assert run_isolated(find) != [os.getpid()]
 
 
-def test_a_file_is_read_where_nobody_waits_for_children(folder: Path) -> None:
+def test_file_is_read_while_sigchld_is_ignored(folder: Path) -> None:
     code = """
 import signal, sys
 from transcriptformer.data.source import open_source
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as whoever starts us may do
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as a parent process may do
 print(len(open_source(sys.argv[1])))
 """
     done = subprocess.run([sys.executable, "-c", code, folder / "cells.h5ad"], capture_output=True, text=True)
     assert done.stdout.strip() == str(N_CELLS), done.stderr
 
 
-def test_isolated_reading_ends_with_a_parent_that_is_killed() -> None:
+def test_isolated_read_ends_with_a_killed_parent() -> None:
     code = """
 import os, time
 from transcriptformer.runtime.isolated import run_isolated
@@ -433,7 +433,7 @@ run_isolated(steps)
             assert is_over
 
 
-def test_damage_of_what_is_not_read_is_a_sign_of_more(folder: Path) -> None:
+def test_damage_in_unread_data_is_an_error(folder: Path) -> None:
     with h5py.File(folder / "cells.h5ad", "r+") as file:
         place = h5py.h5o.get_info(file.create_group("uns/more").id).addr
     with (folder / "cells.h5ad").open("r+b") as opened:
@@ -444,11 +444,11 @@ def test_damage_of_what_is_not_read_is_a_sign_of_more(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_heap_that_is_not_read_does_no_harm(folder: Path) -> None:
-    """A file that is too large to be hashed whole; HDF5 never ends reading an attribute of it that nobody needs."""
+def test_damaged_unread_heap_is_harmless(folder: Path) -> None:
+    """A file too large to be hashed completely, with an unused attribute that HDF5 hangs on."""
     path = folder / "cells.h5ad"
     with h5py.File(path, "r+") as file:
-        file["uns"].create_dataset("large", (WHOLE_BYTES,), "u1")[-1] = 1
+        file["uns"].create_dataset("large", (FULL_HASH_BYTES,), "u1")[-1] = 1
         file["uns"].attrs["note"] = "x" * 100
     with path.open("r+b") as opened:
         content = opened.read()
@@ -460,12 +460,12 @@ def test_a_damaged_heap_that_is_not_read_does_no_harm(folder: Path) -> None:
     assert len(read_all(folder)) == N_CELLS
 
 
-def test_a_signal_is_not_lost_at_a_fork() -> None:
-    """Python prints and forgets what its hooks raise, such as the one of `logging`."""
+def test_signal_during_a_fork_is_not_lost() -> None:
+    """Python prints and swallows exceptions in fork hooks, such as that of `logging`."""
     code = """
 import os, signal
 from transcriptformer.runtime.isolated import run_isolated
-from transcriptformer.runtime.signals import Ended, handling
+from transcriptformer.runtime.signals import TerminatedError, handle_signals
 
 def steps():
     return 1
@@ -473,10 +473,10 @@ def steps():
 
 for hook in ("before", "after_in_parent"):
     os.register_at_fork(**{hook: lambda: os.kill(os.getpid(), signal.SIGTERM)})
-    with handling():
+    with handle_signals():
         try:
             run_isolated(steps)
-        except Ended:
+        except TerminatedError:
             print("ended")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

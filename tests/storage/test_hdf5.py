@@ -1,4 +1,4 @@
-"""A failed write of an HDF5 file ends in an exception, wherever it comes, and not in a crash."""
+"""Failed writes of HDF5 files raise exceptions instead of crashing."""
 
 import multiprocessing
 import os
@@ -15,15 +15,15 @@ import pytest
 
 from transcriptformer.errors import OutputError
 from transcriptformer.inference.output import write_cells
-from transcriptformer.runtime.signals import Ended, raise_ended
+from transcriptformer.runtime.signals import TerminatedError, raise_terminated
 from transcriptformer.storage.hdf5 import new_hdf5
-from transcriptformer.storage.results import Field, Pieces, PieceWriter, kept_pieces
+from transcriptformer.storage.results import Field, Pieces, PieceWriter, verified_pieces
 
 N_CELLS, WIDTH = 3000, 24
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Exit code of a process that does `work`: 0 if that ends in OutputError, negative if it is killed."""
+    """Exit code of a child process: 0 if `work` raises OutputError, negative if it is killed."""
 
     def expect_error() -> None:
         try:
@@ -41,7 +41,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Writes a result of several blocks, with many columns of obs, to `tmp_path / "out" / "x.h5ad"`."""
+    """Write a result of several blocks, with many columns of obs, to `tmp_path / "out" / "x.h5ad"`."""
     monkeypatch.setattr("transcriptformer.inference.output.BLOCK_BYTES", 2**15)
     monkeypatch.setattr("transcriptformer.data.row_stream.CHUNK_BYTES", 2**12)
     layout = {"embeddings": Field("float32", WIDTH), "llh": Field("float32")}
@@ -57,14 +57,14 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
 
     def write_result() -> None:
         blocks = [obs.iloc[start : start + 500] for start in range(0, N_CELLS, 500)]
-        results = Pieces(kept_pieces(tmp_path, "run"), layout)
+        results = Pieces(verified_pieces(tmp_path, "run"), layout)
         write_cells(tmp_path / "out" / "x.h5ad", N_CELLS, lambda: iter(blocks), results, np.array([]), {"made": "here"})
 
     return write_result
 
 
 @pytest.mark.parametrize("n_limits", [10, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_disk_that_fills_up_anywhere_is_an_error(n_limits: int, write: Callable[[], None], tmp_path: Path) -> None:
+def test_full_disk_is_an_error_at_any_write(n_limits: int, write: Callable[[], None], tmp_path: Path) -> None:
     output = tmp_path / "out" / "x.h5ad"
     write()
     size = output.stat().st_size
@@ -79,7 +79,7 @@ def test_a_disk_that_fills_up_anywhere_is_an_error(n_limits: int, write: Callabl
         assert list(output.parent.iterdir()) == [], f"limit {limit}"
 
 
-def test_room_that_comes_back_does_not_hide_the_failure(tmp_path: Path) -> None:
+def test_freed_space_does_not_hide_an_earlier_failure(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
 
     def write_with_limit_for_a_while() -> None:
@@ -96,7 +96,7 @@ def test_room_that_comes_back_does_not_hide_the_failure(tmp_path: Path) -> None:
         write_with_limit_for_a_while()
 
 
-def test_what_is_written_is_an_ordinary_file(tmp_path: Path) -> None:
+def test_written_file_is_ordinary_hdf5(tmp_path: Path) -> None:
     with new_hdf5(tmp_path / "x.h5") as file:
         for i in range(500):
             file[f"{i % 7}/{i}"] = np.full(1000, i)
@@ -104,7 +104,7 @@ def test_what_is_written_is_an_ordinary_file(tmp_path: Path) -> None:
         assert all((file[f"{i % 7}/{i}"][:] == i).all() for i in range(500))
 
 
-def test_ctrl_c_in_the_middle_ends_the_writing(tmp_path: Path) -> None:
+def test_ctrl_c_stops_writing(tmp_path: Path) -> None:
     def write_and_interrupt() -> None:
         with new_hdf5(tmp_path / "x.h5") as file:
             for i in range(10_000):
@@ -116,20 +116,20 @@ def test_ctrl_c_in_the_middle_ends_the_writing(tmp_path: Path) -> None:
         write_and_interrupt()
 
 
-def test_a_signal_while_it_is_written_raises_and_crashes_nothing(write: Callable[[], None], tmp_path: Path) -> None:
-    """At whatever moment: HDF5 takes no exception from the file that it writes to, and crashes."""
+def test_signal_while_writing_raises_without_a_crash(write: Callable[[], None], tmp_path: Path) -> None:
+    """At any moment; HDF5 crashes on exceptions in the file object that it writes to."""
 
     def write_with_timer(seconds: float) -> int:
         def work() -> None:
-            signal.signal(signal.SIGTERM, raise_ended)
-            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            signal.signal(signal.SIGTERM, raise_terminated)
             try:
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
                 for _ in range(20):
                     write()
-            except Ended:
+            except TerminatedError:
                 os._exit(0)
 
-        return in_child(work)  # that ends in Ended
+        return in_child(work)  # which raises TerminatedError
 
     for moment in np.linspace(0.002, 0.05, 15).tolist():
         assert write_with_timer(moment) == 0, moment

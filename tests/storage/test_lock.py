@@ -1,4 +1,4 @@
-"""Two runs never work in the same place, and the second one hears of the first."""
+"""Run locks exclude concurrent runs and name the holder."""
 
 import multiprocessing
 import os
@@ -40,16 +40,16 @@ def held_by_another(path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_run_at_work_is_named_at_once(tmp_path: Path) -> None:
+def test_running_process_is_named_immediately(tmp_path: Path) -> None:
     with held_by_another(tmp_path / "lock") as process:
         started = time.monotonic()
         who = rf"\(process {process.pid} on {re.escape(socket.gethostname())}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\)"
-        with pytest.raises(UsageError, match=rf"out: another run is at work there {who}; wait until it is done"):
+        with pytest.raises(UsageError, match=rf"out: in use by another run {who}; wait for it to finish"):
             RunLock(tmp_path / "lock").acquire(tmp_path / "out")
         assert time.monotonic() - started < 5
 
 
-def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
+def test_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
     with held_by_another(tmp_path / "lock") as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -59,7 +59,7 @@ def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_was_forked_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "lock")
     lock.acquire(tmp_path)
     child = FORK.Process(target=time.sleep, args=(60,))
@@ -71,7 +71,7 @@ def test_a_process_that_was_forked_does_not_keep_the_lock(tmp_path: Path) -> Non
     child.kill()
 
 
-def _count_alone(path: Path, ready: Event) -> None:
+def _count_acquisitions(path: Path, ready: Event) -> None:
     ready.wait()
     n_held = 0
     until = time.monotonic() + 3
@@ -82,7 +82,7 @@ def _count_alone(path: Path, ready: Event) -> None:
         except UsageError:
             continue
         mark = path.with_name("mark")
-        descriptor = os.open(mark, os.O_CREAT | os.O_EXCL)  # fails where another one holds the lock
+        descriptor = os.open(mark, os.O_CREAT | os.O_EXCL)  # fails if another process holds the lock
         os.close(descriptor)
         mark.unlink()
         lock.release()
@@ -90,9 +90,9 @@ def _count_alone(path: Path, ready: Event) -> None:
     os._exit(0 if n_held else 1)
 
 
-def test_of_many_that_come_and_go_only_one_holds_it(tmp_path: Path) -> None:
+def test_only_one_of_many_processes_holds_the_lock(tmp_path: Path) -> None:
     ready = FORK.Event()
-    processes = [FORK.Process(target=_count_alone, args=(tmp_path / "lock", ready)) for _ in range(4)]
+    processes = [FORK.Process(target=_count_acquisitions, args=(tmp_path / "lock", ready)) for _ in range(4)]
     for process in processes:
         process.start()
     ready.set()

@@ -1,4 +1,4 @@
-"""Pieces are whole or not there, and read as one table, whatever happened to the processes that wrote them."""
+"""Pieces are written atomically and read as one table, whatever happened to their writers."""
 
 import tempfile
 from itertools import pairwise
@@ -13,7 +13,7 @@ from tests.golden_cases import CHECKPOINT
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.errors import OutputError
 from transcriptformer.inference.recording import layout_of
-from transcriptformer.storage.results import N_GENES, Field, Layout, Pieces, PieceWriter, kept_pieces
+from transcriptformer.storage.results import N_GENES, Field, Layout, Pieces, PieceWriter, verified_pieces
 from transcriptformer.storage.sealed import SealedFile
 
 PER_CELL = {"embeddings": Field("float32", 3), "llh": Field("float32")}
@@ -26,7 +26,7 @@ PER_GENE = {
 
 
 def results(rows: list[int]) -> dict[str, np.ndarray]:
-    """Of each row other numbers, and as many genes as the last digit of its number."""
+    """Distinct numbers for each row, with as many genes as the last digit of the row number."""
     of_cell, n_genes = np.array(rows, np.int64), np.array(rows, np.int32) % 10
     of_gene = np.repeat(of_cell, n_genes)
     gene = of_gene * 100 + np.arange(len(of_gene)) - np.repeat(np.cumsum(n_genes) - n_genes, n_genes)
@@ -54,7 +54,7 @@ def write_pieces(
 
 
 def read(folder: Path, layout: Layout) -> Pieces:
-    return Pieces(kept_pieces(folder, RUN), layout)
+    return Pieces(verified_pieces(folder, RUN), layout)
 
 
 def assert_reads(pieces: Pieces, start: int, stop: int) -> None:
@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @st.composite
 def rows_in_parts(draw: st.DrawFn) -> list[tuple[int, list[list[int]]]]:
-    """Rows 0, 1, … in any order, cut into batches, and these into parts: a process and its batches each."""
+    """Rows 0, 1, … in any order, split into batches, and these into parts: a process and its batches."""
     rows = draw(st.permutations(range(draw(st.integers(1, 60)))))
     cuts = sorted(draw(st.sets(st.integers(1, len(rows)), max_size=12)) | {0, len(rows)})
     batches = [rows[start:stop] for start, stop in pairwise(cuts)]
@@ -86,7 +86,7 @@ def rows_in_parts(draw: st.DrawFn) -> list[tuple[int, list[list[int]]]]:
     gap=st.sampled_from([0, 3, 4096]),
     slices=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=5),
 )
-def test_cells_come_in_their_order_from_any_parts(
+def test_cells_are_read_in_order_from_any_pieces(
     parts: list[tuple[int, list[list[int]]]], layout: dict[str, Field], gap: int, slices: list[tuple[int, int]]
 ) -> None:
     n_rows = sum(len(rows) for _, batches in parts for rows in batches)
@@ -105,7 +105,7 @@ def test_cells_come_in_their_order_from_any_parts(
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other run", "not ours"])
-def test_a_damaged_or_foreign_piece_is_dropped_and_told_and_the_others_stay(
+def test_damaged_or_foreign_piece_is_discarded_with_a_warning(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_pieces(tmp_path, [3, 14])
@@ -117,14 +117,12 @@ def test_a_damaged_or_foreign_piece_is_dropped_and_told_and_the_others_stay(
     path.write_bytes(damaged.get(damage, content))
     pieces = read(tmp_path, PER_GENE)
     assert f"{path}: " in caplog.text
-    assert "computed again" in caplog.text
+    assert "recomputed" in caplog.text
     assert pieces.rows.tolist() == [3, 14]
     assert_reads(pieces, 0, 2)
 
 
-def test_a_damaged_piece_is_not_used_even_if_it_cannot_be_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_piece_that_cannot_be_deleted_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = write_pieces(tmp_path, [3, 14], [7])
     path = tmp_path / f"{writer.stem}-000000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -136,19 +134,19 @@ def test_a_damaged_piece_is_not_used_even_if_it_cannot_be_deleted(
     assert read(tmp_path, PER_GENE).rows.tolist() == [7]
 
 
-def test_a_piece_that_cannot_be_read_now_is_not_deleted(tmp_path: Path) -> None:
+def test_unreadable_piece_is_not_deleted(tmp_path: Path) -> None:
     write_pieces(tmp_path, [3, 14])
     path = next(tmp_path.iterdir())
     path.rename(tmp_path / "piece")
-    path.symlink_to(path.name)  # which the operating system follows for a while
+    path.symlink_to(path.name)  # a loop: cannot be read
     with pytest.raises(OutputError, match=r"cannot be read \(Too many levels of symbolic links\)"):
         read(tmp_path, PER_GENE)
     assert path.is_symlink()
 
 
 @pytest.mark.parametrize("broken", ["embeddings", "genes", N_GENES])
-def test_a_batch_that_cannot_be_taken_ends_the_writing(broken: str, tmp_path: Path) -> None:
-    """None of its fields may be taken for those of the next batch."""
+def test_invalid_batch_stops_the_writer(broken: str, tmp_path: Path) -> None:
+    """None of its fields may be mixed with those of the next batch."""
     layout = {**PER_GENE, "embeddings": Field("float32", 3)}
     writer = write_pieces(tmp_path, [1, 2], layout=layout)
     wrong = np.array(["many", "few"]) if broken == N_GENES else results([3])[broken]
@@ -161,7 +159,7 @@ def test_a_batch_that_cannot_be_taken_ends_the_writing(broken: str, tmp_path: Pa
     assert read(tmp_path, layout).rows.tolist() == [1, 2]
 
 
-def test_a_writer_that_has_failed_takes_nothing_more(tmp_path: Path) -> None:
+def test_failed_writer_rejects_more_results(tmp_path: Path) -> None:
     folder = tmp_path / "pieces"
     folder.mkdir()
     writer = write_pieces(folder, [1, 2])
@@ -177,7 +175,7 @@ def test_a_writer_that_has_failed_takes_nothing_more(tmp_path: Path) -> None:
     assert read(folder, PER_GENE).rows.tolist() == [1, 2]
 
 
-def test_a_writer_that_lacked_memory_takes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_without_memory_rejects_more_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = write_pieces(tmp_path, [1, 2])
     writer.add(results([3]))
 
@@ -195,7 +193,7 @@ def test_a_writer_that_lacked_memory_takes_nothing_more(tmp_path: Path, monkeypa
     assert read(tmp_path, PER_GENE).rows.tolist() == [1, 2]
 
 
-def test_a_new_attempt_leaves_older_pieces_as_they_are(tmp_path: Path) -> None:
+def test_new_attempt_keeps_older_pieces(tmp_path: Path) -> None:
     write_pieces(tmp_path, [1, 2])
     write_pieces(tmp_path, process=1)  # killed before it wrote anything
     before = contents(tmp_path)
@@ -208,7 +206,7 @@ def test_a_new_attempt_leaves_older_pieces_as_they_are(tmp_path: Path) -> None:
     assert read(tmp_path, PER_GENE).rows.tolist() == [1, 2, 3, 4, 5]
 
 
-def test_a_row_that_two_attempts_have_comes_once(tmp_path: Path) -> None:
+def test_row_in_two_pieces_is_read_once(tmp_path: Path) -> None:
     write_pieces(tmp_path, [1, 2, 3])
     write_pieces(tmp_path, [3, 2, 14])
     pieces = read(tmp_path, PER_GENE)
@@ -216,14 +214,14 @@ def test_a_row_that_two_attempts_have_comes_once(tmp_path: Path) -> None:
     assert_reads(pieces, 0, 4)
 
 
-def test_a_folder_without_pieces_has_no_rows(tmp_path: Path) -> None:
+def test_folder_without_pieces_has_no_rows(tmp_path: Path) -> None:
     pieces = read(tmp_path, PER_GENE)
     assert (len(pieces.rows), pieces.n_bytes) == (0, 0)
     assert not pieces.is_done(3).any()
 
 
-@pytest.mark.parametrize(("limit", "value"), [("SECONDS_AT_RISK", 0), ("BYTES_AT_RISK", 50)])
-def test_results_wait_in_memory_neither_long_nor_in_great_number(
+@pytest.mark.parametrize(("limit", "value"), [("FLUSH_SECONDS", 0), ("FLUSH_BYTES", 50)])
+def test_results_are_flushed_by_time_and_by_size(
     limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = PieceWriter(tmp_path, 0, PER_CELL, RUN)
@@ -234,7 +232,7 @@ def test_results_wait_in_memory_neither_long_nor_in_great_number(
     assert read(tmp_path, PER_CELL).rows.tolist() == [1, 2, 3, 4, 5]
 
 
-def test_a_folder_that_went_away_is_an_error(tmp_path: Path) -> None:
+def test_deleted_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="results cannot be written"):
         write_pieces(tmp_path / "gone", [1])
 
@@ -248,7 +246,7 @@ def test_a_folder_that_went_away_is_an_error(tmp_path: Path) -> None:
         ("cge", ["llh"], {"llh"}),
     ],
 )
-def test_only_what_is_wanted_is_kept(emb_type: str, output_keys: list[str], fields: set[str]) -> None:
+def test_only_requested_fields_are_stored(emb_type: str, output_keys: list[str], fields: set[str]) -> None:
     wanted = {"model.inference_config.emb_type": emb_type, "model.inference_config.output_keys": output_keys}
     inference = load_config(CHECKPOINT, wanted).model.inference_config
     assert layout_of(inference, 32).keys() == fields

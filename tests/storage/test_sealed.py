@@ -1,4 +1,4 @@
-"""A sealed file is read back as it was written, or not at all."""
+"""Sealed files round-trip, or are reported as damaged."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ ARRAYS: dict[str, np.ndarray] = {
 }
 
 
-def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
+def test_arrays_round_trip(tmp_path: Path) -> None:
     write_sealed(tmp_path / "x", ARRAYS, {"run": "a"})
     for name, array in read_sealed(tmp_path / "x").items():
         np.testing.assert_array_equal(array, ARRAYS[name])
@@ -27,20 +27,20 @@ def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_it_is_a_safetensors_file(tmp_path: Path) -> None:
+def test_sealed_file_is_a_safetensors_file(tmp_path: Path) -> None:
     write_sealed(tmp_path / "x", ARRAYS, {"run": "a"})
     for name, array in load_file(tmp_path / "x").items():
         np.testing.assert_array_equal(array, ARRAYS[name])
 
 
-def test_arrays_in_pieces_of_any_layout_become_one(tmp_path: Path) -> None:
+def test_array_sequences_are_concatenated(tmp_path: Path) -> None:
     whole = np.arange(60, dtype=np.float32).reshape(12, 5)
     write_sealed(tmp_path / "x", {"a": [whole[:5], np.asfortranarray(whole[5:9]), whole[9:].astype(">f4")]})
     np.testing.assert_array_equal(read_sealed(tmp_path / "x")["a"], whole)
     np.testing.assert_array_equal(SealedFile(tmp_path / "x").read_rows("a", 4, 10), whole[4:10])
 
 
-def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
+def test_every_flipped_bit_and_truncation_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_sealed(path, {"a": np.arange(5, dtype=np.int32), "b": np.ones(3)}, {"run": "0123"})
     whole = path.read_bytes()
@@ -57,23 +57,23 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
         read_sealed(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"x: missing"):
         read_sealed(tmp_path / "x")
     with pytest.raises(DamagedError, match=r"x: missing"):
         read_json(tmp_path / "x")
 
 
-def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_existing_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_sealed(path, {"a": np.zeros(3)})
-    path.with_name(".x.tmp").mkdir()  # where the new one is to be written first
+    path.with_name(".x.tmp").mkdir()  # blocks the temporary file
     with pytest.raises(OutputError, match=r"x: cannot be written \(Is a directory\)"):
         write_sealed(path, {"a": np.ones(3)})
     np.testing.assert_array_equal(read_sealed(path)["a"], np.zeros(3))
 
 
-def test_json_comes_back_and_every_change_is_noticed(tmp_path: Path) -> None:
+def test_json_round_trips_and_every_change_is_detected(tmp_path: Path) -> None:
     path, values = tmp_path / "x.json", {"a": [1, 2.5, None], "b": {"ü": "ß", "nan": float("inf")}}
     write_json(path, values)
     assert read_json(path) == values

@@ -1,4 +1,4 @@
-"""Training from a checkpoint: what stays, what is new, and that it can be used afterwards."""
+"""Training from a checkpoint: frozen and new parameters, labels, and use of the result."""
 
 import json
 from pathlib import Path
@@ -25,8 +25,7 @@ TYPES = np.array(["B", "T", "NK"])[np.arange(40) % 3]
 
 @pytest.fixture
 def cells(tmp_path: Path) -> Path:
-    """Cells whose type is told by some of their genes."""
-
+    """Cells whose type can be predicted from some of their genes."""
     path = write_cells(tmp_path / "cells.h5ad", cell_type=TYPES)
     adata = anndata.read_h5ad(path)
     counts = adata.X.toarray()
@@ -41,7 +40,7 @@ def trained_weights() -> dict[str, torch.Tensor]:
     return torch.load(CHECKPOINT / "model_weights.pt", weights_only=True)
 
 
-def test_weights_move_from_those_of_the_checkpoint_and_protein_embeddings_stay(cells: Path, tmp_path: Path) -> None:
+def test_all_weights_change_but_protein_embeddings(cells: Path, tmp_path: Path) -> None:
     fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, max_epochs=1))
     before, after = trained_weights(), weights(tmp_path / "run")
     assert before.keys() == after.keys()
@@ -52,8 +51,8 @@ def test_weights_move_from_those_of_the_checkpoint_and_protein_embeddings_stay(c
     assert all((before[name] - after[name]).abs().max() < 0.2 for name in moved)
 
 
-def test_the_model_of_the_demo_is_trained_on(tmp_path: Path) -> None:
-    """A checkpoint without columns of metadata, whose protein embeddings have a width of their own."""
+def test_the_demo_checkpoint_can_be_fine_tuned(tmp_path: Path) -> None:
+    """It has no metadata columns, and protein embeddings of another width."""
     genes = read_gene_ids(DEMO / "vocabs" / "pbmc_coexpression.h5")
     counts = np.random.default_rng(0).poisson(0.3, (60, len(genes)))
     make_adata(counts, genes).write_h5ad(tmp_path / "cells.h5ad")
@@ -63,13 +62,13 @@ def test_the_model_of_the_demo_is_trained_on(tmp_path: Path) -> None:
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(before) - {
         "gene_embeddings.embedding.weight"
     }
-    told = [json.loads((folder / "config.json").read_text())["model"] for folder in (DEMO, trained.checkpoint)]
-    assert told[0]["model_config"] == told[1]["model_config"]
+    configs = [json.loads((folder / "config.json").read_text())["model"] for folder in (DEMO, trained.checkpoint)]
+    assert configs[0]["model_config"] == configs[1]["model_config"]
     result = embed([tmp_path / "cells.h5ad"], load_checkpoint(trained.checkpoint, load_config(trained.checkpoint)))
     assert result.obsm["embeddings"].shape == (60, 96)
 
 
-def test_what_is_named_stays_frozen(cells: Path, tmp_path: Path) -> None:
+def test_named_modules_stay_frozen(cells: Path, tmp_path: Path) -> None:
     names = ["transformer_encoder.encoder_layers.0", "mu"]
     fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, max_epochs=1, freeze=names))
     before, after = trained_weights(), weights(tmp_path / "run")
@@ -78,16 +77,14 @@ def test_what_is_named_stays_frozen(cells: Path, tmp_path: Path) -> None:
         assert torch.equal(weight, after[name]) == is_frozen, name
 
 
-def test_a_module_that_is_not_there_cannot_be_frozen(cells: Path, tmp_path: Path) -> None:
+def test_freezing_an_unknown_module_is_refused(cells: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"--freeze transformer_encoder\.encoder_layers\.9: no such module; did you mean"
     ):
         fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, freeze=["transformer_encoder.encoder_layers.9"]))
 
 
-def test_with_lora_only_adapted_weights_move_and_the_checkpoint_bears_the_published_names(
-    cells: Path, tmp_path: Path
-) -> None:
+def test_lora_changes_adapted_weights_only_and_keeps_the_published_names(cells: Path, tmp_path: Path) -> None:
     fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, max_epochs=1, lora_rank=2))
     before, after = trained_weights(), weights(tmp_path / "run")
     assert before.keys() == after.keys()
@@ -96,12 +93,12 @@ def test_with_lora_only_adapted_weights_move_and_the_checkpoint_bears_the_publis
     load_checkpoint(tmp_path / "run" / "checkpoint", load_config(tmp_path / "run" / "checkpoint"))
 
 
-def test_new_assays_are_appended_and_start_from_a_known_one_or_the_mean(tmp_path: Path) -> None:
+def test_new_assays_start_from_a_known_one_or_the_mean(tmp_path: Path) -> None:
     cells = write_cells(tmp_path / "cells.h5ad", assay="brand-new")
     known = json.loads((CHECKPOINT / "vocabs" / "assay_vocab.json").read_text())
     like = next(name for name in known if name != "unknown")
     new = {"assay": {"brand-new": like, "other": "mean"}}
-    frozen = ["aux_embeddings"]  # so that they can be seen as they start
+    frozen = ["aux_embeddings"]  # to compare the initial values
     fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, max_epochs=1, new_aux_values=new, freeze=frozen))
     vocab = json.loads((tmp_path / "run" / "checkpoint" / "vocabs" / "assay_vocab.json").read_text())
     assert vocab == {**known, "brand-new": len(known), "other": len(known) + 1}
@@ -113,7 +110,7 @@ def test_new_assays_are_appended_and_start_from_a_known_one_or_the_mean(tmp_path
     torch.testing.assert_close(rows[len(known) + 1], before[others].mean(0))
 
 
-def test_with_lora_new_assays_are_learned_too(tmp_path: Path) -> None:
+def test_new_assays_are_learned_with_lora(tmp_path: Path) -> None:
     cells = write_cells(tmp_path / "cells.h5ad", assay="brand-new")
     new = {"assay": {"brand-new": "mean"}}
     fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, max_epochs=1, new_aux_values=new, lora_rank=1))
@@ -122,26 +119,29 @@ def test_with_lora_new_assays_are_learned_too(tmp_path: Path) -> None:
         trained_weights()["aux_embeddings.assay.weight"],
     )
     assert not torch.allclose(rows[-1], before[1:].mean(0))
-    torch.testing.assert_close(rows[:-1], before, rtol=0.01, atol=1e-4)  # no gradients; and no weight decay either
+    torch.testing.assert_close(rows[:-1], before, rtol=0.01, atol=1e-4)  # neither gradients nor weight decay
 
 
 @pytest.mark.parametrize(
     ("new", "message"),
     [
-        ({"assay": {"unknown": "mean"}}, "--new-assay unknown: the checkpoint's vocabulary of assay has it already"),
-        ({"assay": {"x": "10x multiom"}}, "does not have '10x multiom'; did you mean '10x multiome'"),
-        ({"tissue": {"x": "mean"}}, r"the checkpoint has no vocabulary for tissue; it has: assay"),
+        ({"assay": {"unknown": "mean"}}, "--new-assay unknown: already in the checkpoint's vocabulary of assay"),
+        (
+            {"assay": {"x": "10x multiom"}},
+            "'10x multiom' is not in the checkpoint's vocabulary of assay; did you mean '10x multiome'",
+        ),
+        ({"tissue": {"x": "mean"}}, r"the checkpoint has no vocabulary for tissue; it has assay"),
     ],
 )
-def test_impossible_new_values_are_refused(
+def test_invalid_new_values_are_refused(
     cells: Path, tmp_path: Path, new: dict[str, dict[str, str]], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, new_aux_values=new))
 
 
-def test_labels_are_learned_and_told_at_inference(cells: Path, tmp_path: Path) -> None:
-    """In memory and through a file, with probabilities, and only where they are wanted."""
+def test_labels_are_learned_and_predicted_at_inference(cells: Path, tmp_path: Path) -> None:
+    """In memory and through a file, with probabilities, and only if requested."""
     settings = {"gene_loss_weight": 0.0, "count_loss_weight": 0.0, "max_epochs": 50, "learning_rate": 0.01}
     trained = fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, label_column="cell_type", **settings))
     assert trained is not None
@@ -158,11 +158,11 @@ def test_labels_are_learned_and_told_at_inference(cells: Path, tmp_path: Path) -
 
     from_file = anndata.read_h5ad(written).obs
     assert list(from_file["predicted_cell_type"]) == list(result.obs["predicted_cell_type"])
-    unwanted = load_config(trained.checkpoint, {**options, "model.inference_config.predict_labels": False})
-    assert "predicted_cell_type" not in embed([cells], load_checkpoint(trained.checkpoint, unwanted)).obs
+    without_labels = load_config(trained.checkpoint, {**options, "model.inference_config.predict_labels": False})
+    assert "predicted_cell_type" not in embed([cells], load_checkpoint(trained.checkpoint, without_labels)).obs
 
 
-def test_heads_without_a_loss_stay_as_they_are(cells: Path, tmp_path: Path) -> None:
+def test_heads_without_a_loss_do_not_change(cells: Path, tmp_path: Path) -> None:
     settings = {"gene_loss_weight": 0.0, "count_loss_weight": 0.0, "max_epochs": 1, "label_column": "cell_type"}
     fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, **settings))
     before, after = trained_weights(), weights(tmp_path / "run")
@@ -171,7 +171,7 @@ def test_heads_without_a_loss_stay_as_they_are(cells: Path, tmp_path: Path) -> N
             assert torch.equal(before[name], after[name])
 
 
-def test_a_checkpoint_with_a_label_head_goes_on_learning_it(cells: Path, tmp_path: Path) -> None:
+def test_a_label_head_is_fine_tuned(cells: Path, tmp_path: Path) -> None:
     first = fit(config_of(tmp_path / "first", cells, start=CHECKPOINT, label_column="cell_type", max_epochs=1))
     assert first is not None
     fit(config_of(tmp_path / "more", cells, start=first.checkpoint, label_column="cell_type", max_epochs=1))
@@ -183,22 +183,18 @@ def test_a_checkpoint_with_a_label_head_goes_on_learning_it(cells: Path, tmp_pat
     assert 0 < difference < 0.1
 
 
-def test_a_label_column_that_is_missing_or_says_nothing_is_refused(cells: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"--label-column tissue: .*cells\.h5ad has no such column of obs; it has: assay"
-    ):
+def test_a_missing_or_constant_label_column_is_refused(cells: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--label-column tissue: .*cells\.h5ad has no such obs column; it has: assay"):
         fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, label_column="tissue"))
-    with pytest.raises(
-        DataError, match="--label-column assay: holds 1 distinct values; from 2 to 10000 can be learned"
-    ):
+    with pytest.raises(DataError, match="--label-column assay: 1 distinct values; choose a column with 2 to 10000"):
         fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, label_column="assay"))
 
 
-def test_labels_of_which_the_checkpoint_knows_none_are_refused(cells: Path, tmp_path: Path) -> None:
+def test_labels_unknown_to_the_checkpoint_are_refused(cells: Path, tmp_path: Path) -> None:
     first = fit(config_of(tmp_path / "first", cells, start=CHECKPOINT, label_column="cell_type", max_epochs=1))
     assert first is not None
     others = write_cells(tmp_path / "others.h5ad", cell_type=np.array(["x", "y"])[np.arange(40) % 2])
-    with pytest.raises(DataError, match=r"holds x, y, …, but the checkpoint's head tells B, NK, T"):
+    with pytest.raises(DataError, match=r"none of the values x, y, … is a label of the checkpoint's head \(B, NK, T"):
         fit(config_of(tmp_path / "more", others, start=first.checkpoint, label_column="cell_type"))
 
 

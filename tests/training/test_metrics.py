@@ -1,4 +1,4 @@
-"""The table of metrics of a resumed run is that of an unbroken one, whatever became of the file."""
+"""A resumed run restores metrics.csv, whatever happened to the file."""
 
 import subprocess
 import sys
@@ -15,19 +15,19 @@ from transcriptformer.training.run import fit
 SETTINGS: dict[str, Any] = {"save_every": 2, "model__model_config__mu_link_fn": "softplus"}
 
 
-class EndedError(Exception):
-    """Stands for whatever ends a run."""
+class InterruptedRunError(Exception):
+    """Raised to interrupt a run."""
 
 
-def end_at_step_7(n_done: int, n_steps: int, loss: float) -> None:
+def interrupt_at_step_7(n_done: int, n_steps: int, loss: float) -> None:
     if n_done == 7:
-        raise EndedError
+        raise InterruptedRunError
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with cells, and the run that learned from them."""
-    folder = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with cells, and a run that was trained on them."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     fit(config_of(folder / "run", write_cells(folder / "cells.h5ad"), **SETTINGS))
     return folder
 
@@ -49,19 +49,21 @@ def with_garbage(path: Path) -> None:
         *(pytest.param(without_last_bytes(n), id=f"-{n}", marks=pytest.mark.slow) for n in (1, 2, 60, 400)),
     ],
 )
-def test_lines_that_are_lost_or_torn_are_written_again(
-    damage: Callable[[Path], object], unbroken: Path, tmp_path: Path
+def test_lost_and_incomplete_lines_are_restored(
+    damage: Callable[[Path], object], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    cells = unbroken / "cells.h5ad"
-    with pytest.raises(EndedError):
-        fit(config_of(tmp_path / "run", cells, **SETTINGS), end_at_step_7)
+    cells = uninterrupted / "cells.h5ad"
+    with pytest.raises(InterruptedRunError):
+        fit(config_of(tmp_path / "run", cells, **SETTINGS), interrupt_at_step_7)
     damage(tmp_path / "run" / "metrics.csv")
     fit(config_of(tmp_path / "run", cells, resume=True, **SETTINGS))
-    assert_same_run(tmp_path / "run", unbroken / "run")
+    assert_same_run(tmp_path / "run", uninterrupted / "run")
 
 
-def test_a_line_that_cannot_be_written_ends_the_run_and_comes_again(unbroken: Path, tmp_path: Path) -> None:
-    """A limit on the size of files tears the line; the next command has more room."""
+def test_a_line_that_cannot_be_written_ends_the_run_and_is_restored_on_resume(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    """A limit on the file size truncates the line; the resumed run has no limit."""
     code = f"""
 import resource, signal, sys
 from pathlib import Path
@@ -75,7 +77,7 @@ def on_step(n_done, n_steps, loss):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 try:
-    fit(config_of(folder, Path({str(unbroken / "cells.h5ad")!r}), **{SETTINGS}), on_step)
+    fit(config_of(folder, Path({str(uninterrupted / "cells.h5ad")!r}), **{SETTINGS}), on_step)
 except OutputError as error:
     sys.exit(f"refused: {{error}}")
 """
@@ -83,20 +85,20 @@ except OutputError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     assert "metrics.csv: cannot be written (File too large)" in done.stderr, done.stderr
     assert not (tmp_path / "run" / "metrics.csv").read_bytes().endswith(b"\n")
-    fit(config_of(tmp_path / "run", unbroken / "cells.h5ad", resume=True, **SETTINGS))
-    assert_same_run(tmp_path / "run", unbroken / "run")
+    fit(config_of(tmp_path / "run", uninterrupted / "cells.h5ad", resume=True, **SETTINGS))
+    assert_same_run(tmp_path / "run", uninterrupted / "run")
 
 
-def test_a_torn_line_is_not_read(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.csv")
     metrics.begin()
     for step in (1, 2):
         metrics.append(step, {"loss": 2.5, "validation_label_accuracy": 0.625})
-    whole = metrics.path.read_bytes()
+    complete = metrics.path.read_bytes()
     assert [row["validation_label_accuracy"] for row in read_metrics(metrics.path)] == ["0.625", "0.625"]
-    second_line = whole.rindex(b"\r\n", 0, -2) + 2
-    for end in range(second_line, len(whole)):
-        metrics.path.write_bytes(whole[:end])
+    second_line = complete.rindex(b"\r\n", 0, -2) + 2
+    for end in range(second_line, len(complete)):
+        metrics.path.write_bytes(complete[:end])
         (row,) = read_metrics(metrics.path)
         assert tuple(row) == COLUMNS
         assert row["step"] == "1"

@@ -1,4 +1,4 @@
-"""The order of training: every cell once, by the seed alone."""
+"""The order of training: every cell once per epoch, determined by the seed."""
 
 from collections.abc import Sequence
 
@@ -14,20 +14,20 @@ from transcriptformer.training.order import Blocks, Epochs
 def make_epochs(
     n_cells: Sequence[int] = (1000, 333),
     weights: Sequence[float] | None = None,
-    wanted: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
     block_size: int = 16,
     n_streams: int = 4,
     window_size: int = 48,
     batch_size: int = 32,
     seed: int = 0,
 ) -> Epochs:
-    is_wanted = np.ones(sum(n_cells), bool) if wanted is None else wanted
-    blocks = Blocks(n_cells, is_wanted, block_size)
+    is_training = np.ones(sum(n_cells), bool) if mask is None else mask
+    blocks = Blocks(n_cells, is_training, block_size)
     return Epochs(blocks, weights or [1.0] * len(n_cells), n_streams, window_size, batch_size, seed)
 
 
 def rows_of_stream(epochs: Epochs, epoch: int, stream: int) -> np.ndarray:
-    """The cells of a stream, in the order in which they are learned from."""
+    """Return the cells of a stream in training order."""
     n_cells = int(epochs.cells_of_steps(epoch, stream)[-1])
     windows = range(epochs.window_of(stream, 0), epochs.window_of(stream, n_cells - 1) + 1)
     rows, n_before = [], 0
@@ -52,19 +52,19 @@ def rows_of_epoch(epochs: Epochs, epoch: int) -> np.ndarray:
     seed=st.integers(0, 3),
 )
 @settings(max_examples=60)
-def test_every_wanted_cell_comes_once_in_an_epoch(
+def test_every_training_cell_occurs_once_per_epoch(
     n_cells: list[int], block_size: int, n_streams: int, window_size: int, extra: int, seed: int
 ) -> None:
-    wanted = np.random.default_rng(seed).random(sum(n_cells)) < 0.7
-    if wanted.sum() < n_streams:
+    mask = np.random.default_rng(seed).random(sum(n_cells)) < 0.7
+    if mask.sum() < n_streams:
         return
-    epochs = make_epochs(n_cells, None, wanted, block_size, n_streams, window_size, n_streams + extra, seed)
+    epochs = make_epochs(n_cells, None, mask, block_size, n_streams, window_size, n_streams + extra, seed)
     for epoch in range(2):
-        assert sorted(rows_of_epoch(epochs, epoch)) == np.flatnonzero(wanted).tolist()
+        assert sorted(rows_of_epoch(epochs, epoch)) == np.flatnonzero(mask).tolist()
 
 
 @given(n_cells=st.integers(8, 500), n_streams=st.integers(1, 8), batch_size=st.integers(8, 64))
-def test_every_stream_has_a_cell_in_every_step_and_no_step_more_than_the_batch_size_asks(
+def test_every_step_has_a_cell_of_every_stream_and_at_most_batch_size_cells(
     n_cells: int, n_streams: int, batch_size: int
 ) -> None:
     epochs = make_epochs([n_cells], n_streams=n_streams, batch_size=batch_size)
@@ -78,7 +78,7 @@ def test_every_stream_has_a_cell_in_every_step_and_no_step_more_than_the_batch_s
         assert per_step.max() <= batch_size
 
 
-def test_epochs_and_seeds_differ_and_the_same_seed_does_not() -> None:
+def test_the_order_depends_on_the_epoch_and_the_seed() -> None:
     first, again, other = make_epochs(seed=0), make_epochs(seed=0), make_epochs(seed=1)
     assert rows_of_epoch(first, 0).tolist() == rows_of_epoch(again, 0).tolist()
     assert rows_of_epoch(first, 0).tolist() != rows_of_epoch(first, 1).tolist()
@@ -86,15 +86,15 @@ def test_epochs_and_seeds_differ_and_the_same_seed_does_not() -> None:
 
 
 def test_cells_of_a_piece_are_consecutive_in_their_source() -> None:
-    wanted = np.random.default_rng(0).random(1333) < 0.9
-    epochs = make_epochs(wanted=wanted)
+    mask = np.random.default_rng(0).random(1333) < 0.9
+    epochs = make_epochs(mask=mask)
     for stream in range(4):
         _, _, pieces = epochs.window(0, stream, 1)
         for piece in pieces:
             assert piece.cells[-1] - piece.cells[0] < 16
             assert piece.cells[0] // 16 == piece.cells[-1] // 16
             np.testing.assert_array_equal(piece.rows, piece.cells + (0 if piece.source == 0 else 1000))
-            assert wanted[piece.rows].all()
+            assert mask[piece.rows].all()
 
 
 def test_fractions_of_a_source_add_up_to_whole_passes() -> None:
@@ -113,12 +113,12 @@ def test_a_step_is_located_in_its_epoch() -> None:
     assert [epochs.locate(step) for step in (0, 9, 10, 25)] == [(0, 0), (0, 9), (1, 0), (2, 5)]
 
 
-def test_genes_are_shuffled_anew_for_every_visit() -> None:
+def test_genes_are_reshuffled_at_every_visit() -> None:
     epochs = make_epochs()
     seeds = [piece.seed for epoch in range(3) for piece in epochs.window(epoch, 0, 1)[2]]
     assert len(set(seeds)) == len(seeds)
 
 
 def test_fewer_cells_than_streams_are_refused() -> None:
-    with pytest.raises(DataError, match=r"3 cells to learn from in an epoch are fewer than training\.streams=4"):
+    with pytest.raises(DataError, match=r"an epoch has 3 training cells, fewer than training\.streams=4"):
         make_epochs((3,)).n_steps(0)

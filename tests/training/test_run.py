@@ -1,4 +1,4 @@
-"""Training: what it learns, that nothing but the seed decides about it, and what comes out."""
+"""Training runs: their output, reproducibility, resumption and errors."""
 
 import os
 import random
@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from tests.commands import COMMAND, finish, start
 from tests.training.training_runs import GENE_FILE, SMALL, assert_same_run, config_of, losses, weights, write_cells
@@ -28,13 +29,13 @@ from transcriptformer.training.run import fit
 NO_DROPOUT: dict[str, Any] = {"model__model_config__dropout": 0.0}
 
 ALL_HAVE_GRADIENTS: dict[str, Any] = {"model__model_config__mu_link_fn": "softplus"}
-"""A softmax does not feel what is added to all genes alike; AdamW would drive the weights behind that by rounding."""
+"""A softmax is invariant to a shift of all genes, so rounding errors would move the weights behind that shift."""
 
 REFERENCE = os.environ.get("TRANSCRIPTFORMER_REFERENCE_PYTHON")
 
 
-class EndedError(Exception):
-    """Stands for whatever ends a run."""
+class InterruptedRunError(Exception):
+    """Raised to interrupt a run."""
 
 
 @pytest.fixture
@@ -42,10 +43,10 @@ def cells(tmp_path: Path) -> Path:
     return write_cells(tmp_path / "cells.h5ad")
 
 
-def end_at(step: int) -> Any:
+def interrupt_at(step: int) -> Any:
     def on_step(n_done: int, n_steps: int, loss: float) -> None:
         if n_done == step:
-            raise EndedError
+            raise InterruptedRunError
 
     return on_step
 
@@ -58,7 +59,7 @@ def train_command(folder: Path, *files: Path, **settings: object) -> list[str]:
     return [*fixed, *options]
 
 
-def test_what_comes_out_is_a_checkpoint_a_table_a_picture_and_the_configuration(cells: Path, tmp_path: Path) -> None:
+def test_the_output_is_a_checkpoint_the_metrics_a_plot_and_the_configuration(cells: Path, tmp_path: Path) -> None:
     trained = fit(config_of(tmp_path / "run", cells))
     assert trained is not None
     assert trained.checkpoint == tmp_path / "run" / "checkpoint"
@@ -73,7 +74,7 @@ def test_what_comes_out_is_a_checkpoint_a_table_a_picture_and_the_configuration(
     assert trained.validation["validation_loss"] == best
 
 
-def test_a_checkpoint_that_was_trained_is_embedded_with(cells: Path, tmp_path: Path) -> None:
+def test_a_trained_checkpoint_embeds_cells(cells: Path, tmp_path: Path) -> None:
     trained = fit(config_of(tmp_path / "run", cells))
     assert trained is not None
     config = load_config(trained.checkpoint, {"model.inference_config.precision": "32"})
@@ -83,7 +84,7 @@ def test_a_checkpoint_that_was_trained_is_embedded_with(cells: Path, tmp_path: P
 
 
 @pytest.mark.skipif(REFERENCE is None, reason="TRANSCRIPTFORMER_REFERENCE_PYTHON names no interpreter")
-def test_the_published_package_embeds_alike_with_a_checkpoint_that_was_trained(tmp_path: Path) -> None:
+def test_the_published_package_gives_the_same_embeddings_with_a_trained_checkpoint(tmp_path: Path) -> None:
     cells = write_cells(tmp_path / "cells.h5ad")
     config = config_of(tmp_path / "run", cells, model__model_config__seq_len=127)
     trained = fit(config)
@@ -114,7 +115,7 @@ def test_the_published_package_embeds_alike_with_a_checkpoint_that_was_trained(t
     np.testing.assert_allclose(theirs.obsm["embeddings"], ours.obsm["embeddings"], rtol=1e-4, atol=1e-6)
 
 
-def test_the_same_seed_makes_the_same_weights_and_another_one_others(cells: Path, tmp_path: Path) -> None:
+def test_weights_depend_on_the_seed_only(cells: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         fit(config_of(tmp_path / name, cells, seed=seed))
     a, b, c = (weights(tmp_path / name) for name in "abc")
@@ -122,49 +123,49 @@ def test_the_same_seed_makes_the_same_weights_and_another_one_others(cells: Path
     assert not torch.equal(a["gene_id_head.layers.0.weight"], c["gene_id_head.layers.0.weight"])
 
 
-def test_how_a_step_is_cut_into_batches_does_not_matter(cells: Path, tmp_path: Path) -> None:
-    """Gradients are accumulated by genes: a step of one batch equals one of many."""
-    for name, tokens in (("whole", 10_000), ("cut", 40)):
+def test_the_batch_size_does_not_change_a_step(cells: Path, tmp_path: Path) -> None:
+    """Gradients are accumulated over genes: a step of one batch equals one of many."""
+    for name, tokens in (("one", 10_000), ("many", 40)):
         fit(config_of(tmp_path / name, cells, tokens_per_batch=tokens, **NO_DROPOUT, **ALL_HAVE_GRADIENTS))
-    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-4)
 
 
-def test_workers_do_not_change_what_is_learned(cells: Path, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_losses(cells: Path, tmp_path: Path) -> None:
     for name, n_workers in (("none", 0), ("two", 2)):
         fit(config_of(tmp_path / name, cells, model__data_config__n_data_workers=n_workers, **NO_DROPOUT))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "none"), rtol=1e-4)
 
 
-@pytest.mark.parametrize("ended_at", [3, 6, 10])
-def test_a_resumed_run_equals_an_unbroken_one(cells: Path, tmp_path: Path, ended_at: int) -> None:
-    """With dropout: also in the middle of an epoch, and at its very end."""
+@pytest.mark.parametrize("interrupted_at", [3, 6, 10])
+def test_a_resumed_run_equals_an_uninterrupted_one(cells: Path, tmp_path: Path, interrupted_at: int) -> None:
+    """With dropout; interrupted in the middle of an epoch and at its end."""
     settings: dict[str, Any] = {"save_every": 2}
-    fit(config_of(tmp_path / "unbroken", cells, **settings))
-    with pytest.raises(EndedError):
-        fit(config_of(tmp_path / "ended", cells, **settings), end_at(ended_at))
-    fit(config_of(tmp_path / "ended", cells, resume=True, **settings))
-    assert_same_run(tmp_path / "ended", tmp_path / "unbroken")
+    fit(config_of(tmp_path / "uninterrupted", cells, **settings))
+    with pytest.raises(InterruptedRunError):
+        fit(config_of(tmp_path / "interrupted", cells, **settings), interrupt_at(interrupted_at))
+    fit(config_of(tmp_path / "interrupted", cells, resume=True, **settings))
+    assert_same_run(tmp_path / "interrupted", tmp_path / "uninterrupted")
 
 
-@pytest.mark.parametrize("ended_at", [15, *(pytest.param(n, marks=pytest.mark.slow) for n in (11, 21))])
-def test_a_resumed_run_stops_as_early_as_an_unbroken_one(cells: Path, tmp_path: Path, ended_at: int) -> None:
+@pytest.mark.parametrize("interrupted_at", [15, *(pytest.param(n, marks=pytest.mark.slow) for n in (11, 21))])
+def test_a_resumed_run_stops_as_early_as_an_uninterrupted_one(cells: Path, tmp_path: Path, interrupted_at: int) -> None:
     settings: dict[str, Any] = {"max_epochs": 20, "patience": 2, "learning_rate": 0.03, "save_every": 2}
-    fit(config_of(tmp_path / "unbroken", cells, **settings))
-    assert 20 < losses(tmp_path / "unbroken")[-1][0] < 100
-    with pytest.raises(EndedError):
-        fit(config_of(tmp_path / "ended", cells, **settings), end_at(ended_at))
-    fit(config_of(tmp_path / "ended", cells, resume=True, **settings))
-    assert_same_run(tmp_path / "ended", tmp_path / "unbroken")
+    fit(config_of(tmp_path / "uninterrupted", cells, **settings))
+    assert 20 < losses(tmp_path / "uninterrupted")[-1][0] < 100
+    with pytest.raises(InterruptedRunError):
+        fit(config_of(tmp_path / "interrupted", cells, **settings), interrupt_at(interrupted_at))
+    fit(config_of(tmp_path / "interrupted", cells, resume=True, **settings))
+    assert_same_run(tmp_path / "interrupted", tmp_path / "uninterrupted")
 
 
-def test_more_readers_than_streams_would_change_the_order_and_are_not_resumed_with(cells: Path, tmp_path: Path) -> None:
-    with pytest.raises(EndedError):
-        fit(config_of(tmp_path / "run", cells, save_every=1), end_at(3))
+def test_resuming_with_more_workers_than_streams_is_refused(cells: Path, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        fit(config_of(tmp_path / "run", cells, save_every=1), interrupt_at(3))
     with pytest.raises(UsageError, match=r"changed: .*streams was 4, is 6"):
         fit(config_of(tmp_path / "run", cells, resume=True, model__data_config__n_data_workers=6))
 
 
-def test_a_command_that_was_refused_its_input_can_be_corrected(cells: Path, tmp_path: Path) -> None:
+def test_a_run_whose_input_was_refused_can_start_over(cells: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         fit(config_of(tmp_path / "run", cells, model__data_config__min_expressed_genes=1000))
     with pytest.raises(DataError):
@@ -172,9 +173,9 @@ def test_a_command_that_was_refused_its_input_can_be_corrected(cells: Path, tmp_
     assert fit(config_of(tmp_path / "run", cells)) is not None
 
 
-def test_a_damaged_state_is_named(cells: Path, tmp_path: Path) -> None:
-    with pytest.raises(EndedError):
-        fit(config_of(tmp_path / "run", cells, save_every=1), end_at(3))
+def test_a_damaged_state_is_an_error(cells: Path, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        fit(config_of(tmp_path / "run", cells, save_every=1), interrupt_at(3))
     (tmp_path / "run" / "state" / "last.ckpt").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"last\.ckpt: truncated or damaged"):
         fit(config_of(tmp_path / "run", cells, resume=True, save_every=1))
@@ -202,7 +203,7 @@ def test_a_finished_run_is_not_repeated(cells: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
 
 
-def test_another_run_is_not_resumed_and_an_earlier_one_not_overwritten(cells: Path, tmp_path: Path) -> None:
+def test_changed_settings_are_not_resumed_and_an_earlier_run_is_not_overwritten(cells: Path, tmp_path: Path) -> None:
     fit(config_of(tmp_path / "run", cells))
     with pytest.raises(UsageError, match="holds an earlier run; add --resume"):
         fit(config_of(tmp_path / "run", cells))
@@ -212,11 +213,11 @@ def test_another_run_is_not_resumed_and_an_earlier_one_not_overwritten(cells: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changed", ["cells", "genes"])
-def test_other_content_of_the_same_size_and_date_is_not_resumed_with(changed: str, cells: Path, tmp_path: Path) -> None:
+def test_changed_input_of_the_same_size_and_date_is_not_resumed(changed: str, cells: Path, tmp_path: Path) -> None:
     genes = Path(shutil.copy(GENE_FILE, tmp_path / "genes.h5"))
     settings: dict[str, Any] = {"training__protein_embeddings": [str(genes)]}
-    with pytest.raises(EndedError):
-        fit(config_of(tmp_path / "run", cells, save_every=1, **settings), end_at(3))
+    with pytest.raises(InterruptedRunError):
+        fit(config_of(tmp_path / "run", cells, save_every=1, **settings), interrupt_at(3))
     path, key = (cells, "X/data") if changed == "cells" else (genes, "arrays")
     status = path.stat()
     with h5py.File(path, "r+") as file:
@@ -224,7 +225,7 @@ def test_other_content_of_the_same_size_and_date_is_not_resumed_with(changed: st
         values[0] += 1
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
-    with pytest.raises(UsageError, match=r"holds another run; changed: (cells|start)\.0\.content was"):
+    with pytest.raises(UsageError, match=r"contains a different run; changed: (cells|start)\.0\.content was"):
         fit(config_of(tmp_path / "run", cells, save_every=1, resume=True, **settings))
 
 
@@ -246,10 +247,10 @@ def test_two_processes_equal_one_with_the_same_cells_per_step(cells: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_equals_unbroken(cells: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_at_random_and_resumed_equals_an_uninterrupted_one(cells: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"training__save_every": 3, "training__max_epochs": 30, **ALL_HAVE_GRADIENTS}
     command = train_command(tmp_path / "killed", cells, **settings)
-    fit(config_of(tmp_path / "unbroken", cells, **settings))
+    fit(config_of(tmp_path / "uninterrupted", cells, **settings))
     rng = random.Random(0)
     for attempt in range(5):
         metrics = tmp_path / "killed" / "metrics.csv"
@@ -260,23 +261,23 @@ def test_killed_at_random_moments_and_resumed_equals_unbroken(cells: Path, tmp_p
         finish(process, kill_after=rng.random() * 2)
     done = finish(start([*command, "--resume"]))
     assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+    assert_same_run(tmp_path / "killed", tmp_path / "uninterrupted")
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_batch(cells: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(cells: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", cells, learning_rate=1e30, clip_gradients=0, warmup_share=0, save_every=1)
-    with pytest.raises(TrainingError, match=r"step \d+: the loss is not a number, in a batch of \d+ cells: 'c\d+' \("):
+    with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite in a batch of \d+ cells: 'c\d+' \("):
         fit(config)
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-def test_a_validation_loss_that_is_not_a_number_stops_the_run(cells: Path, tmp_path: Path) -> None:
+def test_a_validation_loss_that_is_not_finite_stops_the_run(cells: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", cells, learning_rate=1e30, clip_gradients=0, warmup_share=0, max_steps=1)
-    with pytest.raises(TrainingError, match="step 1: the validation loss is not a number"):
+    with pytest.raises(TrainingError, match="step 1: the validation loss is not finite"):
         fit(config)
 
 
-def test_files_are_learned_from_as_often_as_their_weights_say(tmp_path: Path) -> None:
+def test_data_weights_are_passes_over_each_file(tmp_path: Path) -> None:
     first, second = (write_cells(tmp_path / f"{i}.h5ad", 40, seed=i) for i in range(2))
     config = config_of(tmp_path / "run", first, second, data_weights=[0.5, 2.0], validation_fraction=0.0, max_epochs=2)
     trained = fit(config)
@@ -285,22 +286,35 @@ def test_files_are_learned_from_as_often_as_their_weights_say(tmp_path: Path) ->
     assert trained.n_steps == 2 * 13  # (20 + 80) cells per epoch, 8 at a time
 
 
-def test_validation_files_are_validated_on_and_not_learned_from(cells: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.1])
+def test_there_is_a_baseline_only_with_validation(
+    fraction: float, cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[float] = []
+    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **style: lines.append(y))
+    trained = fit(config_of(tmp_path / "run", cells, validation_fraction=fraction, max_steps=1))
+    assert trained is not None
+    assert lines == ([trained.baseline] if fraction else [])
+    assert ("frequency baseline" in trained.describe()) == (fraction > 0)
+    assert (trained.baseline is None) == (trained.baseline_parts is None) == (fraction == 0)
+
+
+def test_validation_files_are_held_out(cells: Path, tmp_path: Path) -> None:
     other = write_cells(tmp_path / "other.h5ad", 8, seed=5)
     fit(config_of(tmp_path / "run", cells, validation_files=[str(other)]))
     assert len([row for row in read_metrics(tmp_path / "run" / "metrics.csv") if row["loss"]]) == 10  # all 40 cells
-    with pytest.raises(UsageError, match=r"cells\.h5ad is also learned from"):
+    with pytest.raises(UsageError, match=r"cells\.h5ad is also a training file"):
         fit(config_of(tmp_path / "again", cells, validation_files=[str(cells)]))
 
 
-def test_early_stopping_ends_a_run_that_gets_no_better(cells: Path, tmp_path: Path) -> None:
+def test_early_stopping_ends_a_run_that_does_not_improve(cells: Path, tmp_path: Path) -> None:
     trained = fit(config_of(tmp_path / "run", cells, max_epochs=20, patience=2, learning_rate=0.3))
     assert trained is not None
     steps = [int(row["step"]) for row in read_metrics(tmp_path / "run" / "metrics.csv")]
     assert steps[-1] == trained.n_steps + 2 * 5 < 100
 
 
-def test_the_weights_of_the_best_validation_come_out(cells: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_has_the_weights_of_the_best_validation(cells: Path, tmp_path: Path) -> None:
     trained = fit(config_of(tmp_path / "run", cells, max_epochs=6, learning_rate=0.1))
     assert trained is not None
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.csv") if row["validation_loss"]]
@@ -308,8 +322,8 @@ def test_the_weights_of_the_best_validation_come_out(cells: Path, tmp_path: Path
     assert trained.n_steps == int(best["step"])
 
 
-def test_a_full_disk_leaves_the_last_good_state(cells: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the end of the disk; PyTorch meets it while it writes."""
+def test_a_full_disk_keeps_the_last_state(cells: Path, tmp_path: Path) -> None:
+    """A limit on the file size simulates a full disk, which PyTorch hits while it writes."""
     code = f"""
 import resource, signal, sys
 from pathlib import Path
@@ -330,8 +344,8 @@ except OutputError as error:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
     )
     assert "refused" in done.stderr, done.stderr
-    assert "is still that of an earlier step; make room, then go on with --resume" in done.stderr
+    assert "still holds the state of an earlier step; free disk space, then rerun with --resume" in done.stderr
     assert {path.name for path in (tmp_path / "run" / "state").glob("*ckpt*")} == {"last.ckpt", "best.ckpt"}
     fit(config_of(tmp_path / "run", cells, save_every=2, resume=True, **ALL_HAVE_GRADIENTS))
-    fit(config_of(tmp_path / "unbroken", cells, save_every=2, **ALL_HAVE_GRADIENTS))
-    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+    fit(config_of(tmp_path / "uninterrupted", cells, save_every=2, **ALL_HAVE_GRADIENTS))
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")

@@ -1,4 +1,4 @@
-"""Steps as the training loop gets them, from real files, by several processes and workers."""
+"""Training steps read from files by several processes and workers."""
 
 from itertools import islice
 from pathlib import Path
@@ -44,7 +44,7 @@ def rows(step: list[Batch]) -> list[int]:
     return sorted(torch.cat([batch.rows for batch in step]).tolist())
 
 
-def test_every_cell_comes_once_per_epoch(readers: list[CellReader]) -> None:
+def test_every_cell_occurs_once_per_epoch(readers: list[CellReader]) -> None:
     both = steps(readers)
     assert len(both) == 30
     for epoch in (both[:15], both[15:]):
@@ -53,19 +53,19 @@ def test_every_cell_comes_once_per_epoch(readers: list[CellReader]) -> None:
 
 @pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize("n_processes", [1, 2])
-def test_processes_and_workers_share_out_the_same_steps(
+def test_processes_and_workers_share_the_same_steps(
     readers: list[CellReader], n_processes: int, n_workers: int
 ) -> None:
     shares = [steps(readers, (process, n_processes), n_workers, range(20)) for process in range(n_processes)]
-    alone = steps(readers, steps=range(20))
-    for parts, whole in zip(zip(*shares, strict=True), alone, strict=True):
+    single = steps(readers, steps=range(20))
+    for parts, expected in zip(zip(*shares, strict=True), single, strict=True):
         together = [batch for part in parts for batch in part]
-        assert rows(together) == rows(whole)
-        assert contents(together) == contents(whole)
+        assert rows(together) == rows(expected)
+        assert contents(together) == contents(expected)
 
 
 def contents(step: list[Batch]) -> dict[int, list[int]]:
-    """Genes of each cell, in order."""
+    """Return the genes of each cell, in order."""
     cells = {}
     for batch in step:
         for row, genes in zip(batch.rows.tolist(), batch.gene_tokens, strict=True):
@@ -73,14 +73,14 @@ def contents(step: list[Batch]) -> dict[int, list[int]]:
     return cells
 
 
-def test_a_stream_goes_on_from_any_step(readers: list[CellReader]) -> None:
-    whole = steps(readers)
+def test_a_stream_can_start_at_any_step(readers: list[CellReader]) -> None:
+    all_steps = steps(readers)
     for start in (1, 7, 15, 22):
-        for step, expected in zip(steps(readers, steps=range(start, 30)), whole[start:], strict=True):
+        for step, expected in zip(steps(readers, steps=range(start, 30)), all_steps[start:], strict=True):
             assert contents(step) == contents(expected)
 
 
-def test_genes_come_in_another_order_in_every_epoch(readers: list[CellReader]) -> None:
+def test_genes_are_reordered_in_every_epoch(readers: list[CellReader]) -> None:
     both = steps(readers)
     first, second = ({k: v for step in epoch for k, v in contents(step).items()} for epoch in (both[:15], both[15:]))
     assert all(sorted(first[cell]) == sorted(second[cell]) for cell in first)
@@ -104,4 +104,4 @@ def test_a_step_mixes_many_blocks() -> None:
     blocks = Blocks([2048], np.ones(2048, bool), block_size=16)
     epochs = Epochs(blocks, [1.0], n_streams=4, window_size=16 * 16, batch_size=128, seed=0)
     n_blocks = [len(set(block.rows // 16)) for block in islice(TrainingDataset(readers, epochs, range(16)), 16)]
-    assert np.median(n_blocks) > 40  # of the 64 that are in memory at a time
+    assert np.median(n_blocks) > 40  # of the 64 in memory

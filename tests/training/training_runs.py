@@ -21,11 +21,11 @@ SMALL: dict[str, object] = {
     **{"training.precision": "32", "training.device": "cpu", "training.log_every": 1, "training.max_epochs": 2},
     "training.learning_rate": 0.003,
 }
-"""A model and a run of seconds."""
+"""Settings of a model that trains in seconds."""
 
 
 def write_cells(path: Path, n_cells: int = 40, seed: int = 0, **obs: Any) -> Path:
-    """Random cells with these columns of metadata beside the assay."""
+    """Write random cells with these metadata columns besides the assay."""
     adata = random_adata(n_cells, n_genes=60, seed=seed)
     adata.obs = adata.obs.assign(**obs)
     adata.strings_to_categoricals()
@@ -34,7 +34,7 @@ def write_cells(path: Path, n_cells: int = 40, seed: int = 0, **obs: Any) -> Pat
 
 
 def write_recipe(path: Path) -> Path:
-    """`SMALL` as a file for `--config`."""
+    """Write `SMALL` as a recipe for `--config`."""
     recipe = OmegaConf.create()
     for key, value in SMALL.items():
         OmegaConf.update(recipe, key, value)
@@ -43,7 +43,7 @@ def write_recipe(path: Path) -> Path:
 
 
 def config_of(folder: Path, *files: Path, start: Path | None = None, **training: Any) -> TrainConfig:
-    """A run that writes into `folder`, from scratch or from the checkpoint `start`; double underscores are dots."""
+    """Configure a run with output `folder`, from scratch or from checkpoint `start`; double underscores are dots."""
     options: dict[str, object] = {
         "training.data_files": [str(file) for file in files],
         "training.output_path": str(folder),
@@ -58,15 +58,15 @@ def config_of(folder: Path, *files: Path, start: Path | None = None, **training:
 
 
 def losses(folder: Path) -> np.ndarray:
-    """Everything in metrics.csv but the seconds, as numbers (lines, columns), NaN where nothing is."""
+    """Read metrics.csv without the seconds as an array (lines, columns), with NaN for missing values."""
     rows = read_metrics(folder / "metrics.csv")
     return np.array([[float(v or "nan") for k, v in row.items() if k != "seconds"] for row in rows])
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """The same steps over the same genes, with the same losses and weights.
+    """Check that two runs have the same steps over the same genes, and the same losses and weights.
 
-    Rounding in a matrix product depends on where in memory it lies, so that numbers agree to float32's precision.
+    Values agree up to float32 precision, because rounding in matrix products depends on memory alignment.
     """
     steps, wanted = (
         [(row["step"], row["genes"], row["learning_rate"]) for row in read_metrics(run / "metrics.csv")]
@@ -82,5 +82,5 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the checkpoint that came out."""
+    """Load the weights of the trained checkpoint."""
     return torch.load(folder / "checkpoint" / "model_weights.pt", weights_only=True)

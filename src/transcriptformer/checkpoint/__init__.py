@@ -1,1 +1,1 @@
-"""The published checkpoint format: its folder is read, checked and written here."""
+"""Reading, validating and writing checkpoint folders in the published format."""

@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder that came from elsewhere: JSON that is read with limits, and names that stay inside."""
+"""Safe access to the files of an untrusted checkpoint folder: size-limited JSON, and no links out of the folder."""
 
 import json
 from pathlib import Path
@@ -7,52 +7,52 @@ from typing import Any
 from transcriptformer.errors import CheckpointError, one_line
 from transcriptformer.storage.external import OPTION
 
-MOST_BYTES = 2**26
-"""No JSON file of a checkpoint is larger; those of the published ones take kilobytes."""
+MAX_JSON_BYTES = 2**26
+"""Size limit of a checkpoint's JSON files; those of the published checkpoints take kilobytes."""
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Parse a JSON file.
 
     Raises
     ------
     FileNotFoundError
         If it is missing.
     CheckpointError
-        If it is not JSON, is very large or deeply nested, or has a key twice.
+        If it is not JSON, is too large or too deeply nested, or has duplicate keys.
     """
     try:
         size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise CheckpointError(f"{path}: {size:,} bytes of JSON; at most {MOST_BYTES:,} are read")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size:,} bytes of JSON exceed the limit of {MAX_JSON_BYTES:,}")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except FileNotFoundError:
         raise
     except RecursionError:
-        raise CheckpointError(f"{path}: not readable as JSON (nested too deeply)") from None
+        raise CheckpointError(f"{path}: cannot be parsed as JSON (nested too deeply)") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({one_line(error)})") from error
+        raise CheckpointError(f"{path}: cannot be parsed as JSON ({one_line(error)})") from error
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} is there twice")
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"duplicate key {duplicate!r}")
     return values
 
 
 def file_in(folder: Path, name: str, allow_external: bool) -> Path:
-    """The file of that plain name in a folder.
+    """Return the path of a file in a folder.
 
     Raises
     ------
     CheckpointError
-        If it is a symbolic link out of the folder, and that is not allowed.
+        If it is a symbolic link out of the folder and `allow_external` is false.
     """
     path = folder / name
     target = path.resolve()
     if not allow_external and target.parent != folder.resolve():
-        raise CheckpointError(f"{path}: is a link out of the folder, to {str(target)!r}; to follow it, add {OPTION}")
+        raise CheckpointError(f"{path}: is a link out of the folder, to {str(target)!r}; add {OPTION} to follow it")
     return path

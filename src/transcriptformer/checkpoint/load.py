@@ -1,4 +1,4 @@
-"""A checkpoint folder becomes vocabularies and a model."""
+"""Loading the vocabularies and the model of a checkpoint folder."""
 
 import hashlib
 import itertools
@@ -27,32 +27,31 @@ LABEL_HEAD = "label_head.pt"
 _EMBEDDING = "gene_embeddings.embedding.weight"
 _LAYERS = "transformer_encoder.encoder_layers."
 
-GREATEST_WEIGHT = 1.8e19
-"""The square of anything larger, which layer norms take, is no float32."""
-
+MAX_WEIGHT = 1.8e19
+"""Largest weight whose square, which layer norms compute, does not overflow float32."""
 
 REFERENCE_SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
-"""Order that the published package gives the special tokens of a new species, while its model keeps the old one."""
+"""Order of the special tokens that the published package uses for a new species; its model keeps the old order."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, ready to run.
+    """A loaded checkpoint.
 
     Attributes
     ----------
     path
-        Its folder.
+        Checkpoint folder.
     config
-        What it is to do.
+        Configuration of the run.
     gene_vocab, aux_vocabs
-        Its vocabularies; `aux_vocabs` in the order of the auxiliary tokens.
+        Vocabularies; `aux_vocabs` in the order of the auxiliary tokens.
     model
-        The model in evaluation mode, in the run's precision; what stays float32 is mapped from the file.
+        Model in evaluation mode and in the run's precision; weights that stay float32 are memory-mapped.
     device
-        Where it is to run.
+        Device to run on.
     label_head
-        What tells the label of a cell from its embedding, if it was trained to; in float32.
+        Head that predicts cell labels from embeddings, float32, if the checkpoint has one.
     """
 
     path: Path
@@ -65,27 +64,27 @@ class Checkpoint:
 
     @property
     def min_positions(self) -> int:
-        """Positions that every cell is padded to: none, but where the published package's stale indices are wanted."""
+        """Minimum padded length of a cell: 0, or `seq_len` to reproduce the published package's stale indices."""
         model = self.config.model
         return model.model_config.seq_len if model.inference_config.reference_stale_indices else 0
 
     @property
     def width(self) -> int:
-        """Width of an embedding."""
+        """Embedding width."""
         return self.model.embedding.shape[1] if isinstance(self.model, Esm2CE) else self.model.config.embed_dim
 
     @property
     def weights_bytes(self) -> int:
-        """Memory that the weights take."""
+        """Size of the weights in memory."""
         return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
 
     def weights_sha256(self) -> str:
-        """SHA-256 of `model_weights.pt`, as `sha256sum` prints it."""
+        """Return the SHA-256 of `model_weights.pt`, as `sha256sum` prints it."""
         with (self.path / "model_weights.pt").open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def identify_vocabularies(self) -> dict[str, str]:
-        """Hashes of what tells tokens and labels: genes and metadata by their ids, and the label head's file."""
+        """Return hashes of the gene and metadata vocabularies and, if there is one, of the label head's file."""
         values = {"genes": self.gene_vocab.names().tolist(), "metadata": {c: v.ids for c, v in self.aux_vocabs.items()}}
         hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in values.items()}
         if self.label_head is not None:
@@ -94,15 +93,15 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path, config: Config) -> Checkpoint:
-    """Read vocabularies and weights and build the model around them.
+    """Read the vocabularies and weights and build the model.
 
-    The weights are mapped into memory, not copied, and checked strictly by name and shape. `config` says which device
-    and precision they are meant for, and which protein embeddings stand in for those of a new species.
+    The weights are memory-mapped, not copied, and must match the model by name and shape. `config` sets the device, the
+    precision and the protein embeddings of a new species.
 
     Raises
     ------
     CheckpointError
-        If a file is missing or damaged, or the weights do not fit `config.json`.
+        If a file is missing or damaged, or the weights do not match `config.json`.
     """
     inference = config.model.inference_config
     device = choose_device(inference.device)
@@ -137,28 +136,28 @@ def new_model(
     weights: Mapping[str, Tensor],
     path: Path,
 ) -> TranscriptFormer:
-    """A model without weights, which those of `path` fit.
+    """Build a model on the meta device, to be filled with `weights`, which were read from `path`.
 
     Raises
     ------
     CheckpointError
-        If they do not.
+        If the weights do not match the model.
     """
     protein_dim = _check_embedding(weights, len(gene_vocab), path)
     n_layers = len({name.split(".")[2] for name in weights if name.startswith(_LAYERS)})
     if n_layers != config.model_config.num_layers:
         raise CheckpointError(
-            f"{path}: does not fit config.json: {n_layers} layers are in it, num_layers is "
+            f"{path}: does not match config.json: it has {n_layers} layers, but num_layers is "
             f"{config.model_config.num_layers}"
         )
     with torch.device("meta"):
-        made = TranscriptFormer(config.model_config, config.loss_config, gene_vocab, aux_vocabs, protein_dim)
-    check_weights(weights, made.state_dict(), path)
-    return made
+        model = TranscriptFormer(config.model_config, config.loss_config, gene_vocab, aux_vocabs, protein_dim)
+    check_weights(weights, model.state_dict(), path)
+    return model
 
 
 def _label_head(path: Path, config: Config) -> LabelHead | None:
-    """The label head, where it is wanted and was trained on what is computed: embeddings of cells by the last block."""
+    """Read the label head if labels are to be predicted and the run computes what it needs: last-layer embeddings."""
     model, inference = config.model, config.model.inference_config
     is_last = inference.embedding_layer_index in (-1, model.model_config.num_layers - 1)
     is_as_trained = model.model_type == "transcriptformer" and inference.emb_type == "cell" and is_last
@@ -168,35 +167,35 @@ def _label_head(path: Path, config: Config) -> LabelHead | None:
 
 
 def read_label_head(path: Path, embed_dim: int) -> LabelHead | None:
-    """The head in the `label_head.pt` of a checkpoint folder, if there is one, for embeddings of that width.
+    """Read `label_head.pt` from a checkpoint folder, if there is one.
 
     Raises
     ------
     CheckpointError
-        If it is damaged.
+        If it is damaged or expects embeddings of another width.
     """
     file = path / LABEL_HEAD
     if not file.exists():
         return None
     try:
         head = LabelHead.from_file(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # the reader raises whatever a damaged file leads it to
-        raise CheckpointError(f"{file}: damaged, or not the label head of a checkpoint ({one_line(error)})") from error
+    except Exception as error:  # on a damaged file, torch.load may raise anything
+        raise CheckpointError(f"{file}: damaged or not a label head ({one_line(error)})") from error
     width = head.linear.weight.shape[1]
     if width != embed_dim:
-        raise CheckpointError(f"{file}: is for embeddings of width {width}, but the checkpoint's have {embed_dim}")
+        raise CheckpointError(f"{file}: expects embeddings of width {width}, but the checkpoint's have {embed_dim}")
     return head.eval().requires_grad_(False)
 
 
 def _new_species(config: Config, trained: GeneVocab, embedding: Tensor) -> tuple[GeneVocab, Tensor]:
-    """Vocabulary and protein embeddings with the genes of another species; special tokens keep their trained rows."""
+    """Return the vocabulary and protein embeddings of a new species; special tokens keep their trained embeddings."""
     inference = config.model.inference_config
     files = [Path(file) for file in inference.pretrained_embedding]
     genes, rows = read_protein_embeddings(files, config.model.data_config.allow_external_links)
     if rows.shape[1] != embedding.shape[1]:
         raise CheckpointError(
-            f"{', '.join(map(str, files))}: embeddings of width {rows.shape[1]}, but the checkpoint was trained on "
-            f"{embedding.shape[1]}; they must come from the same protein language model"
+            f"{', '.join(map(str, files))}: embeddings have width {rows.shape[1]}, but the checkpoint was trained with "
+            f"{embedding.shape[1]}; use the same protein language model"
         )
     special = REFERENCE_SPECIAL_TOKENS if inference.reference_stale_indices else trained.special_tokens
     trained_rows = [trained.special_token(name) for name in special]
@@ -205,7 +204,7 @@ def _new_species(config: Config, trained: GeneVocab, embedding: Tensor) -> tuple
 
 
 def read_vocabs(path: Path, config: TrainedModel) -> tuple[GeneVocab, dict[str, AuxVocab]]:
-    """Vocabularies that a checkpoint was trained with.
+    """Read the vocabularies that a checkpoint was trained with.
 
     Raises
     ------
@@ -214,10 +213,10 @@ def read_vocabs(path: Path, config: TrainedModel) -> tuple[GeneVocab, dict[str, 
     """
     data, folder = config.data_config, path / "vocabs"
     if not data.esm2_mappings:
-        raise CheckpointError(f"{path / 'config.json'}: the needed key 'model.data_config.esm2_mappings' is missing")
+        raise CheckpointError(f"{path / 'config.json'}: the required key 'model.data_config.esm2_mappings' is missing")
     if len(data.aux_cols) != config.model_config.aux_len:
         raise CheckpointError(
-            f"{path / 'config.json'}: aux_len is {config.model_config.aux_len}, but aux_cols names "
+            f"{path / 'config.json'}: aux_len is {config.model_config.aux_len}, but aux_cols has "
             f"{len(data.aux_cols)} columns ({', '.join(data.aux_cols) or 'none'})"
         )
     external = data.allow_external_links
@@ -228,25 +227,25 @@ def read_vocabs(path: Path, config: TrainedModel) -> tuple[GeneVocab, dict[str, 
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of `model_weights.pt`, float32, memory-mapped; nothing in it is executed."""
+    """Read the state dict of `model_weights.pt`, float32, memory-mapped, without executing pickled code."""
     return {name: value.float() for name, value in _map_weights(path).items()}
 
 
 def check_values(path: Path) -> None:
-    """Raise CheckpointError where a weight is NaN, infinite, or too large for anything finite to come of it.
+    """Raise CheckpointError if a weight is NaN, infinite or larger than `MAX_WEIGHT`.
 
-    All of the file is read, about a gigabyte per second.
+    Reads the whole file, at about 1 GB/s.
     """
     for _, names in itertools.groupby(_map_weights(path), key=_part_of):
-        weights = _map_weights(path)  # its own mapping, so that no more than one part stays in memory
+        weights = _map_weights(path)  # a new mapping per part, so that only one part stays in memory
         for name in names:
             if weights[name].numel() == 0:
                 continue
-            least, greatest = map(float, weights[name].aminmax())  # both NaN, if there is one
-            if not -GREATEST_WEIGHT <= least <= greatest <= GREATEST_WEIGHT:
+            smallest, largest = map(float, weights[name].aminmax())  # both NaN if any value is
+            if not -MAX_WEIGHT <= smallest <= largest <= MAX_WEIGHT:
                 raise CheckpointError(
-                    f"{path}: {name} holds values from {least:g} to {greatest:g}; weights are numbers of no more than "
-                    f"{GREATEST_WEIGHT:g}; is the file damaged, or did training diverge?"
+                    f"{path}: {name} has values from {smallest:g} to {largest:g}, beyond ±{MAX_WEIGHT:g}; "
+                    "the file is damaged or training diverged"
                 )
 
 
@@ -261,9 +260,9 @@ def _map_weights(path: Path) -> dict[str, Tensor]:
         weights: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: damaged, or holds pickled code, which is not run; only tensors are read"
+            f"{path}: damaged, or contains pickled code, which is never executed; only tensors are loaded"
         ) from error
-    except Exception as error:  # the reader raises whatever a damaged file leads it to
+    except Exception as error:  # on a damaged file, torch.load may raise anything
         raise CheckpointError(f"{path}: truncated, damaged, or not in the zip format of torch.save") from error
     if not isinstance(weights, dict) or not all(_is_weight(name, value) for name, value in weights.items()):
         raise CheckpointError(f"{path}: not a state dict (names → dense floating-point tensors)")
@@ -277,15 +276,15 @@ def _is_weight(name: object, value: object) -> bool:
         and value.is_floating_point()
         and value.layout == torch.strided
         and value.device.type == "cpu"
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # one number is not a million
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # not an expanded view
     )
 
 
 def _cast_linear_layers(model: TranscriptFormer, path: Path, dtype: torch.dtype) -> None:
-    """Cast the weights of linear layers, once, so that their products run in `dtype`.
+    """Cast the weights of linear layers to `dtype`, so that matrix products run in it.
 
-    Each part of the model is read through a mapping of its own, which goes when the part is done: the pages that were
-    read do not stay in memory beside what became of them. The gene head, which no embedding needs, is left as it is.
+    Each part of the model is read through its own mapping, so that pages already read do not stay in memory next to the
+    cast weights. The gene head is not needed for embeddings and stays float32.
     """
     linear = [
         (name, module)
@@ -299,38 +298,38 @@ def _cast_linear_layers(model: TranscriptFormer, path: Path, dtype: torch.dtype)
                 weight = weights[f"{name}.{kind}"].to(dtype)
                 if not weight.isfinite().all():
                     raise CheckpointError(
-                        f"{path}: {name}.{kind} holds values beyond {torch.finfo(dtype).max:g}, the most of {dtype}; "
+                        f"{path}: {name}.{kind} has values beyond {torch.finfo(dtype).max:g}, the maximum of {dtype}; "
                         "add --precision 32"
                     )
                 setattr(module, kind, torch.nn.Parameter(weight))
 
 
 def _check_embedding(weights: Mapping[str, Tensor], n_genes: int, path: Path) -> int:
-    """Width of the protein embeddings, which have a row for every token."""
+    """Check that the protein embeddings have a row per token, and return their width."""
     embedding = weights.get(_EMBEDDING)
     if embedding is None or embedding.ndim != 2 or len(embedding) != n_genes:
-        found = "missing" if embedding is None else f"of another shape: {tuple(embedding.shape)}"
+        found = "is missing" if embedding is None else f"has shape {tuple(embedding.shape)}"
         raise CheckpointError(
-            f"{path}: does not fit config.json and vocabs/: {_EMBEDDING} is {found}; {n_genes} rows are needed"
+            f"{path}: does not match config.json and vocabs/: {_EMBEDDING} {found}; expected {n_genes} rows"
         )
     return embedding.shape[1]
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError where the names or shapes of weights are not those that are expected."""
+    """Raise CheckpointError if the names or shapes of weights differ from the expected ones."""
     problems = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],
-        "of another shape": [
+        "wrong shape": [
             f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
             for name, tensor in expected.items()
             if name in weights and weights[name].shape != tensor.shape
         ],
     }
-    found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names]
     if found:
-        raise CheckpointError(f"{path}: does not fit config.json and vocabs/: {'; '.join(found)}")
+        raise CheckpointError(f"{path}: does not match config.json and vocabs/: {'; '.join(found)}")
 
 
-def _some(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _shorten(names: list[str], limit: int = 10) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,4 +1,4 @@
-"""The published format of `config.json`: what is read from it, and what a trained model writes into it."""
+"""Reading and writing `config.json` in the published format."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,21 +28,21 @@ from transcriptformer.errors import CheckpointError, UsageError
 logger = logging.getLogger(__name__)
 
 BLOCK_LEN = 128
-"""Positions of a block in the published package's attention, which is compiled for whole blocks."""
+"""Block size, in positions, of the published package's block-compiled attention."""
 
 _CLASSES = {
     "data_config": "transcriptformer.data.dataclasses.DataConfig",
     "model_config": "transcriptformer.data.dataclasses.ModelConfig",
     "loss_config": "transcriptformer.data.dataclasses.LossConfig",
 }
-"""Names that the published package's config.json bears."""
+"""Class names in the published package's config.json."""
 
 _NOT_PUBLISHED = ("remove_duplicate_genes", "seed", "block_size", "use_raw", "allow_external_links")
-"""Settings of ours about how files are read, which the published format does not have."""
+"""Settings for reading files that the published format does not have."""
 
 
-# Keys of a published config.json that say nothing we need: class names, paths of the machine it was trained on,
-# and how the reference lays out its batches.
+# Keys of a published config.json that we do not need: class names, paths on the training machine, and the batch layout
+# of the reference implementation.
 _UNUSED_CHECKPOINT_KEYS = frozenset(
     {"_target_", "aux_vocab_path", "esm2_mappings_path", "pin_memory", "pad_zeros", "block_len"}
 )
@@ -51,29 +51,29 @@ _UNUSED_CHECKPOINT_KEYS = frozenset(
 def load_config(
     checkpoint_path: Path, options: Mapping[str, object] | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """Layer defaults, checkpoint, YAML, options and overrides into one checked configuration.
+    """Merge defaults, checkpoint, YAML, options and overrides, in this order, into one validated configuration.
 
     Parameters
     ----------
     checkpoint_path
-        Folder whose `config.json` says what was trained.
+        Checkpoint folder with the `config.json` of the trained model.
     options
-        Dotted path → value; None means "not given".
+        Dotted path → value; None values are ignored.
     overrides
-        `dotted.path=value` in Hydra's grammar, applied last; a list takes an index as a key
-        (`model.inference_config.obs_keys.0=cell_type`) or a whole list (`…output_keys=[embeddings,llh]`).
+        `dotted.path=value` in Hydra's grammar, applied last. Lists are set as a whole (`…output_keys=[embeddings,llh]`)
+        or by index (`model.inference_config.obs_keys.0=cell_type`).
 
     Raises
     ------
     UsageError
-        If an option or override has an unknown key, a wrong type or an impossible value.
+        If an option or override has an unknown key, a wrong type or an invalid value.
     CheckpointError
-        If `config.json` is missing, damaged, lacks a needed key or has an impossible value.
+        If `config.json` is missing or damaged, lacks a required key or has an invalid value.
     """
     if not checkpoint_path.is_dir():
         raise UsageError(f"--checkpoint-path {checkpoint_path}: no such folder")
     config_path = checkpoint_path / "config.json"
-    with faults_of(config_path):  # looked for before options come in, so that they are not blamed on these
+    with config_json_errors(config_path):  # before options are merged, which would be blamed for its errors
         config = OmegaConf.merge(OmegaConf.structured(Config), read_checkpoint_config(checkpoint_path))
         OmegaConf.to_object(config)
     config = OmegaConf.merge(config, OmegaConf.load(conf_dir() / "inference_config.yaml"))
@@ -84,10 +84,10 @@ def load_config(
 
 
 def read_checkpoint_config(checkpoint_path: Path) -> dict[str, Any]:
-    """Read the parts of a checkpoint's `config.json` that we use, as a nested dict that fits `Config`.
+    """Read the settings we use from a checkpoint's `config.json`, as a nested dict with the keys of `Config`.
 
-    This is the one place that knows the published format: nulls mean "not set here", `aux_cols` may be a
-    comma-separated string, unknown keys are reported and left out.
+    Handles the quirks of the published format: nulls mean "not set", `aux_cols` may be a comma-separated string,
+    unknown keys are ignored with a warning.
 
     Raises
     ------
@@ -111,27 +111,27 @@ def read_checkpoint_config(checkpoint_path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: the key 'model.{section}' is missing")
         names = {f.name for f in fields(schema)}
         for key in values.keys() - names - _UNUSED_CHECKPOINT_KEYS:
-            logger.warning("%s: unknown key model.%s.%s is left out", path, section, key)
+            logger.warning("%s: ignoring unknown key model.%s.%s", path, section, key)
         used[section] = {key: value for key, value in values.items() if key in names and value is not None}
     for key in sections.keys() - known.keys() - {"_target_", "inference_config"}:
-        logger.warning("%s: unknown key model.%s is left out", path, key)
+        logger.warning("%s: ignoring unknown key model.%s", path, key)
 
     aux_cols = used["data_config"].get("aux_cols")
     if isinstance(aux_cols, str):
         used["data_config"]["aux_cols"] = [column.strip() for column in aux_cols.split(",") if column.strip()]
     for key, value in leaves(used):
-        if "${" in str(value):  # OmegaConf would put a variable of the environment there
-            raise CheckpointError(f"{path}: model.{key}: {value!s:.100} refers to another value; give it itself")
+        if "${" in str(value):  # OmegaConf would interpolate environment variables
+            raise CheckpointError(f"{path}: model.{key}: {value!s:.100} is an interpolation; write the value itself")
     return {"model": used}
 
 
 @contextmanager
-def faults_of(config_path: Path) -> Iterator[None]:
-    """Raise what is wrong with the values of a checkpoint's `config.json` as CheckpointError."""
+def config_json_errors(config_path: Path) -> Iterator[None]:
+    """Translate errors in the values of a checkpoint's `config.json` to CheckpointError."""
     try:
         yield
     except MissingMandatoryValue as error:
-        raise CheckpointError(f"{config_path}: the needed key {full_key(error)} is missing") from error
+        raise CheckpointError(f"{config_path}: the required key {full_key(error)} is missing") from error
     except OmegaConfBaseException as error:
         raise CheckpointError(f"{config_path}: {full_key(error)}: {first_line(error)}") from error
     except (UsageError, OverflowError) as error:
@@ -139,9 +139,9 @@ def faults_of(config_path: Path) -> Iterator[None]:
 
 
 def published_config(model: TrainedModel) -> dict[str, Any]:
-    """The sections of `config.json`, with the keys of the published format.
+    """Return the sections of `config.json` with the keys of the published format.
 
-    How counts were scaled, clipped and sorted is said; filters and the shuffling of genes are of the training alone.
+    The scaling, clipping and sorting of counts is kept; filters and gene shuffling apply to training only.
     """
     sections = asdict(model)
     data = {key: value for key, value in sections["data_config"].items() if key not in _NOT_PUBLISHED}

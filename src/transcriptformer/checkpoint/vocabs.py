@@ -1,4 +1,4 @@
-"""Files of `vocabs/`: protein embeddings, whose order is the gene vocabulary, and ids of cell metadata."""
+"""The files of `vocabs/`: protein embeddings, whose order defines the gene vocabulary, and metadata vocabularies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ from transcriptformer.errors import CheckpointError, DataError, one_line
 from transcriptformer.storage.external import Guard, check_hdf5
 from transcriptformer.vocab import AuxVocab, GeneVocab, make_gene_vocab
 
-MOST_VALUES = 2**20
-"""Values of a column of cell metadata; those of published checkpoints are dozens."""
+MAX_AUX_TOKENS = 2**20
+"""Limit on the tokens of a metadata column; published checkpoints have dozens."""
 
 
 def read_gene_ids(path: Path, allow_external: bool = False) -> list[str]:
-    """Gene ids of a protein-embedding file, in its order; the embeddings themselves are not read.
+    """Read the gene ids of a protein-embedding file, in file order, without the embeddings.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, is not HDF5 or has no dataset `keys`; or if that lies in another file and
+        If the file is missing, is not HDF5 or has no dataset `keys`; or if the dataset is stored in another file and
         `allow_external` is false.
     """
     if not path.is_file():
@@ -33,28 +33,28 @@ def read_gene_ids(path: Path, allow_external: bool = False) -> list[str]:
         return [key.decode() if isinstance(key, bytes) else str(key) for key in keys]
     except DataError as error:
         raise CheckpointError(str(error)) from error
-    except Exception as error:  # h5py raises whatever damaged data leads it to
+    except Exception as error:  # on damaged data, h5py may raise anything
         raise CheckpointError(
-            f"{path}: not a protein-embedding file with a dataset 'keys' of names ({one_line(error)})"
+            f"{path}: not a protein-embedding file with a dataset 'keys' of gene ids ({one_line(error)})"
         ) from error
 
 
 def read_gene_vocab(
     paths: Sequence[Path], special_tokens: Sequence[str], pad_token: str, allow_external: bool = False
 ) -> GeneVocab:
-    """Join the genes of `paths` in their order; a gene seen twice keeps its first token."""
+    """Read a vocabulary of the genes in `paths`, in order; duplicate genes keep their first token."""
     gene_ids = (gene for path in paths for gene in read_gene_ids(path, allow_external))
     return make_gene_vocab(gene_ids, special_tokens, pad_token)
 
 
 def read_protein_embeddings(paths: Sequence[Path], allow_external: bool = False) -> tuple[list[str], np.ndarray]:
-    """Gene ids, each once, and their protein embeddings (genes, P), float32, of one or several files.
+    """Read the unique gene ids of one or more files and their protein embeddings (genes, P), float32.
 
     Raises
     ------
     CheckpointError
-        If a file is missing, damaged, lacks the embedding of a gene, or its embeddings are of another width; or if
-        some lie in another file and `allow_external` is false.
+        If a file is missing or damaged, lacks the embedding of a gene, or embeddings differ in width; or if some are
+        stored in another file and `allow_external` is false.
     """
     rows: dict[str, np.ndarray] = {}
     width = None
@@ -71,24 +71,24 @@ def read_protein_embeddings(paths: Sequence[Path], allow_external: bool = False)
                     rows[gene] = row = dataset[:].astype(np.float32)
                     width = width or row.shape
                     if row.shape != width or row.ndim != 1:
-                        raise CheckpointError(f"{path}: the embedding of {gene} has shape {row.shape}, others {width}")
+                        raise CheckpointError(f"{path}: the embedding of {gene} has shape {row.shape}, not {width}")
                     if not np.isfinite(row).all():
-                        raise CheckpointError(f"{path}: the embedding of {gene} holds NaN or infinite values")
+                        raise CheckpointError(f"{path}: the embedding of {gene} contains NaN or infinite values")
         except CheckpointError:
             raise
         except DataError as error:
             raise CheckpointError(str(error)) from error
-        except Exception as error:  # h5py raises whatever damaged data leads it to
+        except Exception as error:  # on damaged data, h5py may raise anything
             raise CheckpointError(
                 f"{path}: not a protein-embedding file with a group 'arrays' ({one_line(error)})"
             ) from error
     if not rows:
-        raise CheckpointError(f"{', '.join(map(str, paths))}: no gene in it")
+        raise CheckpointError(f"{', '.join(map(str, paths))}: contains no genes")
     return list(rows), np.stack(list(rows.values()))
 
 
 def write_protein_embeddings(file: h5py.File, gene_ids: Sequence[str], embeddings: np.ndarray) -> None:
-    """Fill an empty file with gene ids and their protein embeddings (genes, P), as float32."""
+    """Write gene ids and their protein embeddings (genes, P), as float32, to an empty file."""
     file["keys"] = np.array([gene.encode() for gene in gene_ids])
     arrays = file.create_group("arrays")
     for gene, row in zip(gene_ids, embeddings, strict=True):
@@ -110,6 +110,6 @@ def read_aux_vocab(path: Path, column: str, unknown: str) -> AuxVocab:
     if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()) or unknown not in ids:
         raise CheckpointError(f"{path}: not a JSON object of token ids with an entry {unknown!r}")
     for value, number in ids.items():
-        if not 0 <= number < MOST_VALUES:
-            raise CheckpointError(f"{path}: token id {number} of {value!r} is not from 0 to {MOST_VALUES - 1}")
+        if not 0 <= number < MAX_AUX_TOKENS:
+            raise CheckpointError(f"{path}: token id {number} of {value!r} is not between 0 and {MAX_AUX_TOKENS - 1}")
     return AuxVocab(column, ids, ids[unknown])

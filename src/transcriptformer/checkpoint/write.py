@@ -1,4 +1,4 @@
-"""A trained model becomes a checkpoint folder in the published layout."""
+"""Writing a trained model as a checkpoint folder in the published layout."""
 
 import json
 import shutil
@@ -26,19 +26,19 @@ def write_checkpoint(
 ) -> None:
     """Write `config.json`, `model_weights.pt`, `vocabs/` and, with a label head, `label_head.pt`.
 
-    The folder gets its name when all of it is there.
+    The folder appears only when it is complete.
 
     Parameters
     ----------
     gene_files
-        Protein-embedding files, to be copied, in the order of the vocabulary.
+        Protein-embedding files to copy, in vocabulary order.
     weights
-        Of the model, by the published names.
+        Weights of the model by their published names.
 
     Raises
     ------
     OutputError
-        If it cannot be written; nothing is left under the folder's name then.
+        If the folder cannot be written; no partial folder is left behind.
     """
     try:
         with atomic_folder(folder) as temporary:
@@ -56,5 +56,5 @@ def write_checkpoint(
                 torch.save(label_head.to_file(), temporary / "label_head.pt")
             text = json.dumps({"model": published_config(model)}, indent=2)
             (temporary / "config.json").write_text(text, encoding="utf-8")
-    except RuntimeError as error:  # PyTorch's writer has an error of its own for a full disk
+    except RuntimeError as error:  # what torch.save raises when the disk is full
         raise OutputError(f"{folder}: cannot be written ({one_line(error)})") from error

@@ -1,1 +1,1 @@
-"""The command line: one thin module per command, each of which imports its work only when it runs."""
+"""The command line: one thin module per command, which imports heavy modules only when the command runs."""

@@ -1,4 +1,4 @@
-"""`transcriptformer check`: what `inference` would make of files."""
+"""`transcriptformer check`: validate files and estimate a run."""
 
 import json
 import logging
@@ -7,62 +7,52 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transcriptformer.cli.inference import UseRaw, batch_size_setting, use_raw_setting
+from transcriptformer.cli.options import (
+    AllowExternalLinks,
+    ConfigOverride,
+    Debug,
+    Device,
+    GeneColName,
+    InferenceBatchSize,
+    Precision,
+    PretrainedEmbedding,
+    RemoveDuplicateGenes,
+    UseRawOption,
+    batch_size_setting,
+    option,
+    paths_setting,
+    use_raw_setting,
+)
 
 if TYPE_CHECKING:
     from transcriptformer.inference.check import Report
 
 
 def check(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="h5ad file or zarr store; several may be given.")],
-    checkpoint_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Checkpoint that they are meant for.")
-    ] = None,
-    gene_col_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of var with gene ids.", show_default="ensembl_id")
-    ] = None,
-    use_raw: Annotated[
-        UseRaw | None,
-        typer.Option(
-            metavar="true|false|auto", help="Where the counts are.", case_sensitive=False, show_default="auto"
-        ),
-    ] = None,
-    remove_duplicate_genes: Annotated[
-        bool | None, typer.Option("--remove-duplicate-genes", help="Keep the first column of each gene id.")
-    ] = None,
-    pretrained_embedding: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Protein embeddings of a new species; may be repeated.")
-    ] = None,
-    allow_external_links: Annotated[
-        bool | None,
-        typer.Option("--allow-external-links", help="Follow links in inputs to other files, and virtual datasets."),
-    ] = None,
-    batch_size: Annotated[
-        str | None, typer.Option(metavar="INT|auto", help="For the estimates.", show_default="8")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="16-mixed|bf16-mixed|32", help="For the estimates.", show_default="16-mixed")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="For the estimates.", show_default="auto")
-    ] = None,
-    config_override: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY.PATH=VALUE", help="Any configuration value; needs --checkpoint-path."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="h5ad files or zarr stores.")],
+    checkpoint_path: Annotated[Path | None, option("Checkpoint to check the files against.", metavar="DIR")] = None,
+    gene_col_name: GeneColName = None,
+    use_raw: UseRawOption = None,
+    remove_duplicate_genes: RemoveDuplicateGenes = None,
+    pretrained_embedding: PretrainedEmbedding = None,
+    allow_external_links: AllowExternalLinks = None,
+    batch_size: InferenceBatchSize = None,
+    precision: Precision = None,
+    device: Device = None,
+    config_override: ConfigOverride = None,
+    as_json: Annotated[bool, option("Print JSON.", "--json")] = False,
+    debug: Debug = False,
 ) -> None:
-    """Say what inference would make of files, without computing anything.
+    """Validate files for inference and estimate a run, without computing embeddings.
 
-    The exit code is 0, or 1 where inference would refuse a file.
+    The exit code is 1 if inference would refuse a file.
     """
     options: dict[str, object] = {
         "model.data_config.gene_col_name": gene_col_name,
         "model.data_config.use_raw": use_raw_setting(use_raw),
         "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
         "model.data_config.allow_external_links": allow_external_links,
-        "model.inference_config.pretrained_embedding": [str(p) for p in pretrained_embedding or []] or None,
+        "model.inference_config.pretrained_embedding": paths_setting(pretrained_embedding),
         "model.inference_config.batch_size": batch_size_setting(batch_size),
         "model.inference_config.precision": precision,
         "model.inference_config.device": device,
@@ -100,7 +90,7 @@ def _print_table(report: "Report") -> None:
 
 
 def _rows(report: "Report") -> list[tuple[str, str]]:
-    """What is known, in words."""
+    """Rows of the table: name and value."""
     rows: list[tuple[str, str]] = []
     if report.cells is not None:
         dropped = "" if report.cells_kept in (None, report.cells) else f", {report.cells_kept} after the filters"

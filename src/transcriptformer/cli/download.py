@@ -5,50 +5,46 @@ from typing import Annotated
 
 import typer
 
+from transcriptformer.cli.options import Debug, MaxRetries, option
+
 
 def download(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL", help="tf-sapiens, tf-exemplar, tf-metazoa, all-embeddings (protein embeddings), or all."
-        ),
+        typer.Argument(metavar="MODEL...", help="tf-sapiens, tf-exemplar, tf-metazoa, all-embeddings or all."),
     ],
-    checkpoint_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder of their folders.")] = Path("checkpoints"),
+    checkpoint_dir: Annotated[
+        Path, option("Parent folder of the downloaded checkpoints.", metavar="DIR", default="checkpoints")
+    ] = Path("checkpoints"),
     bucket: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="S3 bucket; AWS_ENDPOINT_URL_S3 names another service.",
-            show_default="czi-transcriptformer",
-        ),
+        option("S3 bucket; AWS_ENDPOINT_URL_S3 sets the endpoint.", metavar="NAME", default="czi-transcriptformer"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Fetch again what is there, and replace it.")] = False,
-    connections: Annotated[int, typer.Option(metavar="INT", min=1, help="By which a file is fetched at once.")] = 8,
-    max_retries: Annotated[
-        int, typer.Option(metavar="INT", min=0, help="Tries in a row that may fail, after the first.")
-    ] = 5,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    force: Annotated[bool, option("Download again and overwrite.", "--force")] = False,
+    connections: Annotated[int, option("Parallel connections per file.", metavar="INT", default=8, min=1)] = 8,
+    max_retries: MaxRetries = 5,
+    debug: Debug = False,
 ) -> None:
     """Download weights and protein embeddings.
 
-    What was fetched when a run ended is kept: the same command goes on from there.
+    An interrupted download continues when the command is run again.
     """
     from transcriptformer.cli.reporting import ByteProgress, plain_errors, resumable, say
 
     with plain_errors(debug), resumable():
         from transcriptformer.fetching.fetcher import Fetcher
-        from transcriptformer.fetching.weights import BUCKET, artifacts_of
+        from transcriptformer.fetching.weights import BUCKET, parse_artifacts
         from transcriptformer.fetching.weights import download as download_artifact
 
-        for name in artifacts_of(models):
+        for name in parse_artifacts(models):
             with ByteProgress() as progress:
-                fetcher = Fetcher(max_retries, connections, progress.advance, progress.found)
+                fetcher = Fetcher(max_retries, connections, progress.advance, progress.resumed)
                 folder = download_artifact(name, checkpoint_dir, fetcher, bucket or BUCKET, force, progress.expect)
             say(f"{folder}: {_describe(folder)}")
 
 
 def _describe(folder: Path) -> str:
-    """What is in a folder that has come, opened as `inference` would open it."""
+    """Describe a downloaded folder, opened as `inference` would open it."""
     from transcriptformer.checkpoint.published import load_config
     from transcriptformer.checkpoint.vocabs import read_gene_ids
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from transcriptformer.cli.options import Debug, MaxRetries, option
+
 if TYPE_CHECKING:
     from transcriptformer.data.bulk_download import Dataset, Outcome
     from transcriptformer.fetching.fetcher import Fetcher
@@ -20,57 +22,44 @@ class Source(StrEnum):
 
 def download_data(
     species: Annotated[
-        str, typer.Option(metavar="NAME[,NAME…]", help="Latin names, such as 'homo sapiens,mus musculus'. Required.")
+        str, option("Latin names, such as 'homo sapiens,mus musculus'; required.", metavar="NAME[,NAME…]")
     ] = "",
-    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the datasets.")] = Path("data/cellxgene"),
-    processes: Annotated[int, typer.Option(metavar="INT", min=1, help="Downloads at once.")] = 4,
-    max_retries: Annotated[
-        int, typer.Option(metavar="INT", min=0, help="Tries in a row that may fail, after the first.")
-    ] = 5,
-    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Write no dataset_metadata.json.")] = False,
-    test_only: Annotated[bool, typer.Option("--test-only", help="Only ask whether the service answers.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many datasets, cells, bytes.")] = False,
-    tissue: Annotated[
-        str, typer.Option(metavar="NAME[,NAME…]", help="Only datasets of these tissues.", show_default=False)
-    ] = "",
-    assay: Annotated[
-        str, typer.Option(metavar="NAME[,NAME…]", help="Only datasets of these assays.", show_default=False)
-    ] = "",
-    disease: Annotated[
-        str, typer.Option(metavar="NAME[,NAME…]", help="Only datasets of these diseases.", show_default=False)
-    ] = "",
+    output_dir: Annotated[Path, option("Output folder.", metavar="DIR", default="data/cellxgene")] = Path(
+        "data/cellxgene"
+    ),
+    processes: Annotated[int, option("Parallel downloads.", metavar="INT", default=4, min=1)] = 4,
+    max_retries: MaxRetries = 5,
+    no_metadata: Annotated[bool, option("Do not write dataset_metadata.json.", "--no-metadata")] = False,
+    test_only: Annotated[bool, option("Only test the connection to the service.", "--test-only")] = False,
+    dry_run: Annotated[bool, option("Only print numbers of datasets, cells and bytes.", "--dry-run")] = False,
+    tissue: Annotated[str, option("Only datasets of these tissues.", metavar="NAME[,NAME…]")] = "",
+    assay: Annotated[str, option("Only datasets of these assays.", metavar="NAME[,NAME…]")] = "",
+    disease: Annotated[str, option("Only datasets of these diseases.", metavar="NAME[,NAME…]")] = "",
     collection: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID", help="Only datasets of this collection (id, address, DOI, name); may be repeated."),
+        option("Only datasets of this collection (id, URL, DOI or name); repeatable.", metavar="ID"),
     ] = None,
-    max_datasets: Annotated[
-        int | None, typer.Option(metavar="INT", min=1, help="Only the first so many datasets.")
-    ] = None,
+    max_datasets: Annotated[int | None, option("Maximum number of datasets.", metavar="INT", min=1)] = None,
     source: Annotated[
         Source,
-        typer.Option(
-            metavar="discover|census", help="Datasets as they were published, or cells of the CELLxGENE Census."
-        ),
+        option("Published datasets, or cells of the CELLxGENE Census.", metavar="discover|census", default="discover"),
     ] = Source.discover,
     cell_filter: Annotated[
         str,
-        typer.Option(
-            "--filter",
-            metavar="EXPRESSION",
-            help="Census: which cells, such as \"tissue_general == 'lung' and is_primary_data == True\".",
-            show_default=False,
-        ),
+        option("Census: filter expression, such as \"tissue_general == 'lung'\".", "--filter", metavar="EXPRESSION"),
     ] = "",
-    cells_per_file: Annotated[int, typer.Option(metavar="INT", min=1, help="Census: most cells in a file.")] = 50_000,
-    census_version: Annotated[str, typer.Option(metavar="NAME", help="Census: stable, latest or a date.")] = "stable",
-    census_uri: Annotated[
-        str | None, typer.Option(metavar="URI", help="Census: a local or mirrored one instead.")
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    cells_per_file: Annotated[
+        int, option("Census: maximum cells per file.", metavar="INT", default="50000", min=1)
+    ] = 50_000,
+    census_version: Annotated[
+        str, option("Census: stable, latest or a date.", metavar="NAME", default="stable")
+    ] = "stable",
+    census_uri: Annotated[str | None, option("Census: URI of a local copy or mirror.", metavar="URI")] = None,
+    debug: Debug = False,
 ) -> None:
     """Download datasets with raw counts from CELLxGENE.
 
-    What was fetched when a run ended is kept: the same command goes on from there. The exit code is 0 if all is there.
+    An interrupted download continues when the command is run again. The exit code is 0 if everything is complete.
     """
     from transcriptformer.cli.reporting import plain_errors, resumable, say
 
@@ -118,12 +107,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _print_selection(datasets: "list[Dataset]") -> None:
     from transcriptformer.cli.reporting import say
-    from transcriptformer.data.bulk_download import asset_or_none
-    from transcriptformer.fetching.fetcher import gigabytes
+    from transcriptformer.data.bulk_download import find_asset
+    from transcriptformer.fetching.fetcher import format_size
 
     cells = sum(dataset.get("cell_count") or 0 for dataset in datasets)
-    n_bytes = sum(asset.size or 0 for dataset in datasets if (asset := asset_or_none(dataset)))
-    say(f"{len(datasets):,} datasets with {cells:,} cells, {gigabytes(n_bytes)}")
+    n_bytes = sum(asset.size or 0 for dataset in datasets if (asset := find_asset(dataset)))
+    say(f"{len(datasets):,} datasets with {cells:,} cells, {format_size(n_bytes)}")
 
 
 def _download(
@@ -133,7 +122,7 @@ def _download(
     from transcriptformer.data.bulk_download import download_datasets
 
     with ByteProgress() as progress:
-        fetcher.advance, fetcher.found = progress.advance, progress.found
+        fetcher.advance, fetcher.resumed = progress.advance, progress.resumed
         outcomes = download_datasets(datasets, output_dir, fetcher, processes, save_metadata, progress.expect)
     _print_outcomes(outcomes)
     if any(outcome.status == "failed" for outcome in outcomes):
@@ -141,19 +130,19 @@ def _download(
 
 
 def _print_outcomes(outcomes: "list[Outcome]") -> None:
-    """What came, in sum, and each dataset that did not."""
+    """Print totals, and each dataset that failed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from transcriptformer.cli.reporting import printable
-    from transcriptformer.fetching.fetcher import gigabytes
+    from transcriptformer.fetching.fetcher import format_size
 
     table = Table("", "datasets", "cells", "size")
-    for status in ("downloaded", "there already", "failed"):
+    for status in ("downloaded", "already present", "failed"):
         of_it = [outcome for outcome in outcomes if outcome.status == status]
         cells, n_bytes = sum(o.cells for o in of_it), sum(o.n_bytes for o in of_it)
-        table.add_row(status, f"{len(of_it):,}", f"{cells:,}", gigabytes(n_bytes))
+        table.add_row(status, f"{len(of_it):,}", f"{cells:,}", format_size(n_bytes))
     console = Console(soft_wrap=True)
     console.print(table)
     for outcome in outcomes:
@@ -182,4 +171,4 @@ def _from_census(
                 say(f"{name}: {n_cells:,} cells, {-(-n_cells // cells_per_file):,} files")
                 continue
             for file in download_cells(census, name, output_dir, cell_filter, cells_per_file):
-                say(f"{file.path}: {file.n_cells:,} cells{'' if file.is_new else ', there already'}")
+                say(f"{file.path}: {file.n_cells:,} cells{'' if file.is_new else ', already present'}")

@@ -3,74 +3,49 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from transcriptformer.cli.options import PRECISION, PRECISIONS, Debug, Device, MaxRetries, NumGpus, Resume, option
 
 if TYPE_CHECKING:
     from transcriptformer.proteins.embed import Similarities, Summary
 
 
 def embed_proteins(
-    fasta: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Proteins of a species as FASTA, plain or gzipped.")
-    ] = None,
+    fasta: Annotated[Path | None, option("FASTA file of proteins, plain or gzipped.", metavar="FILE")] = None,
     organism_key: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Fetch them from Ensembl instead; such as homo_sapiens."),
+        str | None, option("Fetch the proteins from Ensembl, such as homo_sapiens.", metavar="NAME")
     ] = None,
-    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder of <species>_gene.h5.")] = Path(
-        "protein_embedding_results"
-    ),
+    output_dir: Annotated[
+        Path, option("Output folder of <species>_gene.h5.", metavar="DIR", default="protein_embedding_results")
+    ] = Path("protein_embedding_results"),
     model: Annotated[
         str,
-        typer.Option(metavar="NAME|DIR", help="ESM-2: a name on the Hugging Face hub, or a folder."),
+        option("ESM-2: Hugging Face name or local folder.", metavar="NAME|DIR", default="facebook/esm2_t36_3B_UR50D"),
     ] = "facebook/esm2_t36_3B_UR50D",
     layer: Annotated[
         int | None,
-        typer.Option(
-            metavar="INT",
-            help="Layer whose states are taken, from 1.",
-            show_default="33 of 36 layers, as published; of other models the last",
-        ),
+        option("Layer of the embeddings, from 1.", metavar="INT", default="33 of 36, as published; else the last"),
     ] = None,
     id_from: Annotated[
         str,
-        typer.Option(
-            metavar="gene|gene_symbol|REGEX",
-            help="Where headers tell the gene: gene:… without its version, gene_symbol:…, or what the one group of a "
-            "regular expression finds.",
-        ),
+        option("Header field or regular expression of the gene id.", metavar="gene|gene_symbol|REGEX", default="gene"),
     ] = "gene",
     isoforms: Annotated[
-        str,
-        typer.Option(metavar="first|longest|mean", help="Which of a gene's proteins stand for it."),
+        str, option("Isoforms that represent a gene.", metavar="first|longest|mean", default="first")
     ] = "first",
-    max_length: Annotated[int, typer.Option(metavar="INT", min=1, help="Residues at which a protein is cut.")] = 1022,
+    max_length: Annotated[
+        int, option("Truncate proteins to this many residues.", metavar="INT", default=1022, min=1)
+    ] = 1022,
     tokens_per_batch: Annotated[
         int | None,
-        typer.Option(
-            metavar="INT", min=1, help="Most tokens of a batch.", show_default="16384 on a GPU, 4096 on a CPU"
-        ),
+        option("Maximum tokens per batch.", metavar="INT", default="16384 on a GPU, 4096 on a CPU", min=1),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to compute.")] = "auto",
-    precision: Annotated[
-        str,
-        typer.Option(
-            metavar="32|16-mixed|bf16-mixed",
-            help="32, 16-mixed (fp16 on a GPU; bf16 on a CPU that has it, else 32) or bf16-mixed.",
-        ),
-    ] = "32",
-    num_gpus: Annotated[int, typer.Option(metavar="INT", help="GPUs to use, -1 for all; on a CPU, processes.")] = 1,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run of the same that was ended before it was done.")
-    ] = False,
-    compare: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Protein embeddings to compare the result with, gene by gene."),
-    ] = None,
-    max_retries: Annotated[
-        int, typer.Option(metavar="INT", min=0, help="Tries in a row to fetch proteins that may fail, after the first.")
-    ] = 5,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    device: Device = None,
+    precision: Annotated[str, option(PRECISION, metavar=PRECISIONS, default="32")] = "32",
+    num_gpus: NumGpus = None,
+    resume: Resume = False,
+    compare: Annotated[Path | None, option("Protein embeddings to compare the result with.", metavar="FILE")] = None,
+    max_retries: MaxRetries = 5,
+    debug: Debug = False,
 ) -> None:
     """Compute the protein embeddings of a species with ESM-2.
 
@@ -94,9 +69,9 @@ def embed_proteins(
             isoforms=isoforms,
             max_length=max_length,
             tokens_per_batch=tokens_per_batch,
-            device=device,
+            device=device or "auto",
             precision=precision,
-            num_gpus=num_gpus,
+            num_gpus=1 if num_gpus is None else num_gpus,
             resume=resume,
         )
         if compare is not None:
@@ -121,7 +96,7 @@ def _fetch(organism_key: str, folder: Path, max_retries: int) -> Path:
 
     source = fasta_source(organism_key)
     with resumable(), ByteProgress() as progress:
-        fetcher = Fetcher(max_retries, advance=progress.advance, found=progress.found)
+        fetcher = Fetcher(max_retries, advance=progress.advance, resumed=progress.resumed)
         return fetch_fasta(source, folder, fetcher, progress.expect)
 
 

@@ -1,157 +1,88 @@
-"""`transcriptformer inference`: options become a configuration, and the work is done elsewhere."""
+"""`transcriptformer inference`: turns options into a configuration and runs it."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-
-class UseRaw(StrEnum):
-    """Values of `--use-raw`."""
-
-    true = "true"
-    false = "false"
-    auto = "auto"
-
-
-def use_raw_setting(value: UseRaw | None) -> bool | str | None:
-    """The configuration's value."""
-    return {"true": True, "false": False, "auto": "auto", None: None}[value]
-
-
-def batch_size_setting(value: str | None) -> int | str | None:
-    """The configuration's value; what is no number is checked there."""
-    return int(value) if value is not None and value.isdigit() else value
+from transcriptformer.cli.options import (
+    AllowExternalLinks,
+    ConfigOverride,
+    Debug,
+    Device,
+    GeneColName,
+    InferenceBatchSize,
+    NDataWorkers,
+    NumGpus,
+    NumNodes,
+    Precision,
+    PretrainedEmbedding,
+    RemoveDuplicateGenes,
+    Resume,
+    UseRawOption,
+    batch_size_setting,
+    option,
+    paths_setting,
+    use_raw_setting,
+)
 
 
 def inference(
-    checkpoint_path: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the checkpoint.")],
+    checkpoint_path: Annotated[Path, option("Checkpoint folder.", metavar="DIR")],
     data_file: Annotated[
         list[str],
-        typer.Option(
-            metavar="FILE", help="h5ad file or zarr store (a path, s3:// or https://) with raw counts; may be repeated."
-        ),
+        option("h5ad file or zarr store (path, s3://, https://) with raw counts; repeatable.", metavar="FILE"),
     ],
-    output_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the result.", show_default="./inference_results")
-    ] = None,
+    output_path: Annotated[Path | None, option("Output folder.", metavar="DIR", default="./inference_results")] = None,
     output_filename: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the result.", show_default="embeddings.h5ad")
+        str | None, option("Name of the output, .h5ad or .zarr.", metavar="NAME", default="embeddings.h5ad")
     ] = None,
-    batch_size: Annotated[
-        str | None, typer.Option(metavar="INT|auto", help="Most cells in a batch.", show_default="auto")
-    ] = None,
-    gene_col_name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Column of var with Ensembl gene ids; 'index' for its index.",
-            show_default="ensembl_id",
-        ),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="16-mixed (fp16 on a GPU; bf16 on a CPU that has it, else 32), bf16-mixed or 32.",
-            metavar="16-mixed|bf16-mixed|32",
-            show_default="16-mixed",
-        ),
-    ] = None,
-    pretrained_embedding: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Protein embeddings of a new species; may be repeated.")
-    ] = None,
-    clip_counts: Annotated[
-        float | None, typer.Option(metavar="NUMBER", help="Counts above this are set to it.", show_default="30")
-    ] = None,
+    batch_size: InferenceBatchSize = None,
+    gene_col_name: GeneColName = None,
+    precision: Precision = None,
+    pretrained_embedding: PretrainedEmbedding = None,
+    clip_counts: Annotated[float | None, option("Clip counts at this value.", metavar="NUMBER", default=30)] = None,
     filter_to_vocabs: Annotated[
         bool | None,
-        typer.Option(
+        option(
+            "Drop genes outside the vocabulary, or keep them as unknown.",
             "--filter-to-vocabs/--no-filter-to-vocabs",
-            help="Drop genes outside the vocabulary, or take them as unknown.",
-            show_default="filter",
+            default="filter-to-vocabs",
         ),
     ] = None,
-    use_raw: Annotated[
-        UseRaw | None,
-        typer.Option(
-            metavar="true|false|auto",
-            help="Counts from .raw.X (true), .X (false), or .raw.X where there is one (auto).",
-            case_sensitive=False,
-            show_default="auto",
-        ),
-    ] = None,
+    use_raw: UseRawOption = None,
     embedding_layer_index: Annotated[
-        int | None,
-        typer.Option(
-            metavar="INT", help="Layer whose output is the embedding, from 0; -1 is the last.", show_default="-1"
-        ),
+        int | None, option("Layer of the embeddings, from 0; -1 is the last.", metavar="INT", default=-1)
     ] = None,
     model_type: Annotated[
         str | None,
-        typer.Option(
-            help="transcriptformer; or esm2ce, the genes' protein embeddings without a transformer.",
+        option(
+            "Model; esm2ce is the baseline without a transformer.",
             metavar="transcriptformer|esm2ce",
-            show_default="transcriptformer",
+            default="transcriptformer",
         ),
     ] = None,
     emb_type: Annotated[
-        str | None,
-        typer.Option(
-            help="cell: one vector per cell; cge: one per gene and cell.",
-            metavar="cell|cge",
-            show_default="cell",
-        ),
+        str | None, option("One embedding per cell, or per gene and cell (cge).", metavar="cell|cge", default="cell")
     ] = None,
     cge_pool: Annotated[
-        str | None,
-        typer.Option(metavar="gene|COLUMN", help="With cge, the mean per gene, or per gene and value of this column."),
+        str | None, option("Average cge per gene, or per gene and obs column.", metavar="gene|COLUMN")
     ] = None,
-    remove_duplicate_genes: Annotated[
-        bool | None,
-        typer.Option(
-            "--remove-duplicate-genes", help="Keep the first column of each gene id instead of refusing duplicates."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Where to compute.", metavar="auto|cpu|cuda|mps", show_default="auto"),
-    ] = None,
-    num_gpus: Annotated[
-        int | None,
-        typer.Option(metavar="INT", help="GPUs to use, -1 for all; on a CPU, processes.", show_default="1"),
-    ] = None,
-    num_nodes: Annotated[
-        int | None,
-        typer.Option(metavar="INT", help="Machines, on each of which the command is started.", show_default="1"),
-    ] = None,
+    remove_duplicate_genes: RemoveDuplicateGenes = None,
+    device: Device = None,
+    num_gpus: NumGpus = None,
+    num_nodes: NumNodes = None,
     oom_dataloader: Annotated[
         bool | None,
-        typer.Option(
+        option(
+            "Read counts in blocks, or load files into memory first.",
             "--oom-dataloader/--no-oom-dataloader",
-            help="Read counts in blocks as they are needed, or read files into memory first.",
-            show_default="in blocks",
+            default="oom-dataloader",
         ),
     ] = None,
-    n_data_workers: Annotated[
-        int | None, typer.Option(metavar="INT", help="Processes that prepare batches.", show_default="0")
-    ] = None,
-    allow_external_links: Annotated[
-        bool | None,
-        typer.Option("--allow-external-links", help="Follow links in inputs to other files, and virtual datasets."),
-    ] = None,
-    resume: Annotated[
-        bool | None, typer.Option("--resume", help="Go on with a run of the same that was ended before it was done.")
-    ] = None,
-    config_override: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Any configuration value, such as model.data_config.normalize_to_scale=10000; applied last, may be "
-            "given several times.",
-            metavar="KEY.PATH=VALUE",
-        ),
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    n_data_workers: NDataWorkers = None,
+    allow_external_links: AllowExternalLinks = None,
+    resume: Resume = False,
+    config_override: ConfigOverride = None,
+    debug: Debug = False,
 ) -> None:
     """Embed the cells of h5ad files or zarr stores.
 
@@ -170,14 +101,14 @@ def inference(
         "model.inference_config.output_filename": output_filename,
         "model.inference_config.batch_size": batch_size_setting(batch_size),
         "model.inference_config.precision": precision,
-        "model.inference_config.pretrained_embedding": [str(p) for p in pretrained_embedding or []] or None,
+        "model.inference_config.pretrained_embedding": paths_setting(pretrained_embedding),
         "model.inference_config.embedding_layer_index": embedding_layer_index,
         "model.inference_config.emb_type": emb_type,
         "model.inference_config.device": device,
         "model.inference_config.cge_pool": cge_pool,
         "model.inference_config.num_gpus": num_gpus,
         "model.inference_config.num_nodes": num_nodes,
-        "model.inference_config.resume": resume,
+        "model.inference_config.resume": resume or None,
         "model.inference_config.oom_dataloader": oom_dataloader,
     }
     from transcriptformer.cli.reporting import CountProgress, plain_errors, resumable, say

@@ -1,4 +1,4 @@
-"""How a command speaks to people: log lines and a progress bar on stderr, errors in one line."""
+"""Output of a command: log lines and a progress bar on stderr, errors in one line."""
 
 import logging
 import signal
@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -27,60 +27,56 @@ from rich.progress import (
 from rich.text import Text
 
 from transcriptformer.errors import TranscriptFormerError, one_line
-from transcriptformer.runtime.parents import end_with_launcher, is_launched
-from transcriptformer.runtime.signals import Ended, handling
+from transcriptformer.runtime.parents import exit_with_launcher, is_launched
+from transcriptformer.runtime.signals import TerminatedError, handle_signals
 
 logger = logging.getLogger(__name__)
 
 ISSUES = "https://github.com/czi-ai/transcriptformer/issues"
 
-_NO_ERRORS = (typer.Exit, typer.Abort, BrokenPipeError)
-"""Ways to end, which typer knows."""
+_HANDLED_BY_TYPER = (typer.Exit, typer.Abort, BrokenPipeError)
+"""Exceptions that Typer handles."""
 
 SECONDS_BETWEEN_LINES = 30
-"""How often progress is logged where there is no terminal for a bar."""
+"""Interval of log lines about progress, where there is no terminal for a bar."""
 
 
 def printable(text: str) -> str:
-    r"""One line with what a terminal would act upon, or not show, in the form of an escape such as \x1b.
-
-    Names and texts of a file may hold anything: control characters, marks that reverse the direction, line ends.
-    """
+    r"""Escape control characters, line ends and other invisible characters, as in \x1b; names in files may hold any."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print a text of one or more lines, each as `printable`."""
+    """Print a text of one or more lines, with `printable` applied to each."""
     typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
 
 
 class PrintableFormatter(logging.Formatter):
-    """Lines of the log: the level and a message that is `printable`."""
+    """Format log lines as level and `printable` message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Format a record."""
         return f"{record.levelname}: {printable(record.getMessage())}"
 
 
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """Log to stderr, and turn errors into one line and an exit code, with `debug` below the traceback.
+    """Log to stderr, and turn errors into one line and an exit code, after the traceback if `debug`.
 
-    An error that the user cannot put right is a line, too, which says so. SIGTERM and
-    SIGHUP raise Ended.
+    SIGTERM and SIGHUP raise TerminatedError.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PrintableFormatter())
     ours = logging.getLogger("transcriptformer")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-    end_with_launcher()
+    exit_with_launcher()
     try:
-        with handling():
+        with handle_signals():
             yield
-    except _NO_ERRORS:
+    except _HANDLED_BY_TYPER:
         raise
     except Exception as error:
         if debug:
@@ -102,21 +98,21 @@ def _in_one_line(error: Exception) -> str:
 
 @contextmanager
 def resumable(option: str = "") -> Iterator[None]:
-    """Say in one line what ended a run, what is kept, and which option goes on with it, if one is needed."""
+    """Say in one line what interrupted a run, what is kept, and how to continue it."""
     try:
         yield
-    except (KeyboardInterrupt, Ended) as error:
-        how = f"ended by {error.signal.name}" if isinstance(error, Ended) else "interrupted"
-        to_go_on = f"the same command with {option} goes on" if option else "the same command goes on from here"
-        kept = "; ".join(getattr(error, "__notes__", [])) or to_go_on
+    except (KeyboardInterrupt, TerminatedError) as error:
+        how = f"ended by {error.signal.name}" if isinstance(error, TerminatedError) else "interrupted"
+        advice = f"rerun the same command with {option} to continue" if option else "rerun the same command to continue"
+        kept = "; ".join(getattr(error, "__notes__", [])) or advice
         if not is_launched():
             with suppress(OSError):  # the terminal may be gone
                 say(f"INFO: {how}; {kept}", err=True)
-        raise typer.Exit(128 + (error.signal if isinstance(error, Ended) else signal.SIGINT)) from None
+        raise typer.Exit(128 + (error.signal if isinstance(error, TerminatedError) else signal.SIGINT)) from None
 
 
 class _Bar:
-    """A bar on a terminal; elsewhere, a log line now and then."""
+    """A progress bar on a terminal; elsewhere, a log line every `SECONDS_BETWEEN_LINES`."""
 
     def __init__(self, name: str, *columns: ProgressColumn, **fields: Any) -> None:
         console = Console(stderr=True)
@@ -129,6 +125,7 @@ class _Bar:
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("", total=None, **fields)
+        self.first: float | None = None
         self.started = self.last_line = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -139,9 +136,29 @@ class _Bar:
     ) -> None:
         self.bar.stop()
 
+    def show(self, n_done: float, n_total: float, describe: Callable[[float], str], **fields: str) -> None:
+        """Show that `n_done` of `n_total` are done; the clock starts at the first call.
+
+        Parameters
+        ----------
+        describe
+            The log line without the time left, given the rate per second.
+        fields
+            Values of the bar's own columns.
+        """
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.started, self.last_line = n_done, now, now
+            self.bar.start()
+        self.bar.update(self.task, completed=n_done, total=n_total, **fields)  # type: ignore[arg-type]
+        if self.bar.disable and n_done > self.first and now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            rate = (n_done - self.first) / (now - self.started)
+            logger.info("%s, %.0f s left", describe(rate), max(0, n_total - n_done) / rate)
+
 
 class CountProgress(_Bar):
-    """How many are embedded, how many per second and the time left.
+    """Number embedded, rate and time left.
 
     Parameters
     ----------
@@ -154,41 +171,24 @@ class CountProgress(_Bar):
         self.unit = unit
 
     def update(self, n_done: int, n_total: int) -> None:
-        """Show that `n_done` of `n_total` are done; the clock starts at the first call."""
-        now = time.monotonic()
-        if n_done == 0:
-            self.started = self.last_line = now
-            self.bar.start()
-        self.bar.update(self.task, completed=n_done, total=n_total)
-        if self.bar.disable and n_done and now - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            rate = n_done / (now - self.started)
-            left = (n_total - n_done) / rate
-            logger.info("%d of %d %s, %.1f per second, %.0f s left", n_done, n_total, self.unit, rate, left)
+        """Show that `n_done` of `n_total` are done."""
+        self.show(n_done, n_total, lambda rate: f"{n_done} of {n_total} {self.unit}, {rate:.1f} per second")
 
 
 class StepProgress(_Bar):
-    """Steps of training, the loss and the time left."""
+    """Training steps, loss and time left."""
 
     def __init__(self) -> None:
         super().__init__("training", MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"), loss="")
-        self.first: int | None = None
 
     def update(self, n_done: int, n_steps: int, loss: float) -> None:
-        """Show that `n_done` of `n_steps` are done; the clock starts at the first call."""
-        now = time.monotonic()
-        if self.first is None:
-            self.first, self.started, self.last_line = n_done, now, now
-            self.bar.start()
-        self.bar.update(self.task, completed=n_done, total=n_steps, loss=f"{loss:.3f}")
-        if self.bar.disable and n_done > self.first and now - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            left = (n_steps - n_done) * (now - self.started) / (n_done - self.first)
-            logger.info("%d of %d steps, loss %.3f, %.0f s left", n_done, n_steps, loss, left)
+        """Show that `n_done` of `n_steps` are done, and the latest loss."""
+        shown = f"{loss:.3f}"
+        self.show(n_done, n_steps, lambda _: f"{n_done} of {n_steps} steps, loss {shown}", loss=shown)
 
 
 class ByteProgress(_Bar):
-    """Bytes fetched, bytes per second and the time left; threads may use it at once."""
+    """Bytes fetched, rate and time left; thread-safe."""
 
     def __init__(self) -> None:
         super().__init__("downloading", DownloadColumn(), TransferSpeedColumn())
@@ -196,29 +196,24 @@ class ByteProgress(_Bar):
         self._lock = threading.Lock()
 
     def expect(self, n_bytes: int) -> None:
-        """There are so many more to come."""
+        """Add to the bytes to fetch."""
         with self._lock:
             self.n_bytes += n_bytes
-            self.bar.start()
-            self.bar.update(self.task, total=self.n_bytes)
+            self._show()
 
-    def found(self, n_bytes: int) -> None:
-        """So many of them were there already."""
+    def resumed(self, n_bytes: int) -> None:
+        """Subtract bytes that an earlier run fetched."""
         self.expect(-n_bytes)
 
     def advance(self, n_bytes: int) -> None:
-        """So many more have come."""
+        """Add to the fetched bytes."""
         with self._lock:
             self.n_done += n_bytes
-            self.bar.update(self.task, completed=self.n_done)
-            now = time.monotonic()
-            if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
-                self.last_line = now
-                rate = max(self.n_done, 1) / (now - self.started)
-                left = max(0, self.n_bytes - self.n_done) / rate
-                logger.info(
-                    "%.0f of %.0f MB, %.1f MB/s, %.0f s left", self.n_done / 1e6, self.n_bytes / 1e6, rate / 1e6, left
-                )
+            self._show()
+
+    def _show(self) -> None:
+        done, total = self.n_done / 1e6, self.n_bytes / 1e6
+        self.show(self.n_done, self.n_bytes, lambda rate: f"{done:.0f} of {total:.0f} MB, {rate / 1e6:.1f} MB/s")
 
 
 class _PerSecond(ProgressColumn):

@@ -1,1 +1,1 @@
-"""From files of counts to batches of tokens."""
+"""The data pipeline, from count matrices to batches of tokens."""

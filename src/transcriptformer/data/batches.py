@@ -1,4 +1,4 @@
-"""The cells of one or several sources as a stream of batches, of cells of like length, at their own length."""
+"""Streaming the cells of one or more sources in batches of similar length."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ from transcriptformer.data.tokenize import Tokens
 from transcriptformer.data.workers import shard_of_worker, start_workers
 
 BATCHES_AHEAD = 4
-"""Batches that are made ready while one is computed."""
+"""Batches prepared ahead of the one being computed."""
 
 LENGTH_MULTIPLE = 8
-"""Batches are padded to a multiple of this many positions: few shapes, little padding."""
+"""Batch lengths are padded to a multiple of this, which limits both the number of shapes and the padding."""
 
 
 class Batch(NamedTuple):
-    """Cells as the model takes them; B cells, L positions, A auxiliary columns.
+    """Model input: B cells, L positions, A auxiliary columns.
 
     Attributes
     ----------
     rows
-        Where each cell stands among the kept cells (B,), int64.
+        Index of each cell among the kept cells (B,), int64.
     gene_tokens
-        (B, L), int64, [PAD] after a cell's last gene.
+        (B, L), int64, padded with [PAD].
     gene_counts
-        (B, L), float32, 0 after a cell's last gene.
+        (B, L), float32, padded with 0.
     aux_tokens
         (B, A), int64.
     """
@@ -43,35 +43,35 @@ class Batch(NamedTuple):
     aux_tokens: Tensor
 
     def pinned(self) -> "Batch":
-        """The same in memory from which a GPU can fetch it by itself."""
+        """Return a copy in pinned memory."""
         return Batch(*(values.pin_memory() for values in self))
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How large a batch may be."""
+    """Limits on the size of a batch."""
 
     max_cells: int
-    """Most cells."""
+    """Maximum number of cells."""
     max_tokens: int
-    """Most positions, padding included; a single cell may have more."""
+    """Maximum number of positions, padding included; a single longer cell still gets a batch."""
 
 
 class CellDataset(IterableDataset[CellBlock]):
-    """The kept cells of several sources, as a stream of blocks of consecutive cells, each of which is read at once.
+    """Stream of the kept cells of several sources, in blocks of consecutive cells.
 
-    Blocks are dealt out to processes and their workers in turn.
+    Blocks are distributed round-robin over processes and their workers.
 
     Parameters
     ----------
     readers
-        The sources, in order.
+        Readers of the sources, in order.
     kept
-        Which of all their cells to serve (cells,), bool.
+        Mask of the cells to yield (cells,), bool.
     lengths
-        Genes of each of all cells (cells,).
+        Number of genes of each cell (cells,).
     block_size
-        Most cells that are read at once.
+        Maximum number of cells per read.
     """
 
     def __init__(self, readers: Sequence[CellReader], kept: np.ndarray, lengths: np.ndarray, block_size: int) -> None:
@@ -81,16 +81,16 @@ class CellDataset(IterableDataset[CellBlock]):
         self.is_done = np.zeros(self.n_kept, bool)
         self.process, self.n_processes = 0, 1
 
-    def deal_out(self, process: int, n_processes: int, is_done: np.ndarray) -> None:
-        """Serve one process of several, and leave out rows whose results are there, `is_done` (kept cells,).
+    def shard(self, process: int, n_processes: int, is_done: np.ndarray) -> None:
+        """Yield only the blocks of one of several processes, without the rows that are already done (kept cells,).
 
-        All processes must be told the same of what is done, for it decides which blocks each of them gets.
+        `is_done` must be the same in all processes, because it determines the assignment of blocks.
         """
         self.process, self.n_processes, self.is_done = process, n_processes, is_done
 
     def __iter__(self) -> Iterator[CellBlock]:
         shard, n_shards = shard_of_worker(self.process, self.n_processes)
-        # Small inputs are cut into smaller blocks, so that every process and worker has some.
+        # Small inputs use smaller blocks, so that every process and worker gets some.
         n_left = self.n_kept - int(self.is_done.sum())
         share = max(1, -(-n_left // (2 * n_shards)))
         block_size = min(self.block_size, share) if n_shards > 1 else self.block_size
@@ -106,7 +106,7 @@ class CellDataset(IterableDataset[CellBlock]):
 def _blocks(
     readers: Sequence[CellReader], kept: np.ndarray, block_size: int
 ) -> Iterator[tuple[CellReader, int, np.ndarray, np.ndarray]]:
-    """Of each block the source, where it starts there, its kept cells there, and their rows among all kept cells."""
+    """Yield each block's reader, start and kept cells in that source, and their rows among all kept cells."""
     first_cell = first_row = 0
     for reader in readers:
         for start in range(0, len(reader), block_size):
@@ -118,28 +118,28 @@ def _blocks(
 
 
 class BatchLoader:
-    """Batches of cells of like length, made of the blocks of a dataset.
+    """Iterable of batches of cells of similar length, made from the blocks of a dataset.
 
-    A thread makes them while earlier ones are computed. Within a block, batches do not follow the order of the file, so
-    that little is spent on padding; `Batch.rows` tells where each cell belongs. Worker processes hand over whole
-    blocks, for every hand-over costs some milliseconds.
+    A background thread prepares the next batches. To reduce padding, batches do not follow the file order within a
+    block; `Batch.rows` holds the original positions. Worker processes send whole blocks, because each transfer costs
+    milliseconds.
 
     Parameters
     ----------
     dataset
-        Where the blocks come from.
+        Dataset that yields the blocks.
     limits
-        Of a batch.
+        Limits on the batch size.
     pad
-        Token after a cell's last gene.
+        Padding token.
     seq_len
-        Most positions of a cell.
+        Maximum number of positions of a cell.
     min_positions
         Pad every cell to at least this many positions.
     n_workers
-        Processes that read; 0: this one does.
+        Number of worker processes; 0 to read in this process.
     pin_memory
-        Put batches where a GPU can fetch them by itself.
+        Put batches in pinned memory.
     """
 
     def __init__(
@@ -154,33 +154,33 @@ class BatchLoader:
     ) -> None:
         self.limits, self.pad, self.seq_len, self.min_positions = limits, pad, seq_len, min_positions
         self.pin_memory = pin_memory
-        self.blocks = DataLoader(dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers)
+        self.blocks = DataLoader(dataset, batch_size=None, collate_fn=identity, num_workers=n_workers)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Genes of each cell to come, or of others like them."""
+        """Number of genes of the remaining cells of this process, approximated by a regular sample."""
         dataset: Any = self.blocks.dataset
         return dataset.lengths[~dataset.is_done][:: dataset.n_processes]
 
     def __iter__(self) -> Iterator[Batch]:
-        blocks = start_workers(self.blocks)  # here, for it may start processes, which a thread should not
+        blocks = start_workers(self.blocks)  # not in the prefetch thread, because it may fork
         return prefetch(self._batches(blocks), BATCHES_AHEAD)
 
     def _batches(self, blocks: Iterator[CellBlock]) -> Iterator[Batch]:
         for block in blocks:
-            for batch in batches_of(block, self.limits, self.pad, self.seq_len, self.min_positions):
+            for batch in make_batches(block, self.limits, self.pad, self.seq_len, self.min_positions):
                 yield batch.pinned() if self.pin_memory else batch
 
 
-def as_is(block: Any) -> Any:
-    """What a DataLoader is to do with what a dataset yields."""
+def identity(block: Any) -> Any:
+    """Return `block`; a `collate_fn` for datasets that already yield batches."""
     return block
 
 
-def batches_of(
+def make_batches(
     block: CellBlock, limits: BatchLimits, pad: int, seq_len: int, min_positions: int = 0
 ) -> Iterator[Batch]:
-    """The cells of a block in batches of cells of like length, the longest first."""
+    """Split a block into padded batches of cells of similar length, longest first."""
     for cells in group_by_length(block.tokens.lengths, limits, seq_len, min_positions):
         genes, counts = pad_to_common_length(block.tokens.take(cells), pad, seq_len, min_positions)
         arrays = block.rows[cells], genes, counts, block.aux_tokens[cells]
@@ -190,12 +190,12 @@ def batches_of(
 def group_by_length(
     lengths: np.ndarray, limits: BatchLimits, seq_len: int, min_positions: int = 0
 ) -> Iterator[np.ndarray]:
-    """Indices of the cells of each batch: the longest first, as many as the limits allow.
+    """Yield the indices of the cells of each batch, longest cells first, as many as the limits allow.
 
     Parameters
     ----------
     lengths
-        Genes of each cell (cells,).
+        Number of genes of each cell (cells,).
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0
@@ -207,10 +207,10 @@ def group_by_length(
 
 
 def positions(longest: int, seq_len: int, min_positions: int = 0) -> int:
-    """Positions of a batch whose longest cell has `longest` genes.
+    """Return the padded length of a batch whose longest cell has `longest` genes.
 
-    There is room for one more, for [START] moves every gene up by one; the number is a multiple of `LENGTH_MULTIPLE`,
-    or `seq_len` where that is less.
+    One position is added for [START]. The length is rounded up to a multiple of `LENGTH_MULTIPLE` and limited to
+    `seq_len`.
     """
     return min(-(-max(longest + 1, min_positions) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, seq_len)
 
@@ -218,7 +218,7 @@ def positions(longest: int, seq_len: int, min_positions: int = 0) -> int:
 def pad_to_common_length(
     tokens: Tokens, pad: int, seq_len: int, min_positions: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gene tokens, int64, and counts, float32, as (cells, positions) arrays."""
+    """Pad gene tokens, int64, and counts, float32, to (cells, positions) arrays."""
     lengths = tokens.lengths
     width = positions(int(lengths.max(initial=0)), seq_len, min_positions)
     is_gene = np.arange(width) < lengths[:, None]  # (cells, positions)

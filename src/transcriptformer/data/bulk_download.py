@@ -1,4 +1,4 @@
-"""Datasets of CELLxGENE Discover, each in a folder of its own.
+"""Download datasets from CELLxGENE Discover, one folder each.
 
 `python -m transcriptformer.data.bulk_download` is `transcriptformer download-data`.
 """
@@ -24,49 +24,49 @@ from transcriptformer.fetching.fetcher import (
     DamagedFileError,
     Fetcher,
     RefusedFileError,
-    alone,
-    clear_part,
-    need_space,
-    part_of,
+    exclusive_lock,
+    part_path,
+    remove_part,
+    require_free_space,
     size_on_disk,
     write_json,
 )
-from transcriptformer.fetching.http import HttpFile, ask, in_our_words
+from transcriptformer.fetching.http import HttpFile, http_get, translated_errors
 
 logger = logging.getLogger(__name__)
 
 API = "https://api.cellxgene.cziscience.com"
 API_VARIABLE = "TRANSCRIPTFORMER_CELLXGENE_API"
-"""Environment variable that moves the service's address."""
+"""Environment variable that overrides the API address."""
 
 FILE, SUCCESS, METADATA = "full.h5ad", "__success__", "dataset_metadata.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-"""Ids that can be the name of a folder."""
+"""Ids that are valid folder names."""
 
 _COLLECTION_ADDRESS = re.compile(r"https?://(.*/collections|(dx[.])?doi[.]org)/")
 
-ROWS_AT_ONCE = 1000
-"""Rows of a dense matrix, or values of a sparse one, in which counts are looked for at a time."""
+CHUNK_ROWS = 1000
+"""Rows of a dense matrix, or values of a sparse one, read at once."""
 
 Dataset = dict[str, Any]
-"""What the service tells of a dataset."""
+"""Metadata of a dataset from the API."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which datasets are wanted; names in any case, an empty tuple: all.
+    """Filters for datasets; case-insensitive, and an empty tuple matches all.
 
     Attributes
     ----------
     species
         Latin names.
     tissue, assay, disease
-        Labels, of which a dataset needs one each.
+        Labels; a dataset must have at least one of each.
     collection
         Ids, addresses, DOIs or names of collections.
     max_datasets
-        The first so many.
+        Maximum number of datasets; the first ones are kept.
     """
 
     species: tuple[str, ...]
@@ -78,21 +78,21 @@ class Selection:
 
 
 class Asset(NamedTuple):
-    """The h5ad file of a dataset; its size in bytes, if the service tells."""
+    """The h5ad file of a dataset, and its size in bytes, if known."""
 
     url: str
     size: int | None
 
 
 class Outcome(NamedTuple):
-    """What became of a dataset.
+    """Result of a dataset's download.
 
     Attributes
     ----------
     status
-        "downloaded", "there already" or "failed".
+        "downloaded", "already present" or "failed".
     reason
-        Why it failed.
+        Why the download failed.
     """
 
     dataset_id: str
@@ -104,23 +104,23 @@ class Outcome(NamedTuple):
 
 
 def api_address() -> str:
-    """Of the service that lists the datasets."""
+    """Return the address of the API."""
     return os.environ.get(API_VARIABLE, API).rstrip("/")
 
 
 def list_datasets(fetcher: Fetcher) -> list[Dataset]:
-    """All that the service has.
+    """List all datasets of the API.
 
     Raises
     ------
     DownloadError
-        If it does not answer, or with something else.
+        If the API cannot be reached, or returns anything but a list of datasets.
     """
-    return fetcher.patiently(_read_list, f"{api_address()}/curation/v1/datasets")
+    return fetcher.with_retries(_read_list, f"{api_address()}/curation/v1/datasets")
 
 
 def _read_list(url: str) -> list[Dataset]:
-    with in_our_words(url), ask(url, {"Accept-Encoding": "gzip"}) as response:
+    with translated_errors(url), http_get(url, {"Accept-Encoding": "gzip"}) as response:
         body = response.content
     try:
         datasets = json.loads(body)
@@ -128,31 +128,31 @@ def _read_list(url: str) -> list[Dataset]:
             return datasets
     except (ValueError, TypeError, KeyError):
         pass
-    raise DownloadError(f"{url}: answers, but not with a list of datasets; is there a log-in page in between?")
+    raise DownloadError(f"{url}: the response is not a list of datasets; check for a proxy or a log-in page")
 
 
 def select_datasets(datasets: Iterable[Dataset], wanted: Selection) -> list[Dataset]:
-    """Those of exactly one organism, a wanted one, that hold primary data, and fit the rest of the selection.
+    """Select the datasets that match and have primary data of exactly one organism.
 
     Raises
     ------
     DownloadError
-        If a species has no datasets, or nothing is left.
+        If a species has no datasets, or no dataset matches.
     """
     usable = [dataset for dataset in datasets if len(_labels(dataset, "organism")) == 1 and _is_primary(dataset)]
     species = Counter(label for dataset in usable for label in _labels(dataset, "organism"))
     for name in wanted.species:
         if name.lower() not in species:
             known = ", ".join(f"{label} ({n:,})" for label, n in species.most_common())
-            raise DownloadError(f"--species {name!r}: no datasets; there are, with their numbers: {known or 'none'}")
-    fitting = {dataset["dataset_id"]: dataset for dataset in usable if _fits(dataset, wanted)}  # each id once
-    chosen = list(fitting.values())[: wanted.max_datasets]
+            raise DownloadError(f"--species {name!r}: no datasets; available species: {known or 'none'}")
+    matches = {dataset["dataset_id"]: dataset for dataset in usable if _matches(dataset, wanted)}  # deduplicated
+    chosen = list(matches.values())[: wanted.max_datasets]
     if not chosen:
-        raise DownloadError("no dataset fits --tissue, --assay, --disease and --collection together")
+        raise DownloadError("no dataset matches all of --tissue, --assay, --disease and --collection")
     return chosen
 
 
-def _fits(dataset: Dataset, wanted: Selection) -> bool:
+def _matches(dataset: Dataset, wanted: Selection) -> bool:
     labels = {
         "organism": wanted.species,
         "tissue": wanted.tissue,
@@ -167,7 +167,7 @@ def _fits(dataset: Dataset, wanted: Selection) -> bool:
 
 
 def _labels(dataset: Dataset, key: str) -> set[str]:
-    """Of a property that has several, in lower case."""
+    """Return the lower-case labels of a property."""
     entries = dataset.get(key)
     return {str(e.get("label")).lower() for e in entries if isinstance(e, dict)} if isinstance(entries, list) else set()
 
@@ -177,19 +177,19 @@ def _is_primary(dataset: Dataset) -> bool:
     return any(values) if isinstance(values, list) else bool(values)
 
 
-def asset_of(dataset: Dataset) -> Asset:
-    """The h5ad among the files of a dataset.
+def get_asset(dataset: Dataset) -> Asset:
+    """Return the h5ad file of a dataset.
 
     Raises
     ------
     DownloadError
-        If there is none.
+        If it has none.
     """
     for asset in dataset.get("assets") or []:
         if isinstance(asset, dict) and asset.get("filetype") == "H5AD" and isinstance(asset.get("url"), str):
             size = asset.get("filesize")
             return Asset(asset["url"], size if isinstance(size, int) else None)
-    raise DownloadError(f"{dataset['dataset_id']}: the portal has no H5AD of it")
+    raise DownloadError(f"{dataset['dataset_id']}: the dataset has no H5AD file")
 
 
 def download_datasets(
@@ -200,25 +200,25 @@ def download_datasets(
     save_metadata: bool = True,
     expect: Callable[[int], object] = lambda n_bytes: None,
 ) -> list[Outcome]:
-    """Bring datasets to `<output_dir>/<dataset_id>/full.h5ad`, several at once; one that fails does not stop others.
+    """Download datasets to `<output_dir>/<dataset_id>/full.h5ad` in parallel; failures do not stop the others.
 
-    Beside each whole one lies `__success__`, which tells what was verified. With `save_metadata`, what the service
-    tells of those that are there goes into `dataset_metadata.json`.
+    `__success__` next to each complete file records what was verified. With `save_metadata`, the API's metadata of the
+    complete datasets is added to `dataset_metadata.json`.
 
     Parameters
     ----------
     expect
-        Called with the bytes that are to come.
+        Called with the total number of bytes to download.
 
     Raises
     ------
     DownloadError
-        If there is no room, or the folder cannot be written.
+        If the disk is full, or the folder cannot be written.
     """
-    with alone(output_dir / ".lock"):
-        assets = [(asset, output_dir / _id(d)) for d in datasets if (asset := asset_or_none(d))]
+    with exclusive_lock(output_dir / ".lock"):
+        assets = [(asset, output_dir / _id(d)) for d in datasets if (asset := find_asset(d))]
         sizes = [(asset.size or 0, folder / FILE) for asset, folder in assets if not _is_verified(folder, asset)]
-        need_space(output_dir, sum(max(0, size - size_on_disk(target)) for size, target in sizes))
+        require_free_space(output_dir, sum(max(0, size - size_on_disk(target)) for size, target in sizes))
         expect(sum(size for size, _ in sizes))
         outcomes: dict[str, Outcome] = {}
         threads = ThreadPoolExecutor(processes, thread_name_prefix="download")
@@ -232,57 +232,57 @@ def download_datasets(
         finally:
             threads.shutdown(cancel_futures=True)
             if save_metadata:
-                there = {name for name, outcome in outcomes.items() if outcome.status != "failed"}
-                _save_metadata([d for d in datasets if _id(d) in there], output_dir)
+                complete = {name for name, outcome in outcomes.items() if outcome.status != "failed"}
+                _save_metadata([d for d in datasets if _id(d) in complete], output_dir)
     return [outcomes[_id(dataset)] for dataset in datasets]
 
 
 def _id(dataset: Dataset) -> str:
     name = dataset["dataset_id"]
     if not _NAME.fullmatch(name):
-        raise DownloadError(f"the portal names a dataset {name!r}, which cannot be the name of a folder")
+        raise DownloadError(f"dataset id {name!r} from the API is not a valid folder name")
     return name
 
 
-def asset_or_none(dataset: Dataset) -> Asset | None:
-    """Its h5ad, or None."""
+def find_asset(dataset: Dataset) -> Asset | None:
+    """Return the h5ad file of a dataset, or None."""
     try:
-        return asset_of(dataset)
+        return get_asset(dataset)
     except DownloadError:
         return None
 
 
 def _download_dataset(dataset: Dataset, folder: Path, fetcher: Fetcher) -> Outcome:
-    """One dataset, which ends with its `__success__`."""
+    """Download and verify one dataset, then write its `__success__`."""
     try:
-        asset = asset_of(dataset)
-        there = _is_verified(folder, asset)
-        if not there:
+        asset = get_asset(dataset)
+        is_present = _is_verified(folder, asset)
+        if not is_present:
             success = folder / SUCCESS
 
             def verify(path: Path) -> tuple[int, int]:
-                seen = look_into(path)
-                success.unlink(missing_ok=True)  # it speaks of an older file, which is about to go
-                return seen
+                shape = inspect_h5ad(path)
+                success.unlink(missing_ok=True)  # it describes the file that is about to be replaced
+                return shape
 
             with closing(HttpFile(asset.url, asset.size)) as remote:
                 cells, genes = fetcher.fetch(remote, folder / FILE, verify)
             _write_success(folder, asset, cells, genes)
         found = json.loads((folder / SUCCESS).read_text(encoding="utf-8"))
-        logger.info("%s: %s, %d cells", folder, "there already" if there else "downloaded", found["cells"])
-        status = "there already" if there else "downloaded"
+        status = "already present" if is_present else "downloaded"
+        logger.info("%s: %s, %d cells", folder, status, found["cells"])
         return Outcome(folder.name, status, found["size"], found["cells"], found["genes"])
     except TranscriptFormerError as error:
         if not fetcher.stopping.is_set():
             logger.warning("%s: %s", folder, error)
         return Outcome(folder.name, "failed", reason=str(error))
-    except Exception as error:  # whatever is odd about this one, the others shall come
+    except Exception as error:  # must not stop the other downloads
         logger.exception("%s", folder)
         return Outcome(folder.name, "failed", reason=one_line(error))
 
 
 def _is_verified(folder: Path, asset: Asset) -> bool:
-    """Whether this very file is there and verified; one that lacks nothing but the record is looked into now."""
+    """Whether this file exists and is verified; a complete file without a record is verified now."""
     file = folder / FILE
     if not file.exists():
         return False
@@ -292,29 +292,29 @@ def _is_verified(folder: Path, asset: Asset) -> bool:
         if found.keys() >= {"cells", "genes"}:
             return (found["url"], found["size"]) == (asset.url, size) and asset.size in (None, size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # killed just before the end, or fetched by the published package
-    if asset.size not in (None, size) or part_of(file).exists():
+        pass  # killed before the record was written, or downloaded by the published package
+    if asset.size not in (None, size) or part_path(file).exists():
         return False
     try:
-        cells, genes = look_into(file)
+        cells, genes = inspect_h5ad(file)
     except (DamagedFileError, RefusedFileError):
         return False
-    clear_part(file)
+    remove_part(file)
     _write_success(folder, asset, cells, genes)
     return True
 
 
-def look_into(path: Path) -> tuple[int, int]:
-    """How many cells and genes an h5ad has.
+def inspect_h5ad(path: Path) -> tuple[int, int]:
+    """Return the number of cells and genes of an h5ad.
 
     Raises
     ------
     DamagedFileError
-        If it is not one, or not a whole one.
+        If it is not a complete h5ad.
     RefusedFileError
-        If it holds no cells, no genes or no counts.
+        If it has no cells, no genes or no counts.
     DownloadError
-        If it cannot be read for another reason.
+        If there is not enough memory to read it.
     """
     try:
         with h5py.File(path, locking=False) as file:
@@ -324,16 +324,16 @@ def look_into(path: Path) -> tuple[int, int]:
             cells, genes = map(int, matrix.attrs["shape"] if is_sparse else matrix.shape)
             values = matrix["data"] if is_sparse else matrix
             lengths = [len(file[frame][file[frame].attrs["_index"]]) for frame in ("obs", f"{place}var")]
-            blocks = (values[start : start + ROWS_AT_ONCE] for start in range(0, len(values), ROWS_AT_ONCE))
+            blocks = (values[start : start + CHUNK_ROWS] for start in range(0, len(values), CHUNK_ROWS))
             has_counts = any(block.any() for block in blocks)
     except MemoryError as error:
-        raise DownloadError(f"{path}: no memory to look into it") from error
-    except Exception as error:  # h5py raises whatever damaged data leads it to
-        raise DamagedFileError(f"{path}: not a whole h5ad ({one_line(error)})") from error
+        raise DownloadError(f"{path}: not enough memory to verify it") from error
+    except Exception as error:  # h5py raises many types for damaged data
+        raise DamagedFileError(f"{path}: not a complete h5ad ({one_line(error)})") from error
     if lengths != [cells, genes] or 0 in (cells, genes) or not has_counts:
         raise RefusedFileError(
-            f"{path}: a matrix of {cells} cells and {genes} genes {'with' if has_counts else 'without'} counts, for "
-            f"{lengths[0]} named cells and {lengths[1]} named genes"
+            f"{path}: unusable matrix of {cells} cells and {genes} genes {'with' if has_counts else 'without'} counts; "
+            f"obs has {lengths[0]} rows and var has {lengths[1]}"
         )
     return cells, genes
 
@@ -345,14 +345,14 @@ def _write_success(folder: Path, asset: Asset, cells: int, genes: int) -> None:
 
 
 def _save_metadata(datasets: Sequence[Dataset], output_dir: Path) -> None:
-    """Add what is known of the datasets that are there to what earlier runs wrote."""
+    """Merge the metadata of datasets into the file written by earlier runs."""
     path = output_dir / METADATA
     try:
         known = {dataset["dataset_id"]: dataset for dataset in json.loads(path.read_text(encoding="utf-8"))}
     except FileNotFoundError:
         known = {}
     except (OSError, ValueError, KeyError, TypeError):
-        logger.warning("%s: cannot be read, and is left as it is", path)
+        logger.warning("%s: cannot be read; metadata is not updated", path)
         return
     write_json(path, list({**known, **{_id(dataset): dataset for dataset in datasets}}.values()))
 

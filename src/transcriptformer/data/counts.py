@@ -1,4 +1,4 @@
-"""Matrices of counts, read in blocks of consecutive rows, whatever their layout and wherever they lie."""
+"""Count matrices of any layout, in memory or in a file, read in blocks of consecutive rows."""
 
 import logging
 from typing import Any, Protocol
@@ -16,40 +16,40 @@ logger = logging.getLogger(__name__)
 
 
 class Matrix(Protocol):
-    """Counts (cells, genes).
+    """Count matrix (cells, genes).
 
     Attributes
     ----------
     shape
-        How many cells and genes.
+        Number of cells and of genes.
     """
 
     shape: tuple[int, ...]
 
     def rows(self, start: int, stop: int) -> Any:
-        """The rows from `start` to before `stop`, sparse or dense, in the type they are stored in."""
+        """Return rows `start:stop`, sparse or dense, in their stored dtype."""
         ...
 
 
 class MatrixInMemory:
-    """A SciPy matrix, a NumPy array, or what a backed AnnData has in their place, as `Matrix`.
+    """`Matrix` of a SciPy matrix, a NumPy array or the matrix of a backed AnnData.
 
     Parameters
     ----------
     values
         The counts.
     read_in_blocks
-        Leave those of a backed AnnData in the file, unless they are stored by columns.
+        Do not load the matrix of a backed AnnData, unless it is CSC.
     """
 
     def __init__(self, values: Any, read_in_blocks: bool = True) -> None:
-        is_csc = getattr(values, "format", None) == "csc"  # whose rows are slow to come by
+        is_csc = getattr(values, "format", None) == "csc"  # slow to slice by row
         if hasattr(values, "to_memory") and (is_csc or not read_in_blocks):
             values = values.to_memory()
         if isinstance(values, h5py.Dataset) and not read_in_blocks:
             values = values[:]
         if sparse.issparse(values):
-            check_sparse(values)  # now, for SciPy may crash where indices point outside
+            check_sparse(values)  # SciPy may crash on out-of-range indices
         if is_csc:
             values = values.tocsr()
         self.values, self.shape = values, tuple(values.shape)
@@ -59,7 +59,7 @@ class MatrixInMemory:
 
 
 class StoredDense:
-    """A dense matrix in a file as `Matrix`."""
+    """`Matrix` of a dense matrix in a file."""
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
@@ -70,7 +70,7 @@ class StoredDense:
 
 
 class StoredCsr:
-    """A CSR matrix in a file as `Matrix`; a block of rows is one contiguous read of each of its arrays."""
+    """`Matrix` of a CSR matrix in a file; a block of rows takes one contiguous read per array."""
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
@@ -81,28 +81,28 @@ class StoredCsr:
         if lengths != {"data": n_entries, "indices": n_entries, "indptr": self.shape[0] + 1}:
             raise DataError(f"{store.name}: damaged: {key} of shape {self.shape} has arrays of lengths {lengths}")
         if group["indptr"][0] != 0:
-            raise DataError(f"{store.name}: damaged: the entries of {key} do not begin with the first one")
+            raise DataError(f"{store.name}: damaged: indptr of {key} does not start at 0")
 
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:  # noqa: D102
         group = self.store[self.key]
         indptr = np.asarray(group["indptr"][start : stop + 1]).astype(np.int64)
         first, last = int(indptr[0]), int(indptr[-1])
         if not 0 <= first <= last <= group["data"].shape[0]:
-            raise ValueError(f"rows {start} to {stop} begin at entry {first} and end at {last}")
+            raise ValueError(f"indptr of rows {start} to {stop} is invalid: {first} to {last}")
         data, indices = np.asarray(group["data"][first:last]), np.asarray(group["indices"][first:last])
         return sparse.csr_matrix((data, indices, indptr - first), shape=(stop - start, self.shape[1]))
 
 
 def open_matrix(store: Store, key: str, read_in_blocks: bool) -> Matrix:
-    """The matrix under `key`.
+    """Open the matrix under `key`.
 
-    With `read_in_blocks` it stays where it is, unless it is stored by columns (CSC): a row of such a matrix can only be
-    had by reading all of it, so it is read into memory, if it fits there.
+    With `read_in_blocks`, dense and CSR matrices are not loaded. CSC matrices are always loaded, because reading a row
+    takes reading the whole matrix.
 
     Raises
     ------
     DataError
-        If it is damaged, of an unknown kind, or stored by columns and too large for memory.
+        If the matrix is damaged, of an unknown kind, or CSC and too large for memory.
     """
     try:
         element = store[key]
@@ -112,40 +112,40 @@ def open_matrix(store: Store, key: str, read_in_blocks: bool) -> Matrix:
         if read_in_blocks and kind == "array":
             return StoredDense(store, key)
         if read_in_blocks and kind == "csc_matrix":
-            _tell_of_columns(store.name, element)
+            _check_csc_memory(store.name, element)
         return MatrixInMemory(anndata.io.read_elem(element))
     except DataError:
         raise
-    except Exception as error:  # h5py, zarr and anndata raise whatever damaged data leads them to
+    except Exception as error:  # on damaged data, h5py, zarr and anndata may raise anything
         raise damaged(store.name, error) from error
 
 
-def _tell_of_columns(name: str, group: Any) -> None:
+def _check_csc_memory(name: str, group: Any) -> None:
     n_entries = group["data"].shape[0]
-    needed = 2 * n_entries * (group["data"].dtype.itemsize + group["indices"].dtype.itemsize)  # by columns and by rows
+    needed = 2 * n_entries * (group["data"].dtype.itemsize + group["indices"].dtype.itemsize)  # as CSC and as CSR
     available = psutil.virtual_memory().available
     if needed > 0.5 * available:
         raise DataError(
-            f"{name}: counts are stored by columns (CSC); turning them takes {needed / 2**30:.1f} GiB of memory, of "
-            f"which {available / 2**30:.1f} are free; store them by rows: adata.X = adata.X.tocsr()"
+            f"{name}: counts are stored by column (CSC); converting them to CSR takes {needed / 2**30:.1f} GiB of "
+            f"memory, but only {available / 2**30:.1f} GiB are free; store them by row: adata.X = adata.X.tocsr()"
         )
-    logger.warning("%s: counts are stored by columns (CSC); all of them are read into memory to have the rows", name)
+    logger.warning("%s: counts are stored by column (CSC); loading the whole matrix to convert it to CSR", name)
 
 
 def to_canonical_csr(values: Any, name: str = "the AnnData") -> sparse.csr_array:
-    """Bring a matrix to float32 CSR with sorted columns, no repeated entries and no stored zeros.
+    """Convert a CSR, CSC or dense matrix to float32 CSR with sorted indices, no duplicates and no explicit zeros.
 
-    `values`, CSR, CSC or dense, stays as it is.
+    `values` is not modified.
 
     Raises
     ------
     DataError
-        If it is of another kind, does not hold numbers, or has indices outside its shape.
+        If `values` is of another kind, not numeric, or has out-of-range indices.
     """
     is_matrix = bool(sparse.issparse(values)) or isinstance(values, np.ndarray)
     if not is_matrix or values.dtype.kind not in "biuf":
         kind = f"{type(values).__name__} of {getattr(values, 'dtype', 'no type')}"
-        raise DataError(f"{name}: counts are a {kind}; numbers in CSR, CSC or a dense array are needed")
+        raise DataError(f"{name}: counts are a {kind}; expected numbers in a CSR, CSC or dense array")
     try:
         check_sparse(values)
         matrix = sparse.csr_array(values, dtype=np.float32)
@@ -161,7 +161,7 @@ def to_canonical_csr(values: Any, name: str = "the AnnData") -> sparse.csr_array
 
 
 def check_sparse(values: Any) -> None:
-    """Raise ValueError where a CSR or CSC matrix points outside itself."""
+    """Raise ValueError if a CSR or CSC matrix has inconsistent or out-of-range indices."""
     if getattr(values, "format", "dense") in ("csr", "csc"):
         arrays = values.data, values.indices, values.indptr
-        type(values)(arrays, shape=values.shape).check_format(full_check=True)  # which may replace the arrays
+        type(values)(arrays, shape=values.shape).check_format(full_check=True)  # may replace the arrays

@@ -1,8 +1,8 @@
-"""Fingerprints of inputs: hashes of their contents that are cheap on files and stores of any size.
+"""Fingerprints of inputs: content hashes that are cheap for files and stores of any size.
 
-Up to `WHOLE_BYTES`, every byte is hashed. Of more, the fingerprint covers the size, the hierarchy with all attributes,
-the indexes and row pointers, the stored size of every compressed chunk, and evenly spaced blocks of every array: a
-change of a few values, in place and between these blocks, escapes it.
+Inputs up to `FULL_HASH_BYTES` are hashed completely. For larger ones, the fingerprint covers the size, the hierarchy
+with all attributes, indexes and row pointers, the stored size of every compressed chunk, and evenly spaced blocks of
+every array. In-place changes of a few values between these blocks are not detected.
 """
 
 import hashlib
@@ -23,57 +23,56 @@ from transcriptformer.runtime.isolated import CrashedError, exhaust, run_isolate
 
 Hierarchy: TypeAlias = h5py.File | zarr.Group
 
-WHOLE_BYTES = 2**26
-"""Files and stores up to this size are hashed whole, and so are indexes and row pointers in larger ones."""
+FULL_HASH_BYTES = 2**26
+"""Files and stores up to this size are hashed completely, as are indexes and row pointers in larger ones."""
 
 SMALL_ARRAY_BYTES = 2**20
-"""Arrays up to this size are hashed whole."""
+"""Arrays up to this size are hashed completely."""
 
 BLOCK_BYTES = 2**16
 """Size of a sampled block."""
 
 N_BLOCKS, N_REMOTE_BLOCKS = 128, 8
-"""Sampled blocks of an array or a file, and of an array behind a URL, where each costs a request."""
+"""Sampled blocks per array or file, and per remote array, where each costs a request."""
 
 SECONDS_PER_STEP = 5
-"""Processor time after which hashing a block, or listing the objects of a file, counts as endless."""
+"""CPU time limit for hashing a block or listing the objects of a file."""
 
 MAX_CHUNKS = 2**20
-"""The chunks of an HDF5 array are not listed where there are more."""
+"""Chunk sizes are not listed for HDF5 arrays with more chunks."""
 
 _CONTENT_HASHES = ("ETag", "md5Hash")
-"""What S3 and Google Cloud Storage call the hash of an object's content."""
+"""Keys of content hashes in S3 and Google Cloud Storage listings."""
 
 _UNLISTED = (
     *("obs", "var", "X", "raw", "layers", "obsm", "varm", "uns"),
     *("data", "indices", "indptr", "codes", "categories", "values", "mask"),
 )
-"""Names that an AnnData may hold; a web server cannot list what it serves."""
+"""Keys that an AnnData may have; web servers cannot list them."""
 
 
 def fingerprint(location: Location) -> str:
-    """Hash of what a file or store holds, independent of its path and modification time.
+    """Hash the content of a file or store, independent of its path and modification time.
 
     Parameters
     ----------
     location
-        A file, a folder or the URL of a zarr store.
+        File, folder or URL of a zarr store.
 
     Returns
     -------
-    Hexadecimal digits. The same bytes have the same fingerprint; a store behind a URL has another one than its copy on
-    disk.
+    Hexadecimal digest. Equal bytes have equal fingerprints, but those of a remote store and its local copy differ.
 
     Raises
     ------
     DataError
         If the location cannot be read.
     UsageError
-        If nothing is there.
+        If it does not exist.
     """
     if is_url(location):
         return _of_url(str(location))
-    if not os.path.exists(location):  # noqa: PTH110  (which answers False for an impossible name, where Path raises)
+    if not os.path.exists(location):  # noqa: PTH110  (returns False for invalid names, where Path raises)
         raise UsageError(f"--data-file {location}: no such file or folder")
     path = Path(location)
     try:
@@ -83,22 +82,22 @@ def fingerprint(location: Location) -> str:
 
 
 def identify(location: Location) -> dict[str, str]:
-    """What tells one input from another: its content, under any name."""
+    """Return the properties that identify an input: its content, under any name."""
     return {"content": fingerprint(location)}
 
 
 def identify_file(path: Path) -> dict[str, str]:
-    """The same for a file of any other kind."""
+    """Return the same for a file of any format."""
     return {"content": fingerprint_file(path)}
 
 
 def fingerprint_file(path: Path) -> str:
-    """Hash of a file of any format: of all bytes up to `WHOLE_BYTES`, else of its size and evenly spaced blocks."""
+    """Hash a file of any format: all bytes up to `FULL_HASH_BYTES`, else its size and evenly spaced blocks."""
     digest = _Digest()
     size = path.stat().st_size
     digest.add(size)
     with path.open("rb") as file:
-        if size <= WHOLE_BYTES:
+        if size <= FULL_HASH_BYTES:
             digest.add(hashlib.file_digest(file, "sha256").digest())
         else:
             for start in _starts(size, BLOCK_BYTES, N_BLOCKS):
@@ -108,7 +107,7 @@ def fingerprint_file(path: Path) -> str:
 
 
 class _Digest:
-    """SHA-256 of a sequence of values, each with its length, so that their borders count."""
+    """SHA-256 of a sequence of length-prefixed values."""
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
@@ -134,7 +133,7 @@ def _of_file(path: Path) -> str:
         for linked in _linked_files(path):
             digest.add(fingerprint_file(linked))
             yield
-        if size <= WHOLE_BYTES:
+        if size <= FULL_HASH_BYTES:
             digest.add(fingerprint_file(path))
             return digest.hexdigest()
         with h5py.File(path, locking="best-effort") as file:
@@ -143,21 +142,21 @@ def _of_file(path: Path) -> str:
 
     try:
         return run_isolated(steps, SECONDS_PER_STEP)
-    except (CrashedError, RuntimeError):  # damaged: where the run reads it, it says so
+    except (CrashedError, RuntimeError):  # damaged; reported when the run reads the file
         digest = _Digest()
         digest.add(size, "damaged", fingerprint_file(path))
         return digest.hexdigest()
 
 
 def _of_folder(folder: Path) -> str:
-    """Names and sizes of all files, and the contents of a zarr store, or of files of another kind."""
+    """Hash names and sizes of all files, and the content of the zarr store or of the other files."""
     files, repeats = _files_below(folder)
     sizes = [path.stat().st_size for path in files]
     digest = _Digest()
     for path, size in zip(files, sizes, strict=True):
         digest.add(path.relative_to(folder).as_posix(), size)
     digest.add(*repeats)
-    root = None if sum(sizes) <= WHOLE_BYTES else _open_zarr(folder)
+    root = None if sum(sizes) <= FULL_HASH_BYTES else _open_zarr(folder)
     if root is not None:
         exhaust(_add_hierarchy(digest, root, N_BLOCKS))
     else:
@@ -166,18 +165,18 @@ def _of_folder(folder: Path) -> str:
 
 
 def _files_below(folder: Path) -> tuple[list[Path], list[str]]:
-    """All files, also of folders that links lead to, each folder once; and which paths lead where others did before."""
+    """List all files, following links but visiting each folder once, and the paths that lead to a visited folder."""
     files: list[Path] = []
     repeats: list[str] = []
     first: dict[str, Path] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
         path = Path(place)
         before = first.setdefault(os.path.realpath(path), path)
-        if before != path:  # perhaps one that it lies in itself
+        if before != path:  # possibly a parent folder
             repeats.append(f"{path.relative_to(folder).as_posix()} → {before.relative_to(folder).as_posix()}")
             folders.clear()
             continue
-        folders.sort()  # so that the same path is the first in every copy
+        folders.sort()  # for the same order in every copy
         files += [path / name for name in names if (path / name).is_file()]
     return sorted(files), repeats
 
@@ -185,7 +184,7 @@ def _files_below(folder: Path) -> tuple[list[Path], list[str]]:
 def _open_zarr(folder: Path) -> zarr.Group | None:
     try:
         return zarr.open_group(str(folder), mode="r")
-    except Exception:  # zarr raises whatever a folder of another kind leads it to
+    except Exception:  # on other folders, zarr may raise anything
         return None
 
 
@@ -195,25 +194,25 @@ def _of_url(url: str) -> str:
     if listing:
         digest.add(*listing)
         return digest.hexdigest()
-    root = Store(url, allow_external=True).root  # what is not allowed was refused when it was opened
+    root = Store(url, allow_external=True).root  # checked when the input was opened
     try:
         exhaust(_add_hierarchy(digest, root, N_REMOTE_BLOCKS))
-    except Exception as error:  # zarr and its stores raise whatever the other side answers
+    except Exception as error:  # zarr and its remote stores may raise anything
         raise damaged(url, error) from error
     return digest.hexdigest()
 
 
 def _list_hashes(url: str) -> list[str]:
-    """Name, size and content hash of every object below `url`; empty where the store does not list them."""
+    """List name, size and content hash of every object below `url`; empty if the store does not provide them."""
     if url.startswith(("http://", "https://")):
         return []
     try:
-        import fsspec  # not there without the extra that reads URLs
+        import fsspec  # installed with the extra `remote`
 
         files, folder = fsspec.core.url_to_fs(url)
         files.invalidate_cache()
         found = files.find(folder, detail=True)
-    except Exception:  # fsspec's file systems raise whatever the other side answers
+    except Exception:  # fsspec's file systems may raise anything
         return []
     lines = []
     for name, info in sorted(found.items()):
@@ -225,7 +224,7 @@ def _list_hashes(url: str) -> list[str]:
 
 
 def _add_hierarchy(digest: _Digest, root: Hierarchy, n_blocks: int) -> Generator[None]:
-    """Add names, attributes, shapes and types of all objects, and blocks of all arrays, one at each step."""
+    """Add names, attributes, shapes and dtypes of all objects, and blocks of all arrays, one per step."""
     objects = list(_objects(root))
     _add_attributes(digest, root)
     if isinstance(root, h5py.File):
@@ -235,7 +234,7 @@ def _add_hierarchy(digest: _Digest, root: Hierarchy, n_blocks: int) -> Generator
         )
         digest.add(*soft_links)
     frames = {path: _text(element.attrs.get("_index")) for path, element in objects if not hasattr(element, "shape")}
-    is_small = sum(_n_bytes(element) for _, element in objects if hasattr(element, "shape")) <= WHOLE_BYTES
+    is_small = sum(_n_bytes(element) for _, element in objects if hasattr(element, "shape")) <= FULL_HASH_BYTES
     for path, element in objects:
         digest.add(path)
         _add_attributes(digest, element)
@@ -243,13 +242,13 @@ def _add_hierarchy(digest: _Digest, root: Hierarchy, n_blocks: int) -> Generator
             digest.add(element.shape, element.dtype)
             parent, _, name = path.rpartition("/")
             is_index = name == "indptr" or name == frames.get(parent)
-            whole = is_small or _n_bytes(element) <= (WHOLE_BYTES if is_index else SMALL_ARRAY_BYTES)
+            whole = is_small or _n_bytes(element) <= (FULL_HASH_BYTES if is_index else SMALL_ARRAY_BYTES)
             yield from _add_array(digest, element, whole, n_blocks)
         yield
 
 
 def _objects(root: Hierarchy) -> Iterator[tuple[str, Any]]:
-    """Groups and arrays below `root` by path, in the order of their paths; links out of a file are not followed."""
+    """Yield groups and arrays below `root` with their paths, sorted by path; external links are not followed."""
     if isinstance(root, h5py.File):
         found: list[tuple[str, Any]] = []
         root.visititems(lambda name, element: found.append((name, element)))
@@ -260,10 +259,10 @@ def _objects(root: Hierarchy) -> Iterator[tuple[str, Any]]:
 
 
 def _unlisted_members(group: zarr.Group, path: str) -> Iterator[tuple[str, Any]]:
-    """Groups and arrays of a store without consolidated metadata: those it lists, and those an AnnData may hold."""
+    """Yield the groups and arrays of a store without consolidated metadata: the listed ones and known AnnData keys."""
     index, columns = group.attrs.get("_index"), group.attrs.get("column-order")
     names = {*_UNLISTED, *(columns if isinstance(columns, list) else ()), *((index,) if index else ())}
-    with suppress(Exception):  # the file systems of URLs raise whatever the other side answers
+    with suppress(Exception):  # remote file systems may raise anything
         names |= set(group.keys())
     for name in sorted(map(str, names)):
         if name in group:
@@ -277,12 +276,12 @@ def _add_attributes(digest: _Digest, element: Any) -> None:
     for name in sorted(element.attrs):
         try:
             digest.add(name, _text(element.attrs[name]))
-        except (OSError, TypeError, ValueError):  # of a type that h5py does not know
+        except (OSError, TypeError, ValueError):  # a type unknown to h5py
             digest.add("unreadable")
 
 
 def _add_array(digest: _Digest, array: Any, whole: bool, n_blocks: int) -> Generator[None]:
-    """Add an array: all of it, or the stored sizes of its chunks and evenly spaced blocks of rows, one at each step."""
+    """Add a complete array, or its chunk sizes and evenly spaced blocks of rows, one block per step."""
     if array.shape is None or 0 in array.shape:
         return
     try:
@@ -300,12 +299,12 @@ def _add_array(digest: _Digest, array: Any, whole: bool, n_blocks: int) -> Gener
         for start in starts:
             digest.add(_values(array[start : start + rows_per_read]))
             yield
-    except (OSError, TypeError, ValueError, RuntimeError):  # such as a filter that is not installed
+    except (OSError, TypeError, ValueError, RuntimeError):  # such as a missing filter plugin
         digest.add("unreadable")
 
 
 def _chunk_sizes(array: Any) -> Iterable[bytes]:
-    """Stored sizes of the chunks of a compressed HDF5 array, which change with almost any of its values."""
+    """Return the chunk sizes of a compressed HDF5 array, which almost any change of values affects."""
     if not isinstance(array, h5py.Dataset) or array.chunks is None or not array.id.get_create_plist().get_nfilters():
         return ()
     n_chunks = math.prod(-(-n // chunk) for n, chunk in zip(array.shape, array.chunks, strict=True))
@@ -317,7 +316,7 @@ def _chunk_sizes(array: Any) -> Iterable[bytes]:
 
 
 def _starts(n: int, block: int, n_blocks: int) -> list[int]:
-    """Where evenly spaced blocks begin, the first at 0 and the last at the end, each once."""
+    """Return the unique starts of evenly spaced blocks, from 0 to `n - block`."""
     last = max(0, n - block)
     return sorted({last * i // max(1, n_blocks - 1) for i in range(n_blocks)})
 
@@ -340,12 +339,12 @@ def _n_bytes(array: Any) -> int:
 
 
 def _linked_files(path: Path) -> Iterator[Path]:
-    """Other files whose contents an HDF5 file shows as its own, or one of these does, as far as they exist."""
+    """Yield the existing files that an HDF5 file refers to, directly or through other HDF5 files."""
     waiting, seen = [path], {os.path.realpath(path)}
     while waiting:
         path = waiting.pop(0)
-        for name in dict.fromkeys(_files_named_in(path)):
-            for place in (path.parent / name, Path(name)):  # HDF5 looks there, or in the working directory
+        for name in dict.fromkeys(_external_file_names(path)):
+            for place in (path.parent / name, Path(name)):  # where HDF5 looks for them
                 if place.is_file() and os.path.realpath(place) not in seen:
                     seen.add(os.path.realpath(place))
                     yield place
@@ -353,8 +352,8 @@ def _linked_files(path: Path) -> Iterator[Path]:
                         waiting.append(place)
 
 
-def _files_named_in(path: Path) -> list[str]:
-    """Names of other files in an HDF5 file, as far as it can be read."""
+def _external_file_names(path: Path) -> list[str]:
+    """List the names of external files in an HDF5 file; empty if it cannot be read."""
     names: list[str] = []
 
     def visit_link(path: str, link: Any) -> None:
@@ -366,7 +365,7 @@ def _files_named_in(path: Path) -> list[str]:
             names.extend(_text(name) for name, _, _ in element.external or ())
             names.extend(source.file_name for source in (element.virtual_sources() if element.is_virtual else ()))
 
-    with suppress(Exception), h5py.File(path, locking="best-effort") as file:  # the run says what is damaged
+    with suppress(Exception), h5py.File(path, locking="best-effort") as file:  # damage is reported by the run
         file.visititems_links(visit_link)
         file.visititems(visit)
     return [name for name in names if name != "."]

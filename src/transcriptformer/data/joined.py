@@ -1,4 +1,4 @@
-"""Tables of metadata one below the other."""
+"""Concatenation of metadata tables."""
 
 import logging
 import warnings
@@ -24,32 +24,32 @@ from transcriptformer.errors import DataError, one_line
 
 logger = logging.getLogger(__name__)
 
-TEXT, TRUTH, NUMBER = "text", "truth values", "numbers"
+TEXT, BOOLEAN, NUMBER = "text", "booleans", "numbers"
 
-EXACT_IN_FLOAT = 2**53
-"""Whole numbers beyond this are rounded in a float."""
+MAX_EXACT_INT = 2**53
+"""Largest magnitude up to which float64 represents every integer exactly."""
 
 _KINDS = {
     "string": TEXT,
-    "boolean": TRUTH,
+    "boolean": BOOLEAN,
     **dict.fromkeys(("integer", "floating", "mixed-integer-float"), NUMBER),
 }
-"""By what `pandas.api.types.infer_dtype` says."""
+"""Kinds of values by the result of `pandas.api.types.infer_dtype`."""
 
 
 class JoinedMetadata:
-    """Tables one below the other, with the columns of all of them and one type for each column.
+    """Concatenation of tables, with the union of their columns and one dtype per column.
 
-    The type is anndata's for an outer join: categories are united, numbers widened. Text that only some tables have
-    becomes categorical, for h5ad has no other place for missing text; truth values that only some have become nullable.
-    A column that holds different kinds of values becomes text, with a warning.
+    Dtypes are those of anndata's outer join: categories are merged, numbers widened. Text columns that some tables lack
+    become categorical, because h5ad cannot store missing text otherwise; boolean ones become nullable. Columns of mixed
+    kinds become text, with a warning.
 
     Parameters
     ----------
     parts
-        The tables.
+        Tables to concatenate.
     columns
-        Those to keep, in this order; None: all.
+        Columns to keep; None for all.
 
     Raises
     ------
@@ -70,7 +70,7 @@ class JoinedMetadata:
         return sum(map(len, self.parts))
 
     def rows(self, part: int, start: int, stop: int) -> pd.DataFrame:
-        """Rows of one of the parts, as they stand in the joined table."""
+        """Return rows `start:stop` of one part, with the columns and dtypes of the joined table."""
         if self.dtypes is None:
             return self.parts[part].rows(start, stop, self.columns)
         present = [column for column in self.columns if column in self.parts[part].columns]
@@ -79,8 +79,8 @@ class JoinedMetadata:
         block = block.assign(**texts).reindex(columns=self.columns)
         try:
             return block.astype(self.dtypes).rename_axis(index=self.index_name)
-        except Exception as error:  # pandas raises whatever values out of range lead it to
-            raise DataError(f"obs: the inputs' tables cannot be joined ({one_line(error)})") from error
+        except Exception as error:  # pandas may raise anything on out-of-range values
+            raise DataError(f"obs: cannot join the inputs' tables ({one_line(error)})") from error
 
     def _join_dtypes(self) -> None:
         first_rows = []
@@ -89,73 +89,73 @@ class JoinedMetadata:
             first_rows.append(anndata.AnnData(obs=part.rows(0, 1, present)))
         try:
             with warnings.catch_warnings(), anndata.settings.override(check_uniqueness=False):
-                warnings.simplefilter("ignore")  # pandas advises on first rows that are all missing
+                warnings.simplefilter("ignore")  # about all-NA first rows
                 joined = anndata.concat(first_rows, join="outer").obs
-        except Exception as error:  # pandas raises whatever columns of unusual types lead it to
-            raise DataError(f"obs: the inputs' tables cannot be joined ({one_line(error)})") from error
+        except Exception as error:  # pandas may raise anything on unusual dtypes
+            raise DataError(f"obs: cannot join the inputs' tables ({one_line(error)})") from error
         is_also_column = joined.index.name in self.columns
         self.index_name = None if is_also_column else joined.index.name
         self.dtypes = {column: self._joined_dtype(column, joined[column].dtype) for column in self.columns}
 
     def _joined_dtype(self, column: str, dtype: Any) -> Any:
-        """The type of a column, given what anndata makes of the inputs' first rows."""
+        """Return the joined dtype of a column, given anndata's dtype for the inputs' first rows."""
         of_parts = [_representative(part, column) for part in self.parts if column in part.columns]
         firsts = [values for values in of_parts if _kind(values) is not None]
         kinds = dict.fromkeys(_kind(values) for values in firsts)
         if len(kinds) > 1:
-            return self._text_dtype(column, f"holds {' and '.join(map(str, kinds))} in different inputs")
+            return self._text_dtype(column, f"contains {' and '.join(map(str, kinds))} in different inputs")
         if not firsts:
             return pd.CategoricalDtype([]) if is_object_dtype(dtype) else dtype
         dtypes = [values.dtype for values in firsts]
         if any(getattr(kind, "ordered", False) for kind in dtypes) and not getattr(dtype, "ordered", False):
-            logger.warning("obs: column %r has no common order of categories; it loses its order", column)
+            logger.warning("obs: the inputs order the categories of column %r differently; dropping the order", column)
         categoricals = [kind for kind in dtypes if isinstance(kind, pd.CategoricalDtype)]
         is_categorical = len(categoricals) == len(dtypes)
         (kind,) = kinds
         if is_categorical and isinstance(dtype, pd.CategoricalDtype):
             plain = [kind.categories.dtype for kind in categoricals]
-            if kind == NUMBER and len(set(plain)) > 1 and self._largest(column, plain) > EXACT_IN_FLOAT:
-                return self._text_dtype(column, "holds whole numbers that a float would round")
+            if kind == NUMBER and len(set(plain)) > 1 and self._largest(column, plain) > MAX_EXACT_INT:
+                return self._text_dtype(column, "contains integers that a float would round")
             return dtype
         if kind == TEXT:
             return self._joined_text(column, dtypes)
         if is_categorical:
             return pd.CategoricalDtype(list(dict.fromkeys(value for kind in categoricals for value in kind.categories)))
-        if kind == TRUTH:
-            has_room = len(firsts) == len(self.parts) and set(dtypes) == {np.dtype(bool)}
-            return np.dtype(bool) if has_room else "boolean"
+        if kind == BOOLEAN:
+            is_complete = len(firsts) == len(self.parts) and set(dtypes) == {np.dtype(bool)}
+            return np.dtype(bool) if is_complete else "boolean"
         if kind == NUMBER:
             return self._joined_number(column, dtypes)
-        is_one = len(set(dtypes)) == 1 and not is_object_dtype(dtypes[0])
-        return dtypes[0] if is_one else self._text_dtype(column, f"holds {kind}")
+        is_same = len(set(dtypes)) == 1 and not is_object_dtype(dtypes[0])
+        return dtypes[0] if is_same else self._text_dtype(column, f"contains {kind}")
 
     def _joined_text(self, column: str, dtypes: Sequence[Any]) -> Any:
-        """Plain text has no gaps in a file; what is categorical in one of them, or absent, has."""
+        """Return a dtype for text: plain if no value can be missing, because h5ad has no missing plain text."""
         if all(dtype == "string" for dtype in dtypes):
             return "string"
         is_plain = len(dtypes) == len(self.parts) and all(map(is_object_dtype, dtypes))
         return object if is_plain else pd.CategoricalDtype(self._distinct(column))
 
     def _joined_number(self, column: str, dtypes: Sequence[Any]) -> Any:
-        """Numbers are widened, but not rounded; categories give way to the numbers they stand for."""
+        """Return a dtype for numbers: widened without rounding; numeric categories become plain numbers."""
         plain = [dtype.categories.dtype if isinstance(dtype, pd.CategoricalDtype) else dtype for dtype in dtypes]
         is_whole = all(map(is_integer_dtype, plain))
-        # Not of values found, for those that are missing do not count in pandas.
+        # From the dtypes alone, because pandas ignores those of all-NA values.
         dtype = pd.concat([pd.Series([1]).astype(dtype) for dtype in plain]).dtype
         if plain != list(dtypes):
             dtype = "Int64" if is_whole else np.dtype(np.float64)
         elif len(dtypes) < len(self.parts) and isinstance(dtype, np.dtype) and is_integer_dtype(dtype):
             dtype = np.dtype(np.float64)
         if is_float_dtype(dtype):
-            dtype = np.dtype(getattr(dtype, "numpy_dtype", dtype))  # anndata writes no nullable floats
-        if is_float_dtype(dtype) and (largest := self._largest(column, plain)) > EXACT_IN_FLOAT:
+            dtype = np.dtype(getattr(dtype, "numpy_dtype", dtype))  # anndata cannot write nullable floats
+        if is_float_dtype(dtype) and (largest := self._largest(column, plain)) > MAX_EXACT_INT:
             if not is_whole or largest >= 2**63:
-                return self._text_dtype(column, "holds whole numbers that a float would round")
+                return self._text_dtype(column, "contains integers that a float would round")
             return "Int64"
         return dtype
 
     def _largest(self, column: str, dtypes: Sequence[Any]) -> int:
-        """The largest magnitude of a column of whole numbers of 64 bits, or 0."""
+        """Return the largest magnitude in a column if it has a 64-bit integer dtype, else 0."""
         if not any(is_integer_dtype(dtype) and dtype.itemsize == 8 for dtype in dtypes):
             return 0
         largest = 0
@@ -167,7 +167,7 @@ class JoinedMetadata:
         return largest
 
     def _text_dtype(self, column: str, why: str) -> Any:
-        logger.warning("obs: column %r %s; it is written as text", column, why)
+        logger.warning("obs: column %r %s; writing it as text", column, why)
         self.as_text.add(column)
         return pd.CategoricalDtype(self._distinct(column))
 
@@ -185,12 +185,12 @@ class JoinedMetadata:
 
 
 def _representative(part: Metadata, column: str) -> pd.Series:
-    """Rows of a column that show what kind of values it holds: in a file, all are of one kind."""
+    """Return rows of a column that determine its kind of values; a stored column has a single kind."""
     return part.rows(0, len(part) if isinstance(part, MetadataInMemory) else 1, [column])[column]
 
 
 def _kind(values: pd.Series) -> str | None:
-    """What a column holds; None: nothing but gaps."""
+    """Return the kind of values in a column; None if all are missing."""
     if isinstance(values.dtype, pd.CategoricalDtype):
         values = values.cat.categories.to_series()
     dtype = values.dtype
@@ -200,16 +200,16 @@ def _kind(values: pd.Series) -> str | None:
     if is_string_dtype(dtype):
         return TEXT
     if is_bool_dtype(dtype):
-        return TRUTH
+        return BOOLEAN
     return NUMBER if is_numeric_dtype(dtype) and not is_complex_dtype(dtype) else str(dtype)
 
 
 def _as_text(values: pd.Series) -> pd.Series:
-    """The same values as text, missing ones as None."""
+    """Convert values to text, missing ones to None."""
     try:
         codes, distinct = pd.factorize(values)
-    except TypeError:  # such as lists
+    except TypeError:  # unhashable values such as lists
         return values.map(str, na_action="ignore")
-    exact = np.asarray(distinct) if is_float_dtype(distinct.dtype) else distinct  # not as Python's floats
+    exact = np.asarray(distinct) if is_float_dtype(distinct.dtype) else distinct  # keeps float32 from becoming float
     texts = np.array([*map(str, exact), None], object)
     return pd.Series(texts[codes], index=values.index, dtype=object)

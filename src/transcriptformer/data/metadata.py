@@ -1,4 +1,4 @@
-"""The cells' metadata (`obs`), read in blocks of rows, so that its size does not matter."""
+"""Cell metadata (`obs`) of any size, read in blocks of rows."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from transcriptformer.errors import DataError, one_line
 logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 65_536
-"""Rows that are held at a time."""
+"""Rows in memory at a time."""
 
 
 class Metadata(Protocol):
@@ -23,7 +23,7 @@ class Metadata(Protocol):
     Attributes
     ----------
     columns
-        Its columns, in order.
+        Column names, in order.
     """
 
     columns: list[str]
@@ -31,12 +31,12 @@ class Metadata(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """The rows from `start` to before `stop`, with these columns; None: all."""
+        """Return rows `start:stop` of `columns`; None for all columns."""
         ...
 
 
 class MetadataInMemory:
-    """A data frame as `Metadata`."""
+    """`Metadata` of a data frame in memory."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
         self.frame, self.columns = frame, list(dict.fromkeys(frame.columns))
@@ -52,17 +52,17 @@ class MetadataInMemory:
         block = block[chosen]
         if len(block.columns) > len(chosen):
             repeated = next(iter(block.columns[block.columns.duplicated()]))
-            raise ColumnError(f"obs: there are several columns {repeated!r}; give each its own name", repeated)
+            raise ColumnError(f"obs: column name {repeated!r} is not unique; rename the duplicates", repeated)
         return block
 
 
 class ColumnError(DataError):
-    """A column of metadata that cannot be read or written.
+    """Metadata column that cannot be read or written.
 
     Attributes
     ----------
     column
-        Its name; None: the index.
+        Column name; None for the index.
     """
 
     def __init__(self, message: str, column: Any) -> None:
@@ -71,7 +71,7 @@ class ColumnError(DataError):
 
 
 class StoredMetadata:
-    """A data frame in an h5ad file or a zarr store as `Metadata`; a column matters only when it is read."""
+    """`Metadata` of a data frame in an h5ad file or a zarr store; columns are validated when they are read."""
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
@@ -81,18 +81,18 @@ class StoredMetadata:
         self.columns = [column for column in columns if column != "_index" or self.index_key != "_index"]
         self.n_rows = n_rows(store[key][self.index_key])
         self.categories: dict[str, _Categories] = {}
-        self.told: set[str] = set()
+        self.warnings: set[str] = set()
 
     def __len__(self) -> int:
         return self.n_rows
 
     def rows(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """The rows from `start` to before `stop`, with these columns; None: all.
+        """Return rows `start:stop` of `columns`; None for all columns.
 
         Raises
         ------
         ColumnError
-            If a column is damaged or does not hold one value per cell.
+            If a column is damaged or does not have one value per cell.
         """
         chosen = self.columns if columns is None else list(columns)
         index, is_text = self._index(start, stop)
@@ -103,13 +103,13 @@ class StoredMetadata:
         return frame
 
     def _index(self, start: int, stop: int) -> tuple[pd.Index, bool]:
-        """Names of cells, as text, and whether they are stored so."""
+        """Return the cell names as text, and whether they are stored as text."""
         index = pd.Index(self._column(self.index_key, start, stop))
         if index.hasnans:
             row = start + int(index.isna().argmax())
             raise ColumnError(
-                f"{self.store.name}: {self.key}: the cell of row {row} has no name; name all cells "
-                "(adata.obs_names) and write the file again",
+                f"{self.store.name}: {self.key}: the cell in row {row} has no name; set adata.obs_names and write "
+                "the file again",
                 None,
             )
         is_text = index.dtype in (object, "string")
@@ -121,19 +121,19 @@ class StoredMetadata:
             element = group[column]
             n_found = n_rows(element)
             if n_found != self.n_rows:
-                told = f"damaged: {self.key} has {self.n_rows} rows, its column {column!r} {n_found}"
-                raise ColumnError(f"{self.store.name}: {told}", column)
+                lengths = f"{self.key} has {self.n_rows} rows, but its column {column!r} has {n_found}"
+                raise ColumnError(f"{self.store.name}: damaged: {lengths}", column)
             return self._values(column, element, start, stop)
         except UnicodeDecodeError as error:
             text = error.object[:50] if isinstance(error.object, bytes) else b""
-            reason = f"holds text that is not UTF-8, {text!r}"
+            reason = f"contains text that is not UTF-8, {text!r}"
             if not hasattr(group[column], "keys"):
                 reason += f", in {self._cell(_first_undecodable(group[column], start, stop))}"
         except ColumnError:
             raise
         except DataError as error:
             reason = str(error)
-        except Exception as error:  # h5py, zarr and pandas raise whatever damaged data leads them to
+        except Exception as error:  # on damaged data, h5py, zarr and pandas may raise anything
             reason = f"cannot be read ({one_line(error)})"
         name = "the index" if column == self.index_key else f"column {column!r}"
         raise ColumnError(f"{self.store.name}: {self.key}: {name} {reason}", column)
@@ -143,73 +143,73 @@ class StoredMetadata:
             return self._categorical(column, element, start, stop)
         values = _rows(element, start, stop)
         if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
-            self._warn_once(f"column {column!r} is an array of shape {element.shape}; it is read as one column")
+            self._warn_once(f"column {column!r} is an array of shape {element.shape}; reading it as one column")
             values = values[:, 0]
         if values.ndim != 1:
-            raise DataError(f"is an array of shape {element.shape}; one value per cell is needed")
+            raise DataError(f"is an array of shape {element.shape}; expected one value per cell")
         if values.dtype.kind == "V":
-            raise DataError(f"holds records of {', '.join(values.dtype.names or ['bytes'])}; one value is needed")
+            raise DataError(f"contains records of {', '.join(values.dtype.names or ['bytes'])}; expected single values")
         return values
 
     def _categorical(self, column: str, element: Any, start: int, stop: int) -> pd.Categorical:
         if column not in self.categories:
             self.categories[column] = _Categories(element)
-            for told in self.categories[column].mended:
-                self._warn_once(f"column {column!r} {told}")
+            for problem in self.categories[column].problems:
+                self._warn_once(f"column {column!r} {problem}")
         found = self.categories[column]
         codes = np.asarray(element["codes"][start:stop])
-        is_bad = (codes < -1) | (codes >= len(found.numbers))
+        is_bad = (codes < -1) | (codes >= len(found.codes))
         if is_bad.any():
             row = int(is_bad.argmax())
             raise DataError(
-                f"has {len(found.numbers)} categories, and {self._cell(start + row)} has the category code {codes[row]}"
+                f"has {len(found.codes)} categories, but {self._cell(start + row)} has category code {codes[row]}"
             )
-        if found.mended:
-            codes = np.append(found.numbers, -1)[codes]
-        is_ordered = bool(element.attrs.get("ordered", False)) and not found.mended
+        if found.problems:
+            codes = np.append(found.codes, -1)[codes]
+        is_ordered = bool(element.attrs.get("ordered", False)) and not found.problems
         return pd.Categorical.from_codes(codes, found.values, ordered=is_ordered)
 
     def _cell(self, row: int) -> str:
         try:
             name = _rows(self.store[self.key][self.index_key], row, row + 1)[0]
-        except Exception:  # whatever a damaged index leads h5py and zarr to
+        except Exception:  # on a damaged index, h5py and zarr may raise anything
             return f"row {row}"
         return f"cell {name!r} (row {row})"
 
-    def _warn_once(self, told: str) -> None:
-        if told not in self.told:
-            self.told.add(told)
-            logger.warning("%s: %s: %s", self.store.name, self.key, told)
+    def _warn_once(self, warning: str) -> None:
+        if warning not in self.warnings:
+            self.warnings.add(warning)
+            logger.warning("%s: %s: %s", self.store.name, self.key, warning)
 
 
 class _Categories:
-    """Categories of a column, each once.
+    """Unique categories of a column.
 
     Attributes
     ----------
     values
-        Distinct categories.
-    numbers
-        Number of each stored category among them, -1 for a missing one.
-    mended
-        What was wrong, if anything.
+        Unique categories.
+    codes
+        New code of each stored category, -1 for a missing one.
+    problems
+        Descriptions of the problems that were repaired.
     """
 
     def __init__(self, element: Any) -> None:
         stored = element["categories"]
         found = pd.Index(_rows(stored, 0, n_rows(stored)))
-        self.values, self.numbers, self.mended = found, np.arange(len(found)), list[str]()
+        self.values, self.codes, self.problems = found, np.arange(len(found)), list[str]()
         if found.has_duplicates:
             some = ", ".join(repr(value) for value in found[found.duplicated()].unique()[:3])
-            self.mended.append(f"repeats categories ({some}); cells of equal categories are taken together, unordered")
+            self.problems.append(f"has duplicate categories ({some}); merging them, without their order")
         if found.hasnans:
-            self.mended.append("has a missing category; its cells are taken as without a value")
-        if self.mended:
-            self.numbers, self.values = pd.factorize(found)
+            self.problems.append("has a missing category; treating its cells as missing values")
+        if self.problems:
+            self.codes, self.values = pd.factorize(found)
 
 
 def open_metadata(store: Store, key: str) -> Metadata:
-    """The table under `key`; one in a layout of early releases of anndata is read whole."""
+    """Open the table under `key`; tables in the layout of early anndata releases are loaded completely."""
     attributes = store[key].attrs
     if "column-order" not in attributes or "__categories" in store[key]:
         return MetadataInMemory(anndata.io.read_elem(store[key]))
@@ -217,18 +217,18 @@ def open_metadata(store: Store, key: str) -> Metadata:
 
 
 def n_rows(element: Any) -> int:
-    """Rows of a column or an index, whatever its encoding.
+    """Return the length of a column or an index of any encoding.
 
     Raises
     ------
     DataError
-        If it is of a kind that is no column.
+        If the element is not a column.
     """
     encoding = _encoding(element)
     per_row = "codes" if encoding == "categorical" else "values" if encoding.startswith("nullable-") else None
     array = element[per_row] if per_row else element
     if hasattr(array, "keys"):
-        raise DataError(f"is stored as {encoding or 'a group'}, which is no column of one value per cell")
+        raise DataError(f"is stored as {encoding or 'a group'}; expected one value per cell")
     return array.shape[0] if array.shape else 0
 
 
@@ -237,7 +237,7 @@ def _encoding(element: Any) -> str:
 
 
 def _rows(element: Any, start: int, stop: int) -> Any:
-    """Rows of one column without categories, in the layout that its encoding prescribes."""
+    """Read rows of a column that is not categorical, according to its encoding."""
     encoding = _encoding(element)
     if encoding.startswith("nullable-"):
         values = _array(element["values"], start, stop)
@@ -251,7 +251,7 @@ def _rows(element: Any, start: int, stop: int) -> Any:
 
 def _array(array: Any, start: int, stop: int) -> np.ndarray:
     if array.dtype.kind in "OSUT":
-        # ASCII is UTF-8 too, and files say ASCII of either.
+        # HDF5 files may declare UTF-8 text as ASCII.
         strings = array.asstr("utf-8") if hasattr(array, "asstr") else array
         values = np.asarray(strings[start:stop]).astype(object)
         if values.ndim == 1 and len(values) and isinstance(values[0], bytes):
@@ -262,7 +262,7 @@ def _array(array: Any, start: int, stop: int) -> np.ndarray:
 
 
 def _first_undecodable(array: Any, start: int, stop: int) -> int:
-    """Row of the first text that is not UTF-8, or where the search for it began."""
+    """Return the first row whose text is not UTF-8, or `start`."""
     for row in range(start, stop):
         try:
             _array(array, row, row + 1)
@@ -271,12 +271,12 @@ def _first_undecodable(array: Any, start: int, stop: int) -> int:
     return start
 
 
-def encode(parts: Sequence[Metadata], column: str) -> tuple[np.ndarray, list[str]]:
-    """The values of one column of several tables, one after the other, as numbers, and what the numbers stand for.
+def factorize(parts: Sequence[Metadata], column: str) -> tuple[np.ndarray, list[str]]:
+    """Factorize a column of several concatenated tables.
 
     Returns
     -------
-    Codes (cells,), int64, -1 where there is no value; and the distinct values, as text, sorted.
+    Codes (cells,), int64, -1 for missing values; and the sorted unique values, as text.
     """
     numbers: dict[str, int] = {}
     found: list[np.ndarray] = []

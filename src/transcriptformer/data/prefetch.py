@@ -1,4 +1,4 @@
-"""A thread that works ahead."""
+"""Prefetching in a background thread."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ _END: Any = object()
 
 
 def prefetch(items: Iterator[T], n_ahead: int) -> Iterator[T]:
-    """The same items, of which a thread fetches up to `n_ahead` while earlier ones are being used.
+    """Iterate over `items`, fetching up to `n_ahead` of them ahead in a background thread.
 
-    An error in fetching one is raised where that item would have come.
+    An error in fetching an item is raised when that item is due.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:

@@ -1,4 +1,4 @@
-"""Elements of an AnnData that are written some rows at a time, and whether a table can be written so."""
+"""Writing AnnData elements in blocks of rows, and checking that a table can be written."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,17 +17,16 @@ from transcriptformer.errors import one_line
 from transcriptformer.storage.hdf5 import NewHdf5
 
 CHUNK_BYTES = 2**20
-"""Chunks of large arrays in the file have about this size."""
+"""Approximate chunk size of large arrays."""
 
-
-_numbers = count()
+_scratch_numbers = count()
 
 
 class RowStream:
-    """An element of an AnnData that is written some rows at a time: an array, or a data frame of any columns.
+    """Writer for an AnnData element, an array or a data frame, in blocks of rows.
 
-    anndata itself encodes every block. The arrays that it makes of the first one are then given their full length, and
-    those of later blocks go into them.
+    anndata encodes every block. The arrays of the first block are resized to their full length, and later blocks are
+    written into them.
     """
 
     def __init__(self, root: h5py.File | zarr.Group, key: str, n_rows: int) -> None:
@@ -54,18 +53,18 @@ class RowStream:
 
     @contextmanager
     def encoded(self, block: pd.DataFrame) -> Iterator[Mapping[str, Any]]:
-        """The arrays of a block after the first, by path, in memory.
+        """Encode a block after the first in memory; yields its arrays by path.
 
         Raises
         ------
         TypeError, ValueError, …
-            If anndata cannot write it, or not in the arrays of the first block.
+            If anndata cannot write the block, or it does not match the arrays of the first block.
         """
-        # Of categorical columns only the codes: the categories are in the file, and may be as many as cells.
+        # Encode only the codes of categorical columns: categories are in the file, and may be as many as cells.
         codes = {column: block[column].cat for column in self.categories}
         for column, categorical in codes.items():
             if not categorical.categories.equals(self.categories[column]):
-                raise ValueError(f"column {column!r} has other categories than in the first rows")
+                raise ValueError(f"column {column!r} has different categories than in the first rows")
         block = block.assign(**{column: categorical.codes for column, categorical in codes.items()})
         with _scratch(isinstance(self.root, zarr.Group)) as scratch:
             anndata.io.write_elem(scratch, "block", block)
@@ -73,7 +72,7 @@ class RowStream:
             arrays = {name: scratch["block"][places.get(name, name)] for name in self.arrays}
             for name, array in arrays.items():
                 if array.dtype != self.arrays[name].dtype:
-                    raise ValueError(f"{name} is of {array.dtype}, but of {self.arrays[name].dtype} in the first rows")
+                    raise ValueError(f"{name} is {array.dtype}, but {self.arrays[name].dtype} in the first rows")
             yield arrays
 
     def _write_first(self, block: pd.DataFrame | np.ndarray) -> None:
@@ -81,7 +80,7 @@ class RowStream:
             anndata.io.write_elem(self.root, self.key, block)
             return
         options: dict[str, Any] = {}
-        if isinstance(self.root, h5py.File):  # where an array can only grow if that was said when it was made
+        if isinstance(self.root, h5py.File):  # HDF5 datasets are resizable only if created with maxshape
             options["maxshape"] = (None, *block.shape[1:]) if isinstance(block, np.ndarray) else (None,)
         if isinstance(block, np.ndarray) and block.ndim == 2:
             options["chunks"] = (max(1, CHUNK_BYTES // block[:1].nbytes), block.shape[1])
@@ -98,23 +97,23 @@ class RowStream:
 
 
 def check_writable_rows(blocks: Iterable[tuple[str, int, pd.DataFrame]], n_rows: int, as_zarr: bool) -> None:
-    """Encode a table as `RowStream` will, in memory, a block at a time.
+    """Check that `RowStream` can write a table, by encoding it in memory block by block.
 
     Parameters
     ----------
     blocks
-        The table in blocks, each with the name of its source and the row there that it begins at.
+        Blocks of the table, each with the name of its source and its first row there.
     n_rows
-        Rows of all blocks.
+        Total number of rows.
     as_zarr
-        Encode it for a zarr store instead of an h5ad file.
+        Encode for a zarr store instead of an h5ad file.
 
     Raises
     ------
     ColumnError
-        If it cannot be written so; it names the source, the column and the cell.
+        If the table cannot be written; the message has the source, the column and the cell.
     """
-    with strings_as_they_are(), _scratch(as_zarr) as root:
+    with preserved_strings(), _scratch(as_zarr) as root:
         stream = RowStream(root, "obs", n_rows)
         for source, start, block in blocks:
             try:
@@ -124,40 +123,40 @@ def check_writable_rows(blocks: Iterable[tuple[str, int, pd.DataFrame]], n_rows:
                         pass
                 else:
                     stream.write(block)
-            except Exception as error:  # anndata, h5py and zarr raise whatever values of odd types lead them to
-                raise _fault(source, start, block, as_zarr, error) from error
+            except Exception as error:  # on unusual values, anndata, h5py and zarr may raise anything
+                raise _column_error(source, start, block, as_zarr, error) from error
 
 
-def _fault(source: str, start: int, block: pd.DataFrame, as_zarr: bool, error: Exception) -> ColumnError:
-    """What to say of a block that cannot be written: its first column, and cell, that cannot be written by itself."""
+def _column_error(source: str, start: int, block: pd.DataFrame, as_zarr: bool, error: Exception) -> ColumnError:
+    """Return an error for the first column and cell of a block that cannot be written."""
     for i, column in enumerate(block.columns):
-        alone = block.iloc[:, [i]]
-        reason = _refusal(alone, as_zarr)
+        single = block.iloc[:, [i]]
+        reason = _write_error(single, as_zarr)
         if reason is None:
             continue
-        told = f"{source}: obs: column {column!r} cannot be written ({reason})"
-        if _refusal(alone.iloc[:0], as_zarr) is None:
-            row = _first_refused(alone, as_zarr)
-            value = one_line(ValueError(repr(alone.iloc[row, 0])))[:50]
-            told += f", the first time in cell {str(block.index[row])!r} (row {start + row}), where it is {value}"
-        return ColumnError(told, column)
+        message = f"{source}: obs: column {column!r} cannot be written ({reason})"
+        if _write_error(single.iloc[:0], as_zarr) is None:
+            row = _first_unwritable(single, as_zarr)
+            value = one_line(ValueError(repr(single.iloc[row, 0])))[:50]
+            message += f", first in cell {str(block.index[row])!r} (row {start + row}) with value {value}"
+        return ColumnError(message, column)
     return ColumnError(f"{source}: obs: cannot be written ({_reason(error)})", None)
 
 
-def _first_refused(column: pd.DataFrame, as_zarr: bool) -> int:
-    """Row of the first value that keeps a column from being written."""
-    fewest, most = 0, len(column)  # rows that can be written, and that cannot
-    while most - fewest > 1:
-        middle = (fewest + most) // 2
-        if _refusal(column.iloc[:middle], as_zarr) is None:
-            fewest = middle
+def _first_unwritable(column: pd.DataFrame, as_zarr: bool) -> int:
+    """Return the row of the first value that cannot be written, by bisection."""
+    low, high = 0, len(column)  # the first `low` rows can be written, the first `high` cannot
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _write_error(column.iloc[:middle], as_zarr) is None:
+            low = middle
         else:
-            most = middle
-    return most - 1
+            high = middle
+    return high - 1
 
 
-def _refusal(block: pd.DataFrame, as_zarr: bool) -> str | None:
-    """Why anndata does not write a block; None: it does."""
+def _write_error(block: pd.DataFrame, as_zarr: bool) -> str | None:
+    """Return why anndata cannot write a block; None if it can."""
     with _scratch(as_zarr) as scratch:
         try:
             _require_text(block)
@@ -168,29 +167,29 @@ def _refusal(block: pd.DataFrame, as_zarr: bool) -> str | None:
 
 
 def _require_text(block: pd.DataFrame) -> None:
-    """Raise TypeError where objects are no text: some would be written as something else."""
+    """Raise TypeError for object columns other than text, some of which would be written as something else."""
     for column in block.columns:
-        of_column = block[column]
-        is_categorical = isinstance(of_column.dtype, pd.CategoricalDtype)
-        values = of_column.cat.categories if is_categorical else of_column
+        series = block[column]
+        is_categorical = isinstance(series.dtype, pd.CategoricalDtype)
+        values = series.cat.categories if is_categorical else series
         if values.dtype == object and (kind := infer_dtype(values, skipna=False)) not in ("string", "empty"):
-            raise TypeError(f"holds {kind} values")
+            raise TypeError(f"contains {kind} values")
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without where anndata was when it was raised."""
+    """Return the first line of an error, without the location that anndata appends."""
     return one_line(ValueError(str(error).partition("\n")[0] or type(error).__name__))
 
 
 @contextmanager
-def strings_as_they_are() -> Iterator[None]:
-    """Text stays text: the metadata is to be found again exactly as it was."""
+def preserved_strings() -> Iterator[None]:
+    """Make anndata write text as text, so that metadata is preserved exactly."""
     with anndata.settings.override(allow_write_nullable_strings=True, check_uniqueness=False):
         yield
 
 
 def _arrays_per_row(element: Any) -> Iterator[tuple[str, Any]]:
-    """Arrays below an element, by path, that have an entry per row."""
+    """Yield the arrays below an element that have an entry per row, with their paths."""
     if not hasattr(element, "keys"):
         yield "", element
         return
@@ -202,10 +201,10 @@ def _arrays_per_row(element: Any) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _scratch(as_zarr: bool) -> Iterator[Any]:
-    """A place in memory of the kind that results are written to."""
+    """Open an in-memory zarr group or HDF5 file."""
     if as_zarr:
         store = zarr.storage.MemoryStore()
         yield zarr.open_group(store, mode="w", zarr_format=anndata.settings.zarr_write_format)
         return
-    with h5py.File(f"scratch-{next(_numbers)}", "w", driver="core", backing_store=False) as file:
+    with h5py.File(f"scratch-{next(_scratch_numbers)}", "w", driver="core", backing_store=False) as file:
         yield file

@@ -1,4 +1,4 @@
-"""A file, a store or an AnnData as a source of cells: counts in blocks, the gene id of each column, metadata."""
+"""Sources of cells, in files, stores or AnnData objects: counts in blocks, gene ids and metadata."""
 
 import logging
 import re
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from transcriptformer.config import MOST_INT
+from transcriptformer.config import MAX_INT
 from transcriptformer.data.counts import Matrix, MatrixInMemory, open_matrix, to_canonical_csr
 from transcriptformer.data.metadata import Metadata, MetadataInMemory, open_metadata
 from transcriptformer.data.store import Location, Store, damaged
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_GENE_COLUMN, AUTO_GENE_COLUMN = "ensembl_id", "auto"
 
-# Ensembl (ENSG…, ENSMUSG…), FlyBase, WormBase and the systematic names of yeast.
+# Ensembl (ENSG…, ENSMUSG…), FlyBase, WormBase and systematic yeast names.
 _GENE_ID = re.compile(r"(ENS[A-Z]*G\d{6,}|FBgn\d{6,}|WBGene\d{6,}|Y[A-P][LR]\d{3}[WC](-[A-Z])?)(\.\d+)?")
 
 
@@ -35,31 +35,31 @@ class CellSource:
     Attributes
     ----------
     name
-        The file, for messages.
+        Name of the file in messages.
     gene_ids
-        Gene id of each column (genes,), without versions; empty where there is none.
-    is_repeated
-        Columns (genes,) whose gene id an earlier column has.
+        Gene id of each column (genes,), without version; empty if missing.
+    is_duplicate
+        Mask of columns whose gene id occurs in an earlier column (genes,), bool.
     obs
-        Metadata of the cells, as found.
+        Metadata of the cells.
     """
 
     def __init__(
         self, name: str, matrix: Matrix, gene_ids: np.ndarray, obs: Metadata, store: Store | None = None
     ) -> None:
         self.name, self.matrix, self.gene_ids, self.obs, self.store = name, matrix, gene_ids, obs, store
-        self.is_repeated = pd.Index(gene_ids).duplicated() & (gene_ids != "")
+        self.is_duplicate = pd.Index(gene_ids).duplicated() & (gene_ids != "")
 
     def __len__(self) -> int:
         return self.matrix.shape[0]
 
     def close(self) -> None:
-        """Let go of the file; it is opened again where something is read."""
+        """Close the file; the next read reopens it."""
         if self.store is not None:
             self.store.close()
 
     def counts(self, start: int, stop: int) -> sparse.csr_array:
-        """Counts (cells, genes), float32, of the cells from `start` to before `stop`; see `to_canonical_csr`.
+        """Read the counts (cells, genes), float32, of cells `start:stop` with `to_canonical_csr`.
 
         Raises
         ------
@@ -70,7 +70,7 @@ class CellSource:
             values = self.matrix.rows(start, stop)
         except DataError:
             raise
-        except Exception as error:  # h5py and zarr raise whatever damaged data leads them to
+        except Exception as error:  # on damaged data, h5py and zarr may raise anything
             raise damaged(self.name, error) from error
         matrix = to_canonical_csr(values, self.name)
         self._check(matrix, start)
@@ -86,8 +86,8 @@ class CellSource:
                 row = start + int(np.searchsorted(matrix.indptr, entry, side="right")) - 1
                 cell = self.obs.rows(row, row + 1, []).index[0]
                 raise DataError(
-                    f"{self.name}: counts are {kind}, the first in cell {cell!r} (row {row}), "
-                    f"gene {self.gene_ids[matrix.indices[entry]]}: {counts[entry]}; raw counts are needed"
+                    f"{self.name}: counts are {kind}, first in cell {cell!r} (row {row}), "
+                    f"gene {self.gene_ids[matrix.indices[entry]]}: {counts[entry]}; expected raw counts"
                 )
 
 
@@ -100,36 +100,36 @@ def open_source(
     layer: str | None = None,
     allow_external_links: bool = False,
 ) -> CellSource:
-    """Find counts, gene ids and cell metadata, and check that they fit together; no count is looked at yet.
+    """Locate counts, gene ids and cell metadata, and check that their shapes match, without checking counts.
 
     Parameters
     ----------
     source
-        An h5ad file or a zarr store, of which only `obs` and one matrix with its `var` are read; or an AnnData, which
-        is left as it is.
+        h5ad file or zarr store, of which only `obs` and one matrix with its `var` are read; or an AnnData, which is
+        not modified.
     gene_col_name
-        Column of `var` with the gene ids; `index` for the index of `var`; `auto`: the index if it looks like
+        Column of `var` with the gene ids; `index` for the index of `var`; `auto` for the index if it looks like
         gene ids and there is no `ensembl_id`, else `ensembl_id`.
     use_raw
-        True: `.raw`; False: `.X`; None or "auto": `.raw` where there is one. Names and counts come from the same place.
+        True: `.raw`; False: `.X`; None or "auto": `.raw` if there is one. Gene ids and counts come from the same place.
     remove_duplicate_genes
-        Keep the first column of each gene id instead of refusing duplicates.
+        Keep the first column of each gene id instead of raising an error.
     read_in_blocks
-        Leave the counts where they are and read them as they are needed; otherwise read them into memory now.
+        Read counts on demand instead of loading them now.
     layer
-        Take the counts of this layer, with `var`.
+        Layer to read the counts from, with `var`.
     allow_external_links
         Follow links to other files, virtual datasets and URLs that lead to other URLs.
 
     Raises
     ------
     UsageError
-        If the file does not exist, or both a layer and `.raw` are asked for.
+        If the file does not exist, or both a layer and `.raw` are requested.
     DataError
-        If it cannot be read, has no cells, no such layer or column, or duplicate genes.
+        If it cannot be read, has no cells or genes, lacks the layer or column, or has duplicate genes.
     """
     if layer is not None and use_raw is True:
-        raise UsageError(f"layer {layer!r} and use_raw=True: the counts can come from one of them only")
+        raise UsageError(f"layer {layer!r} and use_raw=True are mutually exclusive; use only one of them")
     if isinstance(source, anndata.AnnData):
         name = "the AnnData"
         found = _from_anndata(source, use_raw, read_in_blocks, layer, name, allow_external_links)
@@ -138,9 +138,9 @@ def open_source(
         found = _from_store(source, use_raw, read_in_blocks, layer, allow_external_links)
     shape = len(found.obs), len(found.var)
     if 0 in shape:
-        raise DataError(f"{name}: there are no {'cells' if shape[0] == 0 else 'genes'} in it")
-    if max(shape) > MOST_INT:
-        raise DataError(f"{name}: declares {shape[0]:,} cells and {shape[1]:,} genes; at most {MOST_INT:,} can be read")
+        raise DataError(f"{name}: contains no {'cells' if shape[0] == 0 else 'genes'}")
+    if max(shape) > MAX_INT:
+        raise DataError(f"{name}: declares {shape[0]:,} cells and {shape[1]:,} genes; at most {MAX_INT:,} can be read")
     if found.matrix.shape != shape:
         raise DataError(
             f"{name}: damaged: counts of shape {found.matrix.shape} for {shape[0]} cells and {shape[1]} genes"
@@ -153,7 +153,7 @@ def open_source(
 
 
 class _Found(NamedTuple):
-    """Counts as they were found, with the metadata of their genes and cells, and where that is."""
+    """Counts with the metadata of their genes and cells, and their store."""
 
     matrix: Matrix
     var: pd.DataFrame
@@ -185,11 +185,11 @@ def _from_anndata(
 
 def _check_layer(layer: str, layers: Iterable[str], name: str) -> None:
     if layer not in layers:
-        raise DataError(f"{name}: has no layer {layer!r}; there are: {', '.join(layers) or 'none'}")
+        raise DataError(f"{name}: has no layer {layer!r}; its layers are: {', '.join(layers) or 'none'}")
 
 
 def _check_backed(adata: anndata.AnnData, name: str, allow_external: bool) -> None:
-    """The counts of a backed AnnData are still in its file."""
+    """Check the matrices in the file of a backed AnnData."""
     if not adata.file.is_open:
         adata.file.open()
     guard = Guard(name, allow_external)
@@ -214,10 +214,10 @@ def _from_store(
             store.check("")
             store.close()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # anndata advises to write the file anew
+                warnings.simplefilter("ignore")  # anndata's advice to rewrite the file
                 adata = anndata.read_h5ad(Path(location))
                 return _from_anndata(adata, use_raw, True, layer, store.name, allow_external)
-        # A zarr store has an empty raw.
+        # Zarr stores may have an empty `raw`.
         is_raw = layer is None and _choose_raw("raw/X" in store, use_raw, store.name)
         place = "raw/" if is_raw else ""
         key = f"{place}X" if layer is None else f"layers/{layer}"
@@ -232,13 +232,13 @@ def _from_store(
 
 
 def _is_old_layout(store: Store) -> bool:
-    """Whether it was written by anndata before 0.7: data frames as tables, `.raw` beside `.X`."""
+    """Whether the file was written by anndata < 0.7, with data frames as HDF5 tables and a key `raw.X`."""
     return "raw.X" in store or any(hasattr(store[frame], "shape") for frame in ("obs", "var"))
 
 
 def _choose_raw(has_raw: bool, use_raw: bool | str | None, name: str) -> bool:
     if use_raw is True and not has_raw:
-        raise DataError(f"{name}: has no .raw; leave out --use-raw true (or give false) to use .X")
+        raise DataError(f"{name}: has no .raw; remove --use-raw true (or set it to false) to use .X")
     return has_raw if use_raw in (None, "auto") else bool(use_raw)
 
 
@@ -257,18 +257,18 @@ def _gene_column(found: _Found, column: str, name: str) -> pd.Series | pd.Index:
         candidates.append("index")
     columns = ", ".join(map(str, var.columns)) or "none"
     hint = f"; {candidates[0]!r} looks like gene ids: add --gene-col-name {candidates[0]!r}" if candidates else ""
-    where = "raw.var (--use-raw false takes X and var instead)" if found.is_raw else "var"
-    raise DataError(f"{name}: {where} has no column {column!r}, its columns are: {columns}{hint}")
+    where = "raw.var (--use-raw false uses X and var instead)" if found.is_raw else "var"
+    raise DataError(f"{name}: {where} has no column {column!r}; its columns are: {columns}{hint}")
 
 
 def looks_like_gene_ids(values: Iterable[object]) -> bool:
-    """Whether most of the first hundred `values` have the form of a gene id, such as ENSG00000139618.19."""
+    """Whether most of the first hundred `values` look like gene ids, such as ENSG00000139618.19."""
     first = [str(value) for value in islice(values, 100)]
     return sum(_GENE_ID.fullmatch(value) is not None for value in first) > len(first) / 2
 
 
 def _without_versions(gene_ids: pd.Series | pd.Index) -> np.ndarray:
-    """Names up to the first dot; a missing one becomes the empty string, which no vocabulary has."""
+    """Strip everything after the first dot; missing ids become the empty string, which no vocabulary contains."""
     values = pd.Series(gene_ids, dtype=object)
     names = [str(gene) for gene in values.where(values.notna(), "")]
     if "." in "".join(names):
@@ -277,16 +277,16 @@ def _without_versions(gene_ids: pd.Series | pd.Index) -> np.ndarray:
 
 
 def _check_duplicates(cells: CellSource, column: str, remove: bool) -> None:
-    n_repeated = int(cells.is_repeated.sum())
-    if n_repeated and not remove:
-        some = ", ".join(pd.unique(cells.gene_ids[cells.is_repeated])[:5])
+    n_duplicates = int(cells.is_duplicate.sum())
+    if n_duplicates and not remove:
+        some = ", ".join(pd.unique(cells.gene_ids[cells.is_duplicate])[:5])
         advice = (
             "add --remove-duplicate-genes to keep the first of each"
             if looks_like_gene_ids(cells.gene_ids)
-            else f"{column!r} does not look like Ensembl gene ids: name a column of var that does by --gene-col-name"
+            else f"{column!r} does not look like Ensembl gene ids; set --gene-col-name to a column of var that does"
         )
         raise DataError(
-            f"{cells.name}: {n_repeated} columns repeat a gene id (versions dropped), such as {some}; {advice}"
+            f"{cells.name}: {n_duplicates} columns have duplicate gene ids (without versions), e.g. {some}; {advice}"
         )
-    if n_repeated:
-        logger.warning("%s: dropped %d columns that repeat a gene id", cells.name, n_repeated)
+    if n_duplicates:
+        logger.warning("%s: dropped %d columns with duplicate gene ids", cells.name, n_duplicates)

@@ -1,4 +1,4 @@
-"""Which species gene ids are likely to be of, by how they begin."""
+"""Guessing the species of gene ids from their prefix."""
 
 import re
 from collections import Counter
@@ -29,12 +29,12 @@ SPECIES_OF_PREFIX = {
 }
 """Prefixes of stable ids at Ensembl, FlyBase, WormBase, PlasmoDB and the Saccharomyces Genome Database."""
 
-# The letters in front of the number; for yeast the systematic names, such as YAL001C.
+# The letters before the number; for yeast, systematic names such as YAL001C.
 _PREFIX = re.compile(r"(ENS[A-Z]*G|FBgn|WBGene|PF3D7_)\d{5,}|(Y)[A-P][LR]\d{3}[WC]")
 
 
 def likely_species(gene_ids: Iterable[object]) -> str | None:
-    """The species that most of the first thousand ids are of; None where they tell of none."""
+    """Return the species of the majority of the first thousand ids; None if there is no known majority."""
     first = [str(gene) for gene in islice(gene_ids, 1000)]
     found = Counter(match[1] or match[2] for match in map(_PREFIX.match, first) if match)
     if not found:

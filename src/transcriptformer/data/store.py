@@ -1,4 +1,4 @@
-"""Where an AnnData lies: an h5ad file, or a zarr store, maybe far away; opened anew by every process that reads."""
+"""Local or remote stores of an AnnData, h5ad files or zarr stores, which every reading process opens for itself."""
 
 import os
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from transcriptformer.errors import DataError, TranscriptFormerError, UsageError
 from transcriptformer.storage.external import OPTION, Guard, check_folder, check_hdf5, check_structure
 
 Location: TypeAlias = str | Path
-"""A path, or a URL such as s3://bucket/cells.zarr."""
+"""Path, or URL such as s3://bucket/cells.zarr."""
 
-_NEEDED = ("obs", "var")
+_REQUIRED = ("obs", "var")
 
 
 def is_url(location: Location) -> bool:
@@ -24,26 +24,26 @@ def is_url(location: Location) -> bool:
 
 
 def is_zarr(location: Location) -> bool:
-    """Whether a location is to be opened as a zarr store: every URL, every folder, and what is named so."""
+    """Whether a location is opened as a zarr store: any URL, any folder, and names that end in `.zarr`."""
     return is_url(location) or os.path.isdir(location) or str(location).rstrip("/").endswith(".zarr")  # noqa: PTH112
 
 
 class Store:
-    """An AnnData on disk or behind a URL, opened for reading when it is first looked into.
+    """Read-only AnnData on disk or behind a URL, opened on first access.
 
-    It may be sent to another process, and survives a fork: handles are never shared.
+    Can be pickled and forked, because processes do not share file handles.
 
     Parameters
     ----------
     location
-        Where it lies.
+        Path or URL.
     allow_external
         Follow links to other files, virtual datasets, and URLs that lead to other URLs.
 
     Raises
     ------
     UsageError
-        If there is nothing at the location.
+        If the location does not exist.
     DataError
         If it is not an AnnData, or damaged.
     """
@@ -54,30 +54,30 @@ class Store:
         self._root: h5py.File | zarr.Group | None = None
         self._process = -1
         self._checked: set[str] = set()
-        self._check_place()
-        if not all(key in self for key in _NEEDED):  # a web server may not tell what there is
-            raise DataError(f"{self.name}: not an AnnData (h5ad or zarr): 'obs' and 'var' are not in it")
+        self._check_location()
+        if not all(key in self for key in _REQUIRED):  # by key, because web servers may not list keys
+            raise DataError(f"{self.name}: not an AnnData (h5ad or zarr): requires 'obs' and 'var'")
 
-    def _check_place(self) -> None:
+    def _check_location(self) -> None:
         if is_url(self.location):
             is_chain = "::" in self.name or self.name.startswith("reference:")
             if is_chain and not self.allow_external:
-                raise UsageError(f"--data-file {self.name}: leads on to other files; to follow it, add {OPTION}")
+                raise UsageError(f"--data-file {self.name}: refers to other files; add {OPTION} to follow it")
         elif not is_zarr(self.location):
             _check_h5ad(Path(self.location))
             with self.reading():
-                check_structure(Path(self.location), _NEEDED, self.allow_external)
-            self._checked.update(_NEEDED)
+                check_structure(Path(self.location), _REQUIRED, self.allow_external)
+            self._checked.update(_REQUIRED)
         elif os.path.isdir(self.location):  # noqa: PTH112
             check_folder(Path(self.location), self.allow_external)
 
     def check(self, *keys: str) -> None:
-        """Look, once, at all that lies under `keys`; "" stands for everything.
+        """Check everything below `keys`, once; "" stands for the whole file.
 
         Raises
         ------
         DataError
-            If something there lies in another file, is missing or damaged.
+            If something is missing, damaged, or stored in another file that may not be read.
         """
         if is_zarr(self.location) or self._checked.issuperset(keys):
             return
@@ -87,17 +87,17 @@ class Store:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Raise what reading a damaged file leads to as DataError."""
+        """Translate any error in reading damaged data to DataError."""
         try:
             yield
         except TranscriptFormerError:
             raise
-        except Exception as error:  # h5py and zarr raise whatever damaged data leads them to
+        except Exception as error:  # on damaged data, h5py and zarr may raise anything
             raise damaged(self.name, error) from error
 
     @property
     def root(self) -> h5py.File | zarr.Group:
-        """The top of the hierarchy."""
+        """Root of the hierarchy, opened once per process."""
         if self._root is None or self._process != os.getpid():
             self._root = _open_zarr(self.location) if is_zarr(self.location) else _open_h5ad(Path(self.location))
             self._process = os.getpid()
@@ -120,17 +120,17 @@ class Store:
         return {**self.__dict__, "_root": None}
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file; the next access reopens it."""
         if isinstance(self._root, h5py.File):
             self._root.close()
         self._root = None
 
 
 def _check_h5ad(path: Path) -> None:
-    if not os.path.isfile(path):  # noqa: PTH113  (os.path answers False for an impossible name, where Path raises)
+    if not os.path.isfile(path):  # noqa: PTH113  (os.path returns False for invalid names, where Path raises)
         raise UsageError(f"--data-file {path}: no such file")
     if not h5py.is_hdf5(path):
-        raise DataError(f"{path}: not an HDF5 file; an h5ad is needed (anndata's write_h5ad makes one)")
+        raise DataError(f"{path}: not an HDF5 file; expected an h5ad file, as written by adata.write_h5ad")
 
 
 def _open_h5ad(path: Path) -> h5py.File:
@@ -147,20 +147,20 @@ def _open_zarr(location: Location) -> zarr.Group:
         return zarr.open_group(str(location), mode="r")
     except ImportError as error:
         raise UsageError(
-            f"--data-file {location}: reading it needs a package that is not installed ({one_line(error)}); "
-            'pip install "transcriptformer[remote]" brings those for s3:// and https://'
+            f"--data-file {location}: requires a package that is not installed ({one_line(error)}); "
+            'for s3:// and https://, run: pip install "transcriptformer[remote]"'
         ) from error
-    except Exception as error:  # zarr and its stores raise whatever the other side answers
+    except Exception as error:  # zarr and its remote stores may raise anything
         if is_url(location):
             raise UsageError(
-                f"--data-file {location}: no zarr store can be read there ({one_line(error)}); of files far away, "
-                "zarr stores can be read; an h5ad has to be downloaded"
+                f"--data-file {location}: cannot be read as a zarr store ({one_line(error)}); only zarr stores can be "
+                "read from URLs, so download h5ad files first"
             ) from error
-        raise UsageError(f"--data-file {location}: is a folder, not an h5ad file, and holds no zarr store") from error
+        raise UsageError(f"--data-file {location}: is a folder, but not a zarr store") from error
 
 
 def damaged(name: str, error: Exception) -> DataError:
-    """What to say where reading fails."""
+    """Return the error for a file that cannot be read."""
     return DataError(
         f"{name}: cannot be read: truncated or damaged, open in another program, or written by a newer anndata "
         f"({one_line(error)})"

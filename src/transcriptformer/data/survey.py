@@ -1,4 +1,4 @@
-"""One pass over all cells before anything is computed: damage is found now, and what a run will meet is known."""
+"""Survey of all cells before a run, which finds damaged data and collects statistics."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,24 +20,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of every cell that was read; arrays follow the sources, one after the other.
+    """Statistics of the cells of all sources, concatenated.
 
     Attributes
     ----------
     kept
         Cells that passed the filters (cells,), bool.
     lengths
-        Genes of the vocabulary that each cell expresses (cells,), int32.
+        Number of in-vocabulary genes that each cell expresses (cells,), int32.
     unknown_aux
-        Values of auxiliary columns that are not in their vocabularies (cells, columns), bool.
+        Whether values of auxiliary columns are outside their vocabularies (cells, columns), bool.
     totals
-        Sum of the counts of those genes (cells,), float64.
+        Total count of the in-vocabulary genes (cells,), float64.
     unseen
-        Sum of the counts beyond the positions of the model (cells,), float32.
+        Total count of the genes beyond the model's sequence length (cells,), float32.
     n_fractional
-        Sources whose counts are not whole numbers.
+        Number of sources with non-integer counts.
     n_repeated_names
-        Cells whose name an earlier cell has.
+        Number of kept cells that share the name of another cell, not counting the first of each name.
     """
 
     kept: np.ndarray
@@ -50,26 +50,26 @@ class Survey:
 
     @property
     def n_read(self) -> int:
-        """Cells in the sources."""
+        """Number of cells in the sources."""
         return len(self.kept)
 
     @property
     def n_kept(self) -> int:
-        """Cells that passed the filters."""
+        """Number of cells that passed the filters."""
         return int(self.kept.sum())
 
     @property
     def n_empty(self) -> int:
-        """Kept cells without any gene of the vocabulary."""
+        """Number of kept cells without any in-vocabulary gene."""
         return int((self.lengths[self.kept] == 0).sum())
 
     def n_too_long(self, seq_len: int) -> int:
-        """Kept cells with more genes than the model has positions."""
+        """Return the number of kept cells with more than `seq_len` genes."""
         return int((self.lengths[self.kept] > seq_len).sum())
 
     @property
     def unseen_share(self) -> float:
-        """Share of the kept cells' counts that lies beyond the positions of the model."""
+        """Fraction of the kept cells' counts that is beyond the model's sequence length."""
         total = self.totals[self.kept].sum()
         return float(self.unseen[self.kept].sum() / total) if total > 0 else 0.0
 
@@ -80,12 +80,12 @@ class Survey:
 
     @classmethod
     def load(cls, path: Path) -> "Survey":
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises
         ------
         DamagedError
-            If the file is missing, truncated or altered.
+            If the file is missing, truncated or modified.
         """
         values: dict[str, Any] = {name: a if a.ndim else a.item() for name, a in read_sealed(path).items()}
         return cls(**values)
@@ -94,7 +94,7 @@ class Survey:
 def survey_cells(
     readers: Sequence[CellReader], config: DataConfig, on_progress: Callable[[int, int], None] | None = None
 ) -> Survey:
-    """Read every cell once; the filters look at each source by itself.
+    """Read every cell once; filters apply to each source separately.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def survey_cells(
     name_hashes = np.zeros(n_cells, np.uint64)
     kept, n_fractional, first = np.ones(n_cells, bool), 0, 0
     for reader in readers:
-        is_whole = True
+        is_integer = True
         for start in range(0, len(reader), config.block_size):
             stop = min(start + config.block_size, len(reader))
             here = slice(first + start, first + stop)
@@ -116,28 +116,28 @@ def survey_cells(
             lengths[here], totals[here] = genes.lengths, genes.totals()
             if genes.lengths.max(initial=0) > reader.seq_len:
                 unseen[here] = totals[here] - reader.counts_seen(genes, start)
-            is_whole = is_whole and bool((genes.counts == np.rint(genes.counts)).all())
+            is_integer = is_integer and bool((genes.counts == np.rint(genes.counts)).all())
             unknown_aux[here] = reader.aux_tokens(start, stop) == unknown
             name_hashes[here] = pd.util.hash_array(reader.source.obs.rows(start, stop, []).index.to_numpy())
             if on_progress is not None:
                 on_progress(first + stop, n_cells)
-        whole = slice(first, first + len(reader))
-        kept[whole] = cells_to_keep(lengths[whole], totals[whole], config.filter_outliers, config.min_expressed_genes)
+        own = slice(first, first + len(reader))
+        kept[own] = cells_to_keep(lengths[own], totals[own], config.filter_outliers, config.min_expressed_genes)
         first += len(reader)
-        if not is_whole:
+        if not is_integer:
             n_fractional += 1
             logger.warning(
-                "%s: counts are not whole numbers; the model expects raw counts, not normalized ones",
+                "%s: counts are not integers; the model expects raw counts, not normalized ones",
                 reader.source.name,
             )
-        reader.tell_of_missing_columns()
+        reader.warn_of_missing_columns()
     if not kept.any():
         raise DataError(
-            f"no cell is left by the filters: {n_cells} were read; see "
-            f"model.data_config.filter_outliers={config.filter_outliers:g}, "
+            f"the filters removed all {n_cells} cells; relax model.data_config."
+            f"filter_outliers={config.filter_outliers:g}, "
             f"min_expressed_genes={config.min_expressed_genes}"
         )
     n_repeated = int(kept.sum()) - len(np.unique(name_hashes[kept]))
     if n_repeated:
-        logger.warning("%d cells bear a name that another one has; rows are in the order of the input", n_repeated)
+        logger.warning("%d cell names are not unique; match results to cells by row, in input order", n_repeated)
     return Survey(kept, lengths, unknown_aux, totals, unseen, n_fractional, n_repeated)

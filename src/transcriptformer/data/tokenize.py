@@ -1,4 +1,4 @@
-"""Counts become tokens: pure functions on CSR arrays and on ragged rows; no matrix is ever made dense."""
+"""Tokenization of counts, as pure functions on CSR arrays and ragged rows, without densifying any matrix."""
 
 import logging
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from transcriptformer.vocab import GeneVocab
 logger = logging.getLogger(__name__)
 
 LOW_COVERAGE = 0.1
-"""Below this share of a file's genes in the vocabulary, something is likely to be wrong: warn."""
+"""Warn if less than this fraction of a file's genes is in the vocabulary."""
 
 
 class Tokens(NamedTuple):
-    """Ragged rows: cell i owns the entries `offsets[i]:offsets[i + 1]`.
+    """Ragged rows of tokens; cell i has the entries `offsets[i]:offsets[i + 1]`.
 
     Attributes
     ----------
     genes
         Gene tokens (entries,), int32.
     counts
-        Their counts (entries,), float32.
+        Counts of the genes (entries,), float32.
     offsets
-        (cells + 1,), int64.
+        Offsets of the cells (cells + 1,), int64.
     """
 
     genes: np.ndarray
@@ -39,29 +39,29 @@ class Tokens(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Entries of each cell (cells,)."""
+        """Number of entries of each cell (cells,)."""
         return np.diff(self.offsets)
 
     @property
     def rows(self) -> np.ndarray:
-        """Cell of each entry (entries,)."""
+        """Cell index of each entry (entries,)."""
         return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
 
     def totals(self) -> np.ndarray:
-        """Sum of counts of each cell (cells,), float64."""
+        """Return the total count of each cell (cells,), float64."""
         return np.bincount(self.rows, weights=self.counts, minlength=len(self.offsets) - 1)
 
     def keep(self, entries: np.ndarray) -> "Tokens":
-        """Only the entries where the mask `entries` (entries,) is true; every cell stays."""
-        kept = np.flatnonzero(entries)  # taking indices is several times faster than indexing by a mask
+        """Keep the entries where the mask `entries` (entries,) is true; cells may become empty."""
+        kept = np.flatnonzero(entries)  # taking indices is several times faster than boolean indexing
         return Tokens(self.genes.take(kept), self.counts.take(kept), np.searchsorted(kept, self.offsets))
 
     def reorder(self, order: np.ndarray) -> "Tokens":
-        """Entries in another order (entries,), which must keep every entry within its cell."""
+        """Permute the entries by `order` (entries,), which must keep every entry within its cell."""
         return Tokens(self.genes.take(order), self.counts.take(order), self.offsets)
 
     def take(self, cells: np.ndarray) -> "Tokens":
-        """The rows of `cells`, an array of indices, in that order."""
+        """Return the rows of `cells`, an array of indices, in that order."""
         starts = self.offsets[cells]
         lengths = self.offsets[cells + 1] - starts
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -70,7 +70,7 @@ class Tokens(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence["Tokens"]) -> "Tokens":
-        """The cells of `parts`, one after the other."""
+        """Concatenate the cells of `parts`."""
         genes, counts, lengths = (
             np.concatenate(arrays)
             for arrays in zip(*((part.genes, part.counts, part.lengths) for part in parts), strict=True)
@@ -79,7 +79,7 @@ class Tokens(NamedTuple):
 
 
 def tokens_of_columns(gene_ids: np.ndarray, vocab: GeneVocab, filter_to_vocabs: bool, name: str) -> np.ndarray:
-    """Token of each column (genes,), int32; -1 where the column is to be dropped.
+    """Return the token of each column (genes,), int32; -1 for columns to drop.
 
     Raises
     ------
@@ -89,31 +89,33 @@ def tokens_of_columns(gene_ids: np.ndarray, vocab: GeneVocab, filter_to_vocabs: 
     tokens = vocab.lookup(gene_ids)
     found = int((tokens >= 0).sum())
     if found == 0:
-        raise DataError(f"{name}: none of its {len(gene_ids)} genes is in the checkpoint's {_compare(gene_ids, vocab)}")
+        raise DataError(
+            f"{name}: none of its {len(gene_ids)} genes is in the checkpoint's {_describe_mismatch(gene_ids, vocab)}"
+        )
     if found < LOW_COVERAGE * len(tokens):
         share = f"{found} of {len(tokens)} genes ({100 * found / len(tokens):.1f} %)"
-        logger.warning("%s: only %s are in the checkpoint's %s", name, share, _compare(gene_ids, vocab))
+        logger.warning("%s: only %s are in the checkpoint's %s", name, share, _describe_mismatch(gene_ids, vocab))
     if not filter_to_vocabs:
         tokens[tokens < 0] = vocab.unknown
     return tokens.astype(np.int32)
 
 
-def _compare(gene_ids: np.ndarray, vocab: GeneVocab) -> str:
-    """Both sides' first gene ids, and what is likely to be wrong."""
+def _describe_mismatch(gene_ids: np.ndarray, vocab: GeneVocab) -> str:
+    """Return the first gene ids of the file and of the vocabulary, and the likely cause of the mismatch."""
     ours, theirs = (", ".join(islice(genes, 3)) for genes in (vocab.genes, gene_ids))
     kinds = [looks_like_gene_ids(genes) for genes in (vocab.genes, gene_ids)]
     species = likely_species(gene_ids)
     advice = (
-        "these look like gene symbols: name a column of var with Ensembl ids by --gene-col-name"
+        "these look like gene symbols: set --gene-col-name to a column of var with Ensembl ids"
         if kinds == [True, False]
-        else f"is it another species{f' ({species})' if species else ''}, or a checkpoint for other genes? "
-        "--pretrained-embedding brings the genes of a new species"
+        else f"are the cells of another species{f' ({species})' if species else ''}, or is it the wrong checkpoint? "
+        "for a new species, add --pretrained-embedding"
     )
     return f"vocabulary: the file has {theirs}, …; the vocabulary has {ours}, …; {advice}"
 
 
 def select_genes(counts: sparse.csr_array, column_tokens: np.ndarray) -> Tokens:
-    """Replace columns by tokens and drop the columns whose token is -1; column order stays."""
+    """Convert counts to tokens in column order, dropping columns whose token is -1."""
     tokens = Tokens(column_tokens.take(counts.indices), counts.data, counts.indptr.astype(np.int64))
     return tokens if (column_tokens >= 0).all() else tokens.keep(tokens.genes >= 0)
 
@@ -121,16 +123,16 @@ def select_genes(counts: sparse.csr_array, column_tokens: np.ndarray) -> Tokens:
 def cells_to_keep(
     lengths: np.ndarray, totals: np.ndarray, filter_outliers: float, min_expressed_genes: int
 ) -> np.ndarray:
-    """Mask (cells,) of the cells that pass both filters, which look at the whole file.
+    """Return the mask (cells,) of the cells of a file that pass both filters.
 
     Parameters
     ----------
     lengths
-        Genes of each cell (cells,), once genes are selected.
+        Number of selected genes of each cell (cells,).
     totals
-        Sum of their counts as read (cells,), float64.
+        Total raw count of these genes (cells,), float64.
     filter_outliers
-        Keep totals strictly within this many standard deviations of the mean total; 0: all.
+        Keep totals strictly within this many standard deviations of the mean total; 0 keeps all.
     min_expressed_genes
         Keep cells with at least this many genes.
     """
@@ -141,18 +143,18 @@ def cells_to_keep(
 
 
 def tokenize(tokens: Tokens, config: DataConfig, seq_len: int, cell_indices: np.ndarray) -> Tokens:
-    """Order, shorten, scale and clip the selected genes of each cell, as the model was trained to see them.
+    """Order, truncate, normalize and clip the selected genes of each cell, as in training.
 
     Parameters
     ----------
     tokens
-        Selected genes in column order, counts as read.
+        Selected genes in column order, with raw counts.
     seq_len
-        Most genes of a cell; scaling looks at the counts of these alone.
+        Maximum number of genes per cell; normalization uses only the counts of these.
     cell_indices
-        Number of each cell in its file (cells,): seeds the shuffle, so that it depends on nothing else.
+        Index of each cell in its file (cells,), which seeds the shuffle.
     """
-    tokens = shorten(order_genes(tokens, config, cell_indices), seq_len)
+    tokens = truncate(order_genes(tokens, config, cell_indices), seq_len)
     counts = tokens.counts
     if config.normalize_to_scale > 0:
         counts = counts / tokens.totals().astype(np.float32)[tokens.rows] * np.float32(config.normalize_to_scale)
@@ -160,7 +162,7 @@ def tokenize(tokens: Tokens, config: DataConfig, seq_len: int, cell_indices: np.
 
 
 def order_genes(tokens: Tokens, config: DataConfig, cell_indices: np.ndarray) -> Tokens:
-    """Genes of each cell in column order, by count, or shuffled."""
+    """Sort the genes of each cell by descending count, shuffle them, or keep the column order."""
     if config.sort_genes:
         return tokens.reorder(np.lexsort((-tokens.counts, tokens.rows)))  # stable: ties stay in column order
     if config.randomize_genes:
@@ -168,8 +170,8 @@ def order_genes(tokens: Tokens, config: DataConfig, cell_indices: np.ndarray) ->
     return tokens
 
 
-def shorten(tokens: Tokens, seq_len: int) -> Tokens:
-    """The first `seq_len` genes of each cell."""
+def truncate(tokens: Tokens, seq_len: int) -> Tokens:
+    """Keep the first `seq_len` genes of each cell."""
     if tokens.lengths.max(initial=0) <= seq_len:
         return tokens
     position = np.arange(len(tokens.genes)) - np.repeat(tokens.offsets[:-1], tokens.lengths)

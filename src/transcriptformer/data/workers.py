@@ -1,4 +1,4 @@
-"""Data workers that start for certain, and end with the process that they read for."""
+"""Data workers that start reliably and exit with their parent process."""
 
 import logging
 import multiprocessing
@@ -17,26 +17,26 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader, get_worker_info
 
 from transcriptformer.errors import TranscriptFormerError
-from transcriptformer.runtime.parents import POLL_INTERVAL, dismiss, serve, workers
-from transcriptformer.runtime.signals import held_back, noting
+from transcriptformer.runtime.parents import POLL_INTERVAL, kill_worker, serve_parent, workers
+from transcriptformer.runtime.signals import blocked_signals, deferred_signals
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-TIME_TO_START = 10.0
-"""Seconds for all workers to start; twice as many at each further attempt."""
+START_TIMEOUT = 10.0
+"""Seconds to wait for all workers to start; doubled at each attempt."""
 
-MOST_STARTS = 4
-"""Attempts to start them."""
+MAX_ATTEMPTS = 4
+"""Maximum number of attempts to start workers."""
 
 
 def start_workers(loader: "DataLoader[T]") -> Iterator[T]:
-    """Iterate over what a DataLoader reads; its workers start here.
+    """Start the workers of a DataLoader and return its iterator.
 
-    A fork may hang for ever in an interpreter with other threads (in Python 3.11, when one of PyTorch's asks for the
-    interpreter at that moment): workers that do not start are replaced. Whoever asks for the next item is told when a
-    worker has been killed; PyTorch would also raise that in the main thread, wherever it is.
+    Forking a multi-threaded process may hang (in Python 3.11, if a PyTorch thread requests the GIL at that moment), so
+    workers that do not start are replaced. A killed worker is reported when the next item is requested; PyTorch's
+    handler would also raise in the main thread, at any point.
 
     Raises
     ------
@@ -45,26 +45,26 @@ def start_workers(loader: "DataLoader[T]") -> Iterator[T]:
     """
     if loader.num_workers == 0:
         return iter(loader)
-    for seconds in (TIME_TO_START * 2**attempt for attempt in range(MOST_STARTS)):
+    for seconds in (START_TIMEOUT * 2**attempt for attempt in range(MAX_ATTEMPTS)):
         started, forked = multiprocessing.Semaphore(0), list[BaseProcess]()
-        loader.worker_init_fn = partial(serve, os.getpid(), started)
+        loader.worker_init_fn = partial(serve_parent, os.getpid(), started)
         loader.multiprocessing_context = _recording(forked)
         items = _fork(loader)
         if _have_started(forked, started, seconds):
             return items
-        logger.warning("data workers did not start within %.0f s; starting others", seconds)
+        logger.warning("data workers did not start within %.0f s; replacing them", seconds)
         for worker in forked:
-            dismiss(worker)
-    raise TranscriptFormerError("data workers do not start; try again with --n-data-workers 0")
+            kill_worker(worker)
+    raise TranscriptFormerError("data workers cannot be started; try again with --n-data-workers 0")
 
 
 def shard_of_worker(process: int, n_processes: int) -> tuple[int, int]:
-    """Which share of the data this worker serves, and how many shares there are.
+    """Return the index of this worker's shard of the data, and the number of shards.
 
     Parameters
     ----------
     process, n_processes
-        Process of the run that it reads for, and how many there are.
+        Rank of the process that the worker reads for, and number of processes.
     """
     worker = get_worker_info()
     number, n_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -72,7 +72,7 @@ def shard_of_worker(process: int, n_processes: int) -> tuple[int, int]:
 
 
 def _recording(processes: list[BaseProcess]) -> BaseContext:
-    """Return a context whose processes are added to a list, and watched, before they start."""
+    """Return a context that adds its processes to `processes` and to the watched workers before they start."""
     context = copy(multiprocessing.get_context())
     make = context.Process
 
@@ -87,7 +87,7 @@ def _recording(processes: list[BaseProcess]) -> BaseContext:
 
 
 def _have_started(forked: list[BaseProcess], started: Semaphore, seconds: float) -> bool:
-    """Wait for workers to start; not for one that has ended, which is for the watchdog and for who reads to notice."""
+    """Wait for workers to start; a worker that has exited is left to the watchdog and the consumer."""
     until = time.monotonic() + seconds
     for _ in forked:
         while not started.acquire(timeout=POLL_INTERVAL):
@@ -102,7 +102,7 @@ def _fork(loader: "DataLoader[T]") -> Iterator[T]:
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
-    with held_back(), noting():  # exceptions are lost in what Python calls at a fork
+    with blocked_signals(), deferred_signals():  # exceptions in fork hooks are lost
         try:
             return iter(loader)
         finally:

@@ -1,1 +1,1 @@
-"""A small model trained on blood cells by `transcriptformer train`, and what it makes of cells it has not seen."""
+"""A small model trained on blood cells with `transcriptformer train`, evaluated on held-out cells."""

@@ -1,1 +1,1 @@
-"""Remote files come to disk: complete, verified, resumable."""
+"""Resumable, verified downloads."""

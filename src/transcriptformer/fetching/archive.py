@@ -1,4 +1,4 @@
-"""Archives become folders, and nothing else."""
+"""Safe unpacking of archives that contain a single folder."""
 
 import gzip
 import shutil
@@ -7,35 +7,40 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from transcriptformer.fetching.fetcher import DamagedFileError, RefusedFileError, need_space, writing_to
+from transcriptformer.fetching.fetcher import (
+    DamagedFileError,
+    RefusedFileError,
+    require_free_space,
+    translated_write_errors,
+)
 
 DAMAGE = (tarfile.ReadError, gzip.BadGzipFile, EOFError, zlib.error)
-"""What reading a truncated or damaged archive leads to."""
+"""Exceptions raised on reading a truncated or damaged archive."""
 
 
-LARGEST_HEADER = 2**20
-"""Bytes of a header before a member; they are read into memory at once."""
+MAX_HEADER_BYTES = 2**20
+"""Maximum size of an extended header, which is read into memory at once."""
 
-LONGEST_END = 2**26
-"""Bytes that may follow the last member; archivers fill up their last block."""
+MAX_TRAILING_BYTES = 2**26
+"""Maximum padding after the last member, in bytes; archivers fill their last block."""
 
 
 def unpack(archive: Path, name: str, into: Path) -> None:
-    """Unpack the one folder `name` of a `.tar.gz` as `into`, which is empty or does not exist yet.
+    """Unpack the single folder `name` of a `.tar.gz` to `into`, which must be empty or missing.
+
+    `into` is removed on any error.
 
     Raises
     ------
     DamagedFileError
         If the archive is truncated or damaged.
     RefusedFileError
-        If it holds anything but regular files and folders within its one folder.
+        If it contains anything but regular files and folders within that folder.
     DownloadError
-        If there is no room for what it holds.
-
-    Whatever is raised, what was unpacked by then is removed.
+        If the disk is full.
     """
     try:
-        with writing_to(into):
+        with translated_write_errors(into):
             into.mkdir(parents=True, exist_ok=True)
             _unpack(archive, name, into)
     except BaseException:
@@ -50,45 +55,41 @@ def _unpack(archive: Path, name: str, into: Path) -> None:
                 for member in members:
                     _unpack_member(members, member, name, into)
             n_left = 0
-            while block := stream.read(2**20):  # on to the end, where gzip's checksum is
+            while block := stream.read(2**20):  # read to the end to verify gzip's checksum
                 n_left += len(block)
-                if n_left > LONGEST_END:
-                    raise ValueError("goes on after its end")
+                if n_left > MAX_TRAILING_BYTES:
+                    raise ValueError("trailing data after the last member")
     except DAMAGE as error:
         raise DamagedFileError(f"{archive}: truncated or damaged ({error})") from error
     except (tarfile.FilterError, ValueError, OverflowError) as error:
-        raise RefusedFileError(f"{archive}: {error}; nothing of it is kept") from error
+        raise RefusedFileError(f"{archive}: {error}; the archive was not unpacked") from error
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header must be whole, and of a sensible size; `tarfile` takes a damaged one for the end."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end as it should be
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
+    """Archive member with a strictly checked header; `tarfile` takes a damaged header for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        member = super().frombuf(buf, encoding, errors)
-        if not (member.isreg() or member.isdir()) and member.size > LARGEST_HEADER:
-            raise ValueError(f"a header of {member.size} bytes")
+        if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the regular end
+            return super().frombuf(buf, encoding, errors)
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+        if not (member.isreg() or member.isdir()) and member.size > MAX_HEADER_BYTES:
+            raise ValueError(f"header of {member.size} bytes, more than {MAX_HEADER_BYTES}")
         return member
 
 
 def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, name: str, into: Path) -> None:
-    """One file or folder, if it is where it should be."""
+    """Unpack one file or folder, if its path is inside the expected folder."""
     path = PurePosixPath(member.name)
-    if not path.parts or path.name.startswith("._"):  # the archive's own root; what macOS's archiver adds
+    if not path.parts or path.name.startswith("._"):  # the archive's root, or macOS metadata
         return
     if path.is_absolute() or ".." in path.parts or path.parts[0] != name:
-        raise ValueError(f"{member.name!r} is outside of the one folder that is expected, {name!r}")
+        raise ValueError(f"{member.name!r} is outside the expected folder, {name!r}")
     if not (member.isreg() or member.isdir()):
-        raise ValueError(f"{member.name!r} is a link or a device, where only files and folders are expected")
-    need_space(into.parent, member.size)
+        raise ValueError(f"{member.name!r} is a link or a device, not a file or folder")
+    require_free_space(into.parent, member.size)
     if len(path.parts) > 1:
         members.extract(member.replace(name=str(PurePosixPath(*path.parts[1:]))), into, filter="data")

@@ -1,8 +1,8 @@
-"""A remote file comes to disk: whole, once, verified.
+"""Resumable, verified downloads of single files.
 
-What arrives goes to `<target>.part`. `<target>.part.json` tells of which version of the remote file it is, and how far
-each stretch of it has come, so that a broken connection or a killed process costs what was on its way. The file gets
-its name when size and checksum are right and whoever wanted it has looked into it.
+Data is written to `<target>.part`. The journal `<target>.part.json` records the version of the remote file and the
+progress of each byte range, so that a broken connection or a killed process loses little. The file is renamed to its
+target once its size, its checksum and the caller's verification pass.
 """
 
 import base64
@@ -33,67 +33,67 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-STARTS = 3
-"""How often a file is begun anew, because it changed on the way or arrived damaged."""
+MAX_DOWNLOADS = 3
+"""Maximum downloads of a file that changes meanwhile or arrives damaged."""
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 20.0
-"""Seconds to wait for a connection, and for the next bytes."""
+"""Seconds to wait for a connection, and for more data."""
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-"""Seconds before a failed request is tried again; they double each time, and something random is added."""
+INITIAL_BACKOFF, MAX_BACKOFF = 0.5, 60.0
+"""Seconds before a failed request is retried: exponential back-off with jitter."""
 
-LONGEST_ORDERED_WAIT = 600.0
-"""The most of it when the server says how long (Retry-After)."""
+MAX_RETRY_AFTER = 600.0
+"""Maximum seconds to wait if the server sends Retry-After."""
 
-LEAST_STRETCH = 2**23
-"""Bytes that are worth a connection of their own."""
+MIN_RANGE_BYTES = 2**23
+"""Minimum bytes per connection."""
 
-BYTES_AT_RISK, SECONDS_AT_RISK = 2**25, 1.0
-"""What may arrive, and how long it may take, before it is noted how far a stretch has come."""
+FLUSH_BYTES, FLUSH_SECONDS = 2**25, 1.0
+"""The journal is updated after this many bytes or seconds."""
 
-BYTES_TO_SPARE = 2**26
-"""Free space that is left alone."""
+RESERVED_BYTES = 2**26
+"""Free disk space to leave."""
 
 
-class InterruptedDownloadError(DownloadError):
-    """A request failed in a way that may pass: it is worth another try.
+class TransientDownloadError(DownloadError):
+    """A transient failure of a request, which may be retried.
 
     Parameters
     ----------
     message
-        What happened.
+        Error message.
     wait
-        Seconds that the server asks to wait.
+        Seconds that the server asks to wait before a retry.
     """
 
     def __init__(self, message: str, wait: float = 0) -> None:
         super().__init__(message)
-        self.wait = min(wait, LONGEST_ORDERED_WAIT)
+        self.wait = min(wait, MAX_RETRY_AFTER)
 
 
 class ChangedFileError(DownloadError):
-    """The remote file is not the one that was begun."""
+    """The remote file changed during the download."""
 
 
 class DamagedFileError(DownloadError):
-    """What arrived is not what it should be; another try may help."""
+    """The downloaded file is damaged; downloading it again may help."""
 
 
 class RefusedFileError(DownloadError):
-    """What arrived is not wanted, and would not be next time."""
+    """The downloaded file is unusable; downloading it again would not help."""
 
 
 class Stat(NamedTuple):
-    """What is known of a remote file before it is read.
+    """Metadata of a remote file.
 
     Attributes
     ----------
     size
-        In bytes.
+        Size in bytes.
     version
-        Changes when the file does (ETag or date); None: it cannot be read in parts.
+        ETag or modification date; None: range requests are not supported.
     checksum
-        Its algorithm and base64 value, if the server tells.
+        Algorithm and base64 value, if the server provides one.
     """
 
     size: int
@@ -102,157 +102,162 @@ class Stat(NamedTuple):
 
 
 class RemoteFile(Protocol):
-    """A file somewhere else.
+    """A remote file.
 
-    Its methods raise `InterruptedDownloadError` where another try may help, `ChangedFileError`, or `DownloadError`.
+    Methods raise `TransientDownloadError` if a retry may help, otherwise `ChangedFileError` or `DownloadError`.
     """
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Address of the file, for messages."""
         ...
 
     def stat(self, start: int) -> Stat:
-        """What is known of it; reading is likely to begin at `start`."""
+        """Fetch the metadata; `start` is where reading will probably begin."""
         ...
 
     def read(self, start: int, stop: int, version: str | None) -> Generator[bytes]:
-        """Bytes from `start` to before `stop` as they arrive, maybe fewer; without a version, `start` is 0."""
+        """Stream the bytes in [start, stop), possibly ending early; without a version, `start` is 0."""
         ...
 
 
 @dataclass
 class Fetcher:
-    """How files are fetched.
+    """Download files with retries, parallel connections and resumption.
 
     Attributes
     ----------
     retries
-        Tries in a row that may bring nothing, after the first.
+        Failed attempts without progress before giving up, not counting the first.
     connections
-        By which a large file is read at once.
+        Parallel connections per large file.
     advance
-        Called with the number of bytes that came to disk; negative where they were of no use.
-    found
-        Called with the number of those that an earlier try had brought.
+        Called with the number of bytes written to disk; negative if they are discarded.
+    resumed
+        Called with the number of bytes kept from an earlier attempt; negative if they are discarded.
     stopping
-        Set: give up as soon as possible, which leaves what can be resumed.
+        Set it to stop as soon as possible; partial files stay for resumption.
     """
 
     retries: int = 5
     connections: int = 1
     advance: Callable[[int], object] = lambda n_bytes: None
-    found: Callable[[int], object] = lambda n_bytes: None
+    resumed: Callable[[int], object] = lambda n_bytes: None
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def fetch(self, remote: RemoteFile, target: Path, verify: Callable[[Path], T]) -> T:
-        """Bring a file to `target`, going on with what an earlier try left.
+        """Download a file to `target`, resuming an earlier attempt, and return the result of `verify`.
 
         Parameters
         ----------
         verify
-            Looks into the file before it gets its name, raises `DamagedFileError` or tells what it saw.
+            Called with the complete file before it is renamed; raises `DamagedFileError` or `RefusedFileError`.
 
         Raises
         ------
         DownloadError
-            If it cannot be had or written; what is there of it stays for the next try, unless it was damaged.
+            If the download or a write fails; a partial file stays for resumption, unless it is damaged.
         """
-        for starts_left in reversed(range(STARTS)):
-            stat = self.patiently(remote.stat, PartialFile.reached(target))
+        for attempts_left in reversed(range(MAX_DOWNLOADS)):
+            stat = self.with_retries(remote.stat, PartialFile.first_missing_byte(target))
             part = PartialFile(target, stat, self.connections)
-            n_found = part.n_done
-            self.found(n_found)
+            n_resumed = part.n_done
+            self.resumed(n_resumed)
             try:
-                with writing_to(target):
-                    need_space(target.parent, stat.size - part.n_done)
+                with translated_write_errors(target):
+                    require_free_space(target.parent, stat.size - part.n_done)
                     self._fill(part, remote)
                     _check_bytes(part.path, stat, remote.name)
-                    seen = verify(part.path)
+                    verified = verify(part.path)
                     part.finish()
-                return seen
+                return verified
             except (ChangedFileError, DamagedFileError) as error:
                 if self.stopping.is_set():
                     raise
                 part.discard()
-                self.found(-n_found)
-                self.advance(n_found - part.n_done)
-                if not starts_left:
+                self.resumed(-n_resumed)
+                self.advance(n_resumed - part.n_done)
+                if not attempts_left:
                     raise
-                logger.warning("%s: %s; starting anew", target, error)
+                logger.warning("%s: %s; restarting the download", target, error)
             except RefusedFileError:
                 part.discard()
                 raise
         raise AssertionError
 
-    def patiently(self, request: Callable[..., T], *arguments: object, given_up: threading.Event | None = None) -> T:
-        """The result of a request, which is repeated when it is interrupted, after longer and longer waits."""
-        ends = [self.stopping, *([given_up] if given_up else [])]
+    def with_retries(
+        self, request: Callable[..., T], *arguments: object, cancelled: threading.Event | None = None
+    ) -> T:
+        """Return the result of a request, retrying transient failures with exponential back-off."""
+        stop_events = [self.stopping, *([cancelled] if cancelled else [])]
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(InterruptedDownloadError),
+            retry=tenacity.retry_if_exception_type(TransientDownloadError),
             stop=tenacity.stop_any(
-                tenacity.stop_after_attempt(self.retries + 1), *(tenacity.stop_when_event_set(end) for end in ends)
+                tenacity.stop_after_attempt(self.retries + 1),
+                *(tenacity.stop_when_event_set(event) for event in stop_events),
             ),
-            wait=_wait,
-            sleep=lambda seconds: _pause(seconds, ends),
-            before_sleep=lambda state: logger.info("%s; trying again", state.outcome and state.outcome.exception()),
+            wait=_backoff,
+            sleep=lambda seconds: _sleep(seconds, stop_events),
+            before_sleep=lambda state: logger.info("%s; retrying", state.outcome and state.outcome.exception()),
             reraise=True,
         )
         return retrying(request, *arguments)
 
     def _fill(self, part: "PartialFile", remote: RemoteFile) -> None:
-        """Read every stretch to its end, all at once."""
-        given_up = threading.Event()
-        with part, ThreadPoolExecutor(min(self.connections, len(part.stretches))) as threads:
-            jobs = [threads.submit(self._fill_stretch, part, i, remote, given_up) for i in range(len(part.stretches))]
+        """Download all ranges in parallel."""
+        cancelled = threading.Event()
+        with part, ThreadPoolExecutor(min(self.connections, len(part.ranges))) as threads:
+            jobs = [threads.submit(self._fill_range, part, i, remote, cancelled) for i in range(len(part.ranges))]
             try:
                 for job in as_completed(jobs):
                     job.result()
             except BaseException as error:
-                given_up.set()
-                if not isinstance(error, Exception):  # such as Ctrl-C, which does not wait for waits
+                cancelled.set()
+                if not isinstance(error, Exception):  # such as Ctrl-C, which must not wait for back-offs
                     self.stopping.set()
                 raise
 
-    def _fill_stretch(self, part: "PartialFile", i: int, remote: RemoteFile, given_up: threading.Event) -> None:
-        while not part.stretches[i].is_done:
-            self.patiently(self._read_on, part, part.stretches[i], remote, given_up, given_up=given_up)
+    def _fill_range(self, part: "PartialFile", i: int, remote: RemoteFile, cancelled: threading.Event) -> None:
+        while not part.ranges[i].is_done:
+            self.with_retries(self._request_range, part, part.ranges[i], remote, cancelled, cancelled=cancelled)
 
-    def _read_on(self, part: "PartialFile", stretch: "Stretch", remote: RemoteFile, given_up: threading.Event) -> None:
-        """One request; an interruption does not count if it came with bytes that can be kept."""
-        start, ends = stretch.next, [self.stopping, given_up]
+    def _request_range(
+        self, part: "PartialFile", byte_range: "ByteRange", remote: RemoteFile, cancelled: threading.Event
+    ) -> None:
+        """Send one request; a failure after progress does not count as an attempt."""
+        start, stop_events = byte_range.next, [self.stopping, cancelled]
         try:
-            _raise_if_any(ends, remote.name)
-            with closing(remote.read(start, stretch.stop, part.version)) as arriving:
-                for data in arriving:
-                    _raise_if_any(ends, remote.name)
-                    self.advance(part.write(stretch, data))
-                    if stretch.is_done:
+            _raise_if_set(stop_events, remote.name)
+            with closing(remote.read(start, byte_range.stop, part.version)) as stream:
+                for data in stream:
+                    _raise_if_set(stop_events, remote.name)
+                    self.advance(part.write(byte_range, data))
+                    if byte_range.is_done:
                         break
-            if not stretch.is_done:
-                raise InterruptedDownloadError(f"{remote.name}: {stretch.stop - stretch.next} bytes did not come")
-        except InterruptedDownloadError as error:
-            if part.version is None:  # the next try begins at the beginning
-                self.advance(start - stretch.next)
-                stretch.rewind()
-            if stretch.next == start:
+            if not byte_range.is_done:
+                raise TransientDownloadError(f"{remote.name}: {byte_range.stop - byte_range.next} bytes are missing")
+        except TransientDownloadError as error:
+            if part.version is None:  # no range requests: restart
+                self.advance(start - byte_range.next)
+                byte_range.rewind()
+            if byte_range.next == start:
                 raise
-            logger.info("%s; going on", error)
-            _pause(FIRST_WAIT, ends)
+            logger.info("%s; resuming", error)
+            _sleep(INITIAL_BACKOFF, stop_events)
 
 
 @dataclass
-class Stretch:
-    """Consecutive bytes of a file, of which those before `next` are on disk.
+class ByteRange:
+    """Byte range of a file, downloaded up to `next`.
 
     Attributes
     ----------
     start, stop
-        The first byte, and the one after the last.
+        First byte, and one past the last.
     next
-        The first byte that is missing.
+        First missing byte.
     crc
-        CRC-32 of those that are there.
+        CRC-32 of the downloaded bytes.
     """
 
     start: int
@@ -261,16 +266,16 @@ class Stretch:
     crc: int = 0
 
     @classmethod
-    def between(cls, start: int, stop: int) -> "Stretch":
-        """Bytes none of which is there."""
+    def between(cls, start: int, stop: int) -> "ByteRange":
+        """Create a range with nothing downloaded."""
         return cls(start, stop, start)
 
     def rewind(self) -> None:
-        """Begin again."""
+        """Forget the downloaded bytes."""
         self.next, self.crc = self.start, 0
 
-    def is_as_written(self, path: Path) -> bool:
-        """Whether the bytes on disk are those that arrived."""
+    def is_intact(self, path: Path) -> bool:
+        """Whether the CRC-32 of the bytes on disk matches."""
         crc, left = 0, self.next - self.start
         try:
             with path.open("rb") as file:
@@ -283,176 +288,176 @@ class Stretch:
 
     @property
     def is_done(self) -> bool:
-        """Whether all of them are."""
+        """Whether the range is complete."""
         return self.next >= self.stop
 
 
 class PartialFile:
-    """What there is of a file that is being fetched.
+    """A partially downloaded file and its journal.
 
     Parameters
     ----------
     target
-        The file to be.
+        Path of the complete file.
     stat
-        Of the remote file; what is there of another version is dropped.
+        Metadata of the remote file; data of another version is discarded.
     connections
-        Into how many stretches it is cut, if it is large.
+        Maximum number of ranges.
     """
 
     def __init__(self, target: Path, stat: Stat, connections: int) -> None:
         self.target, self.size, self.version = target, stat.size, stat.version
-        self.path = part_of(target)
-        self.journal = journal_of(target)
-        self.stretches = self._left_over() or _cut(stat.size, connections if stat.version else 1)
-        self._lock, self._at_risk, self._noted = threading.Lock(), 0, time.monotonic()
+        self.path = part_path(target)
+        self.journal = journal_path(target)
+        self.ranges = self._resumable_ranges() or _split(stat.size, connections if stat.version else 1)
+        self._lock, self._unsaved, self._last_save = threading.Lock(), 0, time.monotonic()
 
     @property
     def n_done(self) -> int:
-        """Bytes on disk."""
-        return self.size - sum(stretch.stop - stretch.next for stretch in self.stretches)
+        """Number of bytes on disk."""
+        return self.size - sum(byte_range.stop - byte_range.next for byte_range in self.ranges)
 
     def __enter__(self) -> None:
         make_folder(self.target.parent)
         if not self.n_done:
-            self.journal.unlink(missing_ok=True)  # it must not vouch for what comes now
-            clear_part(self.target)
+            self.journal.unlink(missing_ok=True)  # before any data: a stale journal must not describe new data
+            remove_part(self.target)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def __exit__(self, *unused: object) -> None:
         try:
-            self._note()
+            self._save_journal()
         finally:
             os.close(self._file)
 
-    def write(self, stretch: Stretch, data: bytes) -> int:
-        """Add bytes to a stretch, as far as they belong to it, and tell how many."""
-        data = data[: stretch.stop - stretch.next]
-        n_written = os.pwrite(self._file, data, stretch.next)
+    def write(self, byte_range: ByteRange, data: bytes) -> int:
+        """Append the bytes that fit into a range, and return their number."""
+        data = data[: byte_range.stop - byte_range.next]
+        n_written = os.pwrite(self._file, data, byte_range.next)
         while n_written < len(data):
-            n_written += os.pwrite(self._file, data[n_written:], stretch.next + n_written)
-        with self._lock:  # both, for another thread may note them
-            stretch.crc = zlib.crc32(data, stretch.crc)
-            stretch.next += n_written
-            self._at_risk += n_written
-            if self._at_risk > BYTES_AT_RISK or time.monotonic() - self._noted > SECONDS_AT_RISK:
-                self._note()
+            n_written += os.pwrite(self._file, data[n_written:], byte_range.next + n_written)
+        with self._lock:  # another thread may save the journal
+            byte_range.crc = zlib.crc32(data, byte_range.crc)
+            byte_range.next += n_written
+            self._unsaved += n_written
+            if self._unsaved > FLUSH_BYTES or time.monotonic() - self._last_save > FLUSH_SECONDS:
+                self._save_journal()
         return n_written
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Rename the complete file to its target."""
         self.path.replace(self.target)
-        clear_part(self.target)
+        remove_part(self.target)
 
     def discard(self) -> None:
-        """Leave nothing of it; the target, if there is an older one, stays."""
-        clear_part(self.target)
+        """Delete the partial file and its journal; an existing target stays."""
+        remove_part(self.target)
 
-    def _note(self) -> None:
-        """Write down how far each stretch has come, after what it has is on disk."""
-        reached = [astuple(stretch) for stretch in self.stretches]
+    def _save_journal(self) -> None:
+        """Sync the data, then record the progress of each range."""
+        progress = [astuple(byte_range) for byte_range in self.ranges]
         os.fsync(self._file)
         with atomic_write(self.journal) as temporary:
-            temporary.write_text(sealed_json({"version": self.version, "size": self.size, "stretches": reached}))
-        self._at_risk, self._noted = 0, time.monotonic()
+            temporary.write_text(sealed_json({"version": self.version, "size": self.size, "stretches": progress}))
+        self._unsaved, self._last_save = 0, time.monotonic()
 
-    def _left_over(self) -> list[Stretch]:
-        """Stretches of an earlier try, if they are of the same version and undamaged; else none."""
+    def _resumable_ranges(self) -> list[ByteRange]:
+        """Return the ranges of an earlier attempt at the same version, if any; damaged ones are rewound."""
         found = _read_journal(self.target)
         if found is None and self.journal.exists():
-            logger.warning("%s: damaged; the file is fetched from its beginning", self.journal)
+            logger.warning("%s: damaged; restarting the download", self.journal)
         if not (self.version and found and (found.version, found.size) == (self.version, self.size)):
             return []
-        for stretch in found.stretches:
-            if not stretch.is_as_written(self.path):
-                logger.warning("%s: damaged since it was written; these bytes are fetched again", self.path)
-                stretch.rewind()
-        return found.stretches
+        for byte_range in found.ranges:
+            if not byte_range.is_intact(self.path):
+                logger.warning("%s: damaged; downloading the damaged part again", self.path)
+                byte_range.rewind()
+        return found.ranges
 
     @staticmethod
-    def reached(target: Path) -> int:
-        """The first byte that an earlier try did not bring, or the last one of all if it brought everything."""
+    def first_missing_byte(target: Path) -> int:
+        """Return the first byte missing after an earlier attempt, or the last byte if none is missing."""
         found = _read_journal(target)
-        return min([s.next for s in found.stretches if not s.is_done] or [max(0, found.size - 1)]) if found else 0
+        return min([s.next for s in found.ranges if not s.is_done] or [max(0, found.size - 1)]) if found else 0
 
 
 class _Journal(NamedTuple):
     version: str | None
     size: int
-    stretches: list[Stretch]
+    ranges: list[ByteRange]
 
 
 def _read_journal(target: Path) -> _Journal | None:
-    """What is noted of an unfinished target, if the note is whole and the bytes are there."""
+    """Read the journal of a partial file; None if it is missing, damaged or claims more bytes than there are."""
     try:
-        found = read_json(journal_of(target))
-        stretches = [Stretch(*numbers) for numbers in found["stretches"]]
-        furthest = max(stretch.next if stretch.next > stretch.start else 0 for stretch in stretches)
-        is_there = part_of(target).stat().st_size >= furthest
-        return _Journal(found["version"], found["size"], stretches) if is_there else None
+        found = read_json(journal_path(target))
+        ranges = [ByteRange(*numbers) for numbers in found["stretches"]]
+        furthest = max(byte_range.next if byte_range.next > byte_range.start else 0 for byte_range in ranges)
+        is_complete = part_path(target).stat().st_size >= furthest
+        return _Journal(found["version"], found["size"], ranges) if is_complete else None
     except (OutputError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def clear_part(target: Path) -> None:
-    """Remove what there is of an unfinished target, as far as possible; a journal alone is ignored."""
-    journal = journal_of(target)
-    for path in (temporary_path(journal), journal, part_of(target)):  # a journal must not outlive what it vouches for
+def remove_part(target: Path) -> None:
+    """Delete a partial file and its journal, ignoring errors."""
+    journal = journal_path(target)
+    for path in (temporary_path(journal), journal, part_path(target)):  # a journal must not outlive its data
         remove(path)
 
 
-def part_of(target: Path) -> Path:
-    """Where a file is until it is whole."""
+def part_path(target: Path) -> Path:
+    """Path of a partial file."""
     return target.with_name(f"{target.name}.part")
 
 
-def journal_of(target: Path) -> Path:
-    """Where it is noted how far it has come."""
+def journal_path(target: Path) -> Path:
+    """Path of the journal of a partial file."""
     return target.with_name(f"{target.name}.part.json")
 
 
-def _cut(size: int, connections: int) -> list[Stretch]:
-    """Stretches of like size, not too small."""
-    n = max(1, min(connections, size // LEAST_STRETCH))
+def _split(size: int, connections: int) -> list[ByteRange]:
+    """Split a file into ranges of similar size, at least `MIN_RANGE_BYTES` each."""
+    n = max(1, min(connections, size // MIN_RANGE_BYTES))
     borders = [size * i // n for i in range(n + 1)]
-    return [Stretch.between(start, stop) for start, stop in pairwise(borders)]
+    return [ByteRange.between(start, stop) for start, stop in pairwise(borders)]
 
 
-def may_pass(status: int) -> bool:
-    """Whether an answer of that status may be another one next time."""
+def is_transient(status: int) -> bool:
+    """Whether a retry may help after a response with this status."""
     return status in (408, 425, 429) or status >= 500
 
 
-def _pause(seconds: float, ends: Sequence[threading.Event]) -> None:
-    """Wait, unless one of the events is set."""
+def _sleep(seconds: float, stop_events: Sequence[threading.Event]) -> None:
+    """Sleep until one of the events is set."""
     until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0 and not any(end.is_set() for end in ends):
+    while (left := until - time.monotonic()) > 0 and not any(event.is_set() for event in stop_events):
         time.sleep(min(left, 0.1))
 
 
-def _raise_if_any(ends: Sequence[threading.Event], name: str) -> None:
-    if any(end.is_set() for end in ends):
+def _raise_if_set(stop_events: Sequence[threading.Event], name: str) -> None:
+    if any(event.is_set() for event in stop_events):
         raise DownloadError(f"{name}: stopped")
 
 
-def _wait(state: tenacity.RetryCallState) -> float:
+def _backoff(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    longer_and_longer = tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
-    jittered = (longer_and_longer + tenacity.wait_random(0, FIRST_WAIT))(state)
-    return max(jittered, error.wait) if isinstance(error, InterruptedDownloadError) else jittered
+    exponential = tenacity.wait_exponential(multiplier=INITIAL_BACKOFF, max=MAX_BACKOFF)
+    jittered = (exponential + tenacity.wait_random(0, INITIAL_BACKOFF))(state)
+    return max(jittered, error.wait) if isinstance(error, TransientDownloadError) else jittered
 
 
 def _check_bytes(path: Path, stat: Stat, name: str) -> None:
-    """Compare size and checksum."""
+    """Verify size and checksum."""
     size = path.stat().st_size
     if size != stat.size:
-        raise DamagedFileError(f"{name}: {size} bytes arrived instead of {stat.size}")
+        raise DamagedFileError(f"{name}: received {size} bytes instead of {stat.size}")
     if stat.checksum is not None and checksum(path, stat.checksum[0]) != stat.checksum[1]:
-        raise DamagedFileError(f"{name}: what arrived has another {stat.checksum[0].upper()} checksum")
+        raise DamagedFileError(f"{name}: {stat.checksum[0].upper()} checksum mismatch")
 
 
 def checksum(path: Path, algorithm: str) -> str:
-    """Of a file, in base64; `crc32` or what `hashlib` knows."""
+    """Return the base64 checksum of a file; `algorithm` is `crc32` or a name known to `hashlib`."""
     with path.open("rb") as file:
         if algorithm != "crc32":
             return base64.b64encode(hashlib.file_digest(file, algorithm).digest()).decode()
@@ -462,32 +467,32 @@ def checksum(path: Path, algorithm: str) -> str:
     return base64.b64encode(value.to_bytes(4, "big")).decode()
 
 
-def need_space(folder: Path, n_bytes: int) -> None:
-    """Refuse to begin what cannot end."""
+def require_free_space(folder: Path, n_bytes: int) -> None:
+    """Raise DownloadError if the disk of `folder`, which is created, has fewer than `n_bytes` to spare."""
     make_folder(folder)
     free = shutil.disk_usage(folder).free
-    if free < n_bytes + BYTES_TO_SPARE:
+    if free < n_bytes + RESERVED_BYTES:
         raise DownloadError(
-            f"{folder}: {gigabytes(n_bytes + BYTES_TO_SPARE)} are needed, {gigabytes(free)} are free; make room, then "
-            "run the same command again"
+            f"{folder}: needs {format_size(n_bytes + RESERVED_BYTES)}, {format_size(free)} free; free up space and "
+            "rerun the same command"
         )
 
 
 def size_on_disk(target: Path) -> int:
-    """Room that an unfinished `target` takes already."""
-    part = part_of(target)
+    """Return the disk space that a partial file already takes, in bytes."""
+    part = part_path(target)
     return part.stat().st_blocks * 512 if part.exists() else 0
 
 
-def gigabytes(n_bytes: float) -> str:
-    """A size for people to read."""
+def format_size(n_bytes: float) -> str:
+    """Format a number of bytes in MB or GB."""
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"
 
 
 @contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Say in one line that, and why, nothing can be written there."""
-    kept = "what is there already is kept for the next try"
+def translated_write_errors(path: Path) -> Iterator[None]:
+    """Translate write errors to DownloadError."""
+    kept = "files downloaded so far are kept; rerun the same command to resume"
     try:
         yield
     except OSError as error:
@@ -497,21 +502,21 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, values: object) -> None:
-    """Write a small file that is whole whenever it is there."""
-    with writing_to(path), atomic_write(path) as temporary:
+    """Atomically write a small JSON file."""
+    with translated_write_errors(path), atomic_write(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Wait until no other run is at work in the same place."""
-    with writing_to(lock):
+def exclusive_lock(lock: Path) -> Iterator[None]:
+    """Hold a lock file exclusively, waiting for other runs to release it."""
+    with translated_write_errors(lock):
         make_folder(lock.parent)
         holder = filelock.FileLock(lock)
         try:
             holder.acquire(timeout=0)
         except filelock.Timeout:
-            logger.info("%s: another run is at work here; waiting for it", lock.parent)
+            logger.info("%s: in use by another run; waiting for it to finish", lock.parent)
             holder.acquire()
     try:
         yield

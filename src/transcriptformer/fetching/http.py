@@ -1,4 +1,4 @@
-"""Files behind http and https, and what such servers answer."""
+"""Files on HTTP and HTTPS servers."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ from transcriptformer.fetching.fetcher import (
     CONNECT_TIMEOUT,
     READ_TIMEOUT,
     ChangedFileError,
-    InterruptedDownloadError,
     Stat,
-    may_pass,
+    TransientDownloadError,
+    is_transient,
 )
 
 TIMEOUT = (CONNECT_TIMEOUT, READ_TIMEOUT)
 
 CHUNK = 2**20
-"""Bytes that are taken at a time, or what is there."""
+"""Maximum bytes per read."""
 
 
 class HttpFile:
@@ -31,108 +31,108 @@ class HttpFile:
     Parameters
     ----------
     url
-        Where it is.
+        Address of the file.
     size
-        How large it is said to be elsewhere, in bytes; the server must agree.
+        Expected size in bytes; the server must agree.
     """
 
     def __init__(self, url: str, size: int | None = None) -> None:
         self.name, self.size = url, size
         self._session = requests.Session()
-        self._begun: tuple[int, requests.Response] | None = None  # an answer, from that byte on, nothing of it read yet
+        self._pending: tuple[int, requests.Response] | None = None  # first byte, and the unread response
 
     def close(self) -> None:
-        """Let go of the connection."""
-        self._drop()
+        """Close the connection."""
+        self._drop_response()
         self._session.close()
 
-    def _drop(self) -> None:
-        begun, self._begun = self._begun, None
-        if begun:
-            begun[1].close()
+    def _drop_response(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending:
+            pending[1].close()
 
     def stat(self, start: int) -> Stat:  # noqa: D102
-        # Reading will go on with this answer: one request instead of two, and signed URLs allow no HEAD.
-        self._drop()
-        response = ask(self.name, {"Range": f"bytes={start}-"}, self._session)
+        # `read` continues with this response, which saves a request; signed URLs do not allow HEAD.
+        self._drop_response()
+        response = http_get(self.name, {"Range": f"bytes={start}-"}, self._session)
         status = response.status_code
-        if status == HTTPStatus.OK:  # the whole file, whatever was asked for
+        if status == HTTPStatus.OK:  # the whole file: range ignored
             found, start = response.headers.get("Content-Length", ""), 0
-        else:  # 416 is the answer for an empty file
+        else:  # 206, or 416 for an empty file
             found = response.headers.get("Content-Range", "").rpartition("/")[2]
-        self._begun = start, response
+        self._pending = start, response
         size = int(found) if _is_number(found) else self.size
         if size is None:
-            raise DownloadError(f"{self.name}: the server does not tell how large it is")
+            raise DownloadError(f"{self.name}: the server does not send the file size")
         if self.size is not None and size != self.size:
-            raise InterruptedDownloadError(f"{self.name}: the server has {size} bytes, {self.size} are expected")
+            raise TransientDownloadError(f"{self.name}: {size} bytes on the server, expected {self.size}")
         in_parts = status == HTTPStatus.PARTIAL_CONTENT or response.headers.get("Accept-Ranges") == "bytes"
         return Stat(size, _version(response) if in_parts else None)
 
     def read(self, start: int, stop: int, version: str | None) -> Generator[bytes]:  # noqa: D102
         headers = {"Range": f"bytes={start}-{stop - 1}", "If-Range": version} if version else {}
-        begun = self._begun
-        if begun and begun[0] == start:
-            response, self._begun = begun[1], None
+        pending = self._pending
+        if pending and pending[0] == start:
+            response, self._pending = pending[1], None
         else:
-            response = ask(self.name, headers, self._session)
-        with response, in_our_words(self.name):
-            if version and not _continues(response, start, version):
-                raise ChangedFileError(f"{self.name}: has changed since it was begun")
+            response = http_get(self.name, headers, self._session)
+        with response, translated_errors(self.name):
+            if version and not _matches(response, start, version):
+                raise ChangedFileError(f"{self.name}: changed during the download")
             while data := response.raw.read1(CHUNK):
                 yield data
 
 
-def ask(url: str, headers: dict[str, str], session: requests.Session | None = None) -> requests.Response:
-    """The answer to a request; its body is still to come.
+def http_get(url: str, headers: dict[str, str], session: requests.Session | None = None) -> requests.Response:
+    """Send a GET request and return the streaming response.
 
     Raises
     ------
-    InterruptedDownloadError
-        If there is no answer, or one that may pass.
+    TransientDownloadError
+        If there is no response, or a transient error status.
     DownloadError
-        If the server refuses.
+        If the server returns another error status.
     """
-    # The bytes as they are stored, for their number is what ranges and sizes are about.
+    # No compression: ranges and sizes refer to the stored bytes.
     headers = {"Accept-Encoding": "identity", **headers}
-    with in_our_words(url):
+    with translated_errors(url):
         response = (session or requests).get(url, headers=headers, stream=True, timeout=TIMEOUT)
     status = response.status_code
     if status < HTTPStatus.BAD_REQUEST or status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         return response
     response.close()
-    answer = f"{url}: the server answers {status} {response.reason or ''}".rstrip()
-    raise InterruptedDownloadError(answer, _ordered_wait(response)) if may_pass(status) else DownloadError(answer)
+    message = f"{url}: HTTP {status} {response.reason or ''}".rstrip()
+    raise TransientDownloadError(message, _retry_after(response)) if is_transient(status) else DownloadError(message)
 
 
 @contextmanager
-def in_our_words(url: str) -> Iterator[None]:
-    """Translate what goes wrong on the way."""
+def translated_errors(url: str) -> Iterator[None]:
+    """Translate errors of requests and urllib3 to DownloadError."""
     try:
         yield
     except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema) as e:
-        raise DownloadError(f"{url}: not an address that can be asked ({e})") from e
+        raise DownloadError(f"{url}: not a valid URL ({e})") from e
     except (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
-        raise InterruptedDownloadError(f"{url}: {_reason(error)}") from error
+        raise TransientDownloadError(f"{url}: {_reason(error)}") from error
 
 
 def _version(response: requests.Response) -> str | None:
-    """What tells versions of the file apart byte for byte; a weak ETag does not."""
+    """Return a strong ETag or the modification date; weak ETags do not identify the bytes."""
     tag = response.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
 
 
-def _continues(response: requests.Response, start: int, version: str) -> bool:
-    """Whether the answer holds the wanted bytes of that version."""
+def _matches(response: requests.Response, start: int, version: str) -> bool:
+    """Whether the response starts at byte `start` of that version."""
     if response.status_code == HTTPStatus.PARTIAL_CONTENT:
-        is_there = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        is_at_start = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
     else:
-        is_there = response.status_code == HTTPStatus.OK and start == 0
-    return is_there and _version(response) == version
+        is_at_start = response.status_code == HTTPStatus.OK and start == 0
+    return is_at_start and _version(response) == version
 
 
-def _ordered_wait(response: requests.Response) -> float:
-    """Seconds of Retry-After, which is a number or a date."""
+def _retry_after(response: requests.Response) -> float:
+    """Return the seconds of Retry-After, which is a number or a date; 0 if absent."""
     value = response.headers.get("Retry-After", "")
     if _is_number(value):
         return float(value)
@@ -147,18 +147,18 @@ def _is_number(text: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What is behind a failed request, without the wrapping of three libraries."""
+    """Describe the cause of a failed request without the wrapping of three libraries."""
     text = str(error)
     for sign, reason in (
-        ("NameResolution", "no such host, or no network"),
-        ("refused", "the connection is refused"),
+        ("NameResolution", "host not found, or no network"),
+        ("refused", "the connection was refused"),
         ("unreachable", "the network is unreachable"),
-        ("CERTIFICATE", "its certificate is not trusted"),
-        ("timed out", "no answer in time"),
+        ("CERTIFICATE", "the certificate is not trusted"),
+        ("timed out", "timed out"),
         ("reset", "the connection was reset"),
-        ("IncompleteRead", "the connection broke off"),
-        ("RemoteDisconnected", "the connection broke off"),
-        ("ProxyError", "the proxy does not answer"),
+        ("IncompleteRead", "the connection was closed early"),
+        ("RemoteDisconnected", "the connection was closed early"),
+        ("ProxyError", "the proxy does not respond"),
     ):
         if sign in text or sign in type(error).__name__:
             return reason

@@ -1,4 +1,4 @@
-"""Published weights and protein embeddings, from a public S3 bucket to a folder each."""
+"""Download published weights and protein embeddings from a public S3 bucket."""
 
 import json
 import logging
@@ -12,17 +12,17 @@ from transcriptformer.fetching.fetcher import (
     Fetcher,
     RefusedFileError,
     Stat,
-    alone,
-    clear_part,
-    gigabytes,
-    need_space,
-    part_of,
+    exclusive_lock,
+    format_size,
+    part_path,
+    remove_part,
+    require_free_space,
     size_on_disk,
+    translated_write_errors,
     write_json,
-    writing_to,
 )
 from transcriptformer.fetching.s3 import S3Object
-from transcriptformer.storage.atomic import atomic_folder, older_path, remove, temporary_path, tidy_folder
+from transcriptformer.storage.atomic import atomic_folder, backup_path, clean_up_folder, remove, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +34,20 @@ ARTIFACTS = {
     "tf-metazoa": "tf_metazoa",
     "all-embeddings": "all_embeddings",
 }
-"""What can be downloaded, and its folder."""
+"""Downloadable artifacts and their folders."""
 
 RECORD = "download.json"
-"""File in each folder that tells where it came from and what belongs to it."""
+"""File in each folder that records its source and contents."""
 
 CHECKPOINT_FILES = ("config.json", "model_weights.pt", "vocabs")
-"""What every checkpoint has."""
+"""Required files of a checkpoint."""
 
-UNPACKED_SIZE = 1.2
-"""Of an archive's size, what its contents are taken to need before they are known; weights hardly shrink."""
+UNPACKED_RATIO = 1.2
+"""Estimated size of the unpacked contents relative to the archive; weights barely compress."""
 
 
-def artifacts_of(names: list[str]) -> list[str]:
-    """What the names mean, each once; `all` is everything.
+def parse_artifacts(names: list[str]) -> list[str]:
+    """Expand `all` and deduplicate names of artifacts.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def artifacts_of(names: list[str]) -> list[str]:
     """
     unknown = [name for name in names if name not in ARTIFACTS and name != "all"]
     if unknown:
-        raise UsageError(f"{unknown[0]!r} is not known; there are: {', '.join(ARTIFACTS)}, all")
+        raise UsageError(f"{unknown[0]!r} is unknown; choose from {', '.join(ARTIFACTS)}, all")
     return [name for name in ARTIFACTS if name in names or "all" in names]
 
 
@@ -68,18 +68,18 @@ def download(
     force: bool = False,
     started: Callable[[int], object] = lambda n_bytes: None,
 ) -> Path:
-    """Bring one artifact to its folder below `checkpoint_dir`, which is replaced only by a whole one.
+    """Download one artifact to its folder in `checkpoint_dir`, replacing the folder only when complete.
 
     Parameters
     ----------
     fetcher
-        How.
+        Downloads the archive.
     bucket
-        Where it is; a mirror has the same keys.
+        S3 bucket; mirrors have the same keys.
     force
-        Fetch it even where it is complete.
+        Download even if the folder is complete.
     started
-        Called with the archive's size when it begins to come.
+        Called with the size of the archive when the download starts.
 
     Returns
     -------
@@ -88,63 +88,63 @@ def download(
     Raises
     ------
     DownloadError
-        If it cannot be had. What came of it stays for the next try.
+        If the download fails; the partial archive stays for resumption.
     """
     folder = checkpoint_dir / ARTIFACTS[name]
-    archive = _beside(folder, "tar.gz")
-    left_by_a_killed_run = (archive, part_of(archive), older_path(folder), temporary_path(folder))
-    if not force and not any(path.exists() for path in left_by_a_killed_run) and _is_there(folder):
-        return folder  # without a lock, for which one would have to be allowed to write
-    with alone(_beside(folder, "lock")):
-        with writing_to(folder):
-            tidy_folder(folder)
-        if not force and _is_there(folder):
-            _clear(archive)
+    archive = _hidden_sibling(folder, "tar.gz")
+    leftovers = (archive, part_path(archive), backup_path(folder), temporary_path(folder))  # of a killed run
+    if not force and not any(path.exists() for path in leftovers) and _is_complete(folder):
+        return folder  # without a lock, which requires write permission
+    with exclusive_lock(_hidden_sibling(folder, "lock")):
+        with translated_write_errors(folder):
+            clean_up_folder(folder)
+        if not force and _is_complete(folder):
+            _remove_archive(archive)
             return folder
         remote = S3Object(bucket, f"weights/{folder.name}.tar.gz", fetcher.connections)
-        stat = fetcher.patiently(remote.stat, 0)
-        need_space(checkpoint_dir, int(stat.size * (1 + UNPACKED_SIZE)) - size_on_disk(archive))
-        logger.info("%s: %s from %s", folder, gigabytes(stat.size), remote.name)
+        stat = fetcher.with_retries(remote.stat, 0)
+        require_free_space(checkpoint_dir, int(stat.size * (1 + UNPACKED_RATIO)) - size_on_disk(archive))
+        logger.info("%s: %s from %s", folder, format_size(stat.size), remote.name)
         started(stat.size)
 
         def install(path: Path) -> None:
             with atomic_folder(folder) as unpacked:
                 unpack(path, folder.name, unpacked)
-                _refuse_incomplete(unpacked, folder.name, remote.name)
+                _check_complete(unpacked, folder.name, remote.name)
                 _write_record(unpacked, remote.name, stat)
 
         fetcher.fetch(remote, archive, install)
-        _clear(archive)
+        _remove_archive(archive)
     return folder
 
 
 def _missing(folder: Path, name: str) -> list[str]:
-    """What a folder lacks that the artifact of that name must have."""
+    """Return the required files of an artifact that are missing in a folder."""
     if name == ARTIFACTS["all-embeddings"]:
         return [] if any(folder.rglob("*.h5")) else ["*.h5"]
     return [file for file in CHECKPOINT_FILES if not (folder / file).exists()]
 
 
-def _refuse_incomplete(unpacked: Path, name: str, source: str) -> None:
-    """An archive of something else must not replace what is there."""
+def _check_complete(unpacked: Path, name: str, source: str) -> None:
+    """Refuse an incomplete archive, which must not replace an existing folder."""
     missing = _missing(unpacked, name)
     if missing:
-        raise RefusedFileError(f"{source}: lacks {', '.join(missing)}; nothing of it is kept")
+        raise RefusedFileError(f"{source}: {', '.join(missing)} missing in the archive; it was not installed")
 
 
-def _clear(archive: Path) -> None:
-    """Remove an archive that has been unpacked, or what there is of it."""
+def _remove_archive(archive: Path) -> None:
+    """Delete an archive, complete or partial."""
     remove(archive)
-    clear_part(archive)
+    remove_part(archive)
 
 
-def _is_there(folder: Path) -> bool:
-    """Whether all is there that belongs to the folder: by its record, or by name if it came here in another way.
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder is complete, according to its record or, without one, to the required files.
 
     Raises
     ------
     DownloadError
-        If something is there that is not whole.
+        If the folder exists but is incomplete.
     """
     if not folder.exists():
         return False
@@ -159,8 +159,8 @@ def _is_there(folder: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         wrong = [RECORD]
     if wrong:
-        raise DownloadError(f"{folder}: is there, but {wrong[0]} is missing or damaged; --force replaces the folder")
-    logger.info("%s: complete already", folder)
+        raise DownloadError(f"{folder}: {wrong[0]} is missing or damaged; add --force to replace the folder")
+    logger.info("%s: already complete", folder)
     return True
 
 
@@ -173,6 +173,6 @@ def _write_record(folder: Path, source: str, stat: Stat) -> None:
     )
 
 
-def _beside(folder: Path, purpose: str) -> Path:
-    """A hidden neighbour of the folder, on the same file system."""
-    return folder.with_name(f".{folder.name}.{purpose}")
+def _hidden_sibling(folder: Path, suffix: str) -> Path:
+    """Return the path of a hidden file next to the folder, on the same file system."""
+    return folder.with_name(f".{folder.name}.{suffix}")

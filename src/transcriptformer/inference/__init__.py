@@ -1,1 +1,1 @@
-"""Cells in, embeddings out."""
+"""Inference: compute and write the embeddings of cells."""

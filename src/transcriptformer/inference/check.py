@@ -1,4 +1,4 @@
-"""What `inference` would make of files, without computing anything: `transcriptformer check`."""
+"""`transcriptformer check`: validate inputs and estimate an inference run without computing embeddings."""
 
 import time
 from collections import Counter
@@ -27,26 +27,26 @@ from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.runtime.device import compute_dtype
 from transcriptformer.vocab import make_gene_vocab
 
-IMPORTS_BYTES = 5 * 2**28
-"""Memory of a process before it holds weights or cells: Python, PyTorch, and blocks of counts on their way."""
+BASELINE_BYTES = 5 * 2**28
+"""Memory of a process without weights and batches: Python, PyTorch and blocks of counts being read."""
 
 NO_CHECKPOINT_SEQ_LEN = 2**31
 
 
 @dataclass
 class Report:
-    """What is known of one file; None where there is no checkpoint to compare it with, or it could not be read.
+    """Findings about one file; None if unknown: without a checkpoint, or if the file cannot be read.
 
     Attributes
     ----------
     refused
-        Why `inference` would refuse it.
+        Error that `inference` would raise.
     genes_known
-        Columns whose gene is in the vocabulary.
+        Number of genes in the vocabulary.
     cells_too_long, unseen_share
-        Cells with more genes than the model has positions, and the share of all counts that lies beyond these.
+        Number of truncated cells, with more genes than model positions, and the fraction of all counts this drops.
     unknown_values
-        Per auxiliary column, values that the checkpoint does not know, with how many cells have them.
+        Values missing from the checkpoint's vocabulary and their number of cells, per auxiliary column.
     memory_gib, seconds
         Estimates for a run with the same options on this machine.
     """
@@ -71,7 +71,7 @@ class Report:
     seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, by name."""
+        """All fields as a dictionary."""
         return asdict(self)
 
 
@@ -81,26 +81,26 @@ def check(
     options: Mapping[str, object] | None = None,
     overrides: Sequence[str] = (),
 ) -> list[Report]:
-    """Look through files as `inference` would before it computes.
+    """Validate files as `inference` does, and estimate memory and time.
 
     Parameters
     ----------
     locations
         h5ad files or zarr stores.
     checkpoint_path
-        The checkpoint they are meant for; None: say what the files alone tell.
+        Checkpoint to use; None: check only the files themselves.
     options, overrides
         As for `transcriptformer.checkpoint.published.load_config`.
 
     Raises
     ------
     TranscriptFormerError
-        If the checkpoint or an option cannot be used. What is wrong with a file is in its report.
+        If the checkpoint or an option is invalid. Errors in a file are in its report.
     """
     if checkpoint_path is None:
         data = {key.rpartition(".")[2]: value for key, value in (options or {}).items() if value is not None}
         known = {name: value for name, value in data.items() if name in DataConfig.__dataclass_fields__}
-        return [_report_alone(location, DataConfig(**known)) for location in locations]  # type: ignore[arg-type]
+        return [_report_standalone(location, DataConfig(**known)) for location in locations]  # type: ignore[arg-type]
     config = load_config(checkpoint_path, options, overrides)
     checkpoint = load_checkpoint(checkpoint_path, config)
     seconds_per_flop = _seconds_per_flop(checkpoint)
@@ -108,16 +108,16 @@ def check(
     if len(reports) > 1 and not any(report.refused for report in reports):
         try:
             Inputs(locations, checkpoint).check_obs(_as_zarr(checkpoint))
-        except TranscriptFormerError as error:  # files that are well by themselves, but not together
+        except TranscriptFormerError as error:  # valid files that cannot be combined
             reports[0].refused = str(error)
     return reports
 
 
-def _report_alone(location: Location, config: DataConfig) -> Report:
+def _report_standalone(location: Location, config: DataConfig) -> Report:
     report = Report(str(location))
     try:
         source = _open(location, replace(config, remove_duplicate_genes=True))
-        _describe_genes(report, source.gene_ids, int(source.is_repeated.sum()))
+        _describe_genes(report, source.gene_ids, int(source.is_duplicate.sum()))
         vocab = make_gene_vocab((gene for gene in source.gene_ids if gene), ["unknown"], "unknown")
         reader = CellReader(source, vocab, {}, config, NO_CHECKPOINT_SEQ_LEN)
         report.cells = len(source)
@@ -134,7 +134,7 @@ def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float)
     report, data = Report(str(location)), checkpoint.config.model.data_config
     try:
         source = _open(location, replace(data, remove_duplicate_genes=True))
-        _describe_genes(report, source.gene_ids, int(source.is_repeated.sum()))
+        _describe_genes(report, source.gene_ids, int(source.is_duplicate.sum()))
         report.cells = len(source)
         report.genes_known = int((checkpoint.gene_vocab.lookup(source.gene_ids) >= 0).sum())
         inputs = Inputs([location], checkpoint)
@@ -191,14 +191,14 @@ def _unknown_values(reader: CellReader) -> dict[str, dict[str, int]]:
 
 
 def _estimate(report: Report, survey: Survey, checkpoint: Checkpoint, seconds_per_flop: float) -> None:
-    """Memory of a process and time of the matrix products, for batches as `inference` would form them."""
+    """Estimate the memory of a process and the time of matrix products, for the batches of `inference`."""
     model = checkpoint.config.model
     limits, seq_len = batch_limits(checkpoint), model.model_config.seq_len
     lengths = survey.lengths[survey.kept]
     longest = positions(int(lengths.max()), seq_len, checkpoint.min_positions)
-    most = int((lengths + LENGTH_MULTIPLE).clip(max=seq_len).sum())
-    widest = min(limits.max_cells * longest, max(limits.max_tokens, longest), most)
-    report.memory_gib = (IMPORTS_BYTES + checkpoint.weights_bytes + widest * bytes_per_token(checkpoint)) / 2**30
+    total_positions = int((lengths + LENGTH_MULTIPLE).clip(max=seq_len).sum())
+    max_batch = min(limits.max_cells * longest, max(limits.max_tokens, longest), total_positions)
+    report.memory_gib = (BASELINE_BYTES + checkpoint.weights_bytes + max_batch * bytes_per_token(checkpoint)) / 2**30
     block = lengths[: model.data_config.block_size]
     padded = sum(
         len(chosen) * positions(int(block[chosen].max()), seq_len, checkpoint.min_positions)
@@ -209,7 +209,7 @@ def _estimate(report: Report, survey: Survey, checkpoint: Checkpoint, seconds_pe
 
 
 def _flops_per_position(checkpoint: Checkpoint, n_positions: int) -> float:
-    """Floating-point operations for a position of the batch: linear layers, scores, and a gene of its own."""
+    """Floating-point operations per batch position: linear layers, attention scores and gene embedding."""
     if isinstance(checkpoint.model, Esm2CE):
         return 2.0 * checkpoint.width
     config = checkpoint.config.model.model_config
@@ -220,13 +220,13 @@ def _flops_per_position(checkpoint: Checkpoint, n_positions: int) -> float:
 
 
 def _seconds_per_flop(checkpoint: Checkpoint) -> float:
-    """Measured on this machine, with matrices like those of the model."""
+    """Measure matrix-product time on this device, with the model's width."""
     dtype = compute_dtype(checkpoint.config.model.inference_config.precision, checkpoint.device)
     dim = min(checkpoint.config.model.model_config.embed_dim, 2048)
     a, b = (torch.randn(1024, dim).to(checkpoint.device, dtype), torch.randn(dim, dim).to(checkpoint.device, dtype))
     best = float("inf")
     for _ in range(4):
         started = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
+        (a @ b)[0, 0].item()  # synchronizes with the device
         best = min(best, time.perf_counter() - started)
     return best / (2 * 1024 * dim**2)

@@ -1,4 +1,4 @@
-"""A run from files to a file: what it keeps on disk while it goes on, and how that becomes the result."""
+"""File-based runs: intermediate results on disk, and the final output."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,17 +19,17 @@ from transcriptformer.errors import DamagedError, OutputError
 from transcriptformer.inference.batch_size import batch_limits
 from transcriptformer.inference.inputs import Inputs
 from transcriptformer.inference.output import pooled_to_anndata, provenance_of, write_anndata, write_cells
-from transcriptformer.inference.pooling import Pool, PoolWriter, read_pools, rows_pooled, rows_saved
+from transcriptformer.inference.pooling import Pool, PoolWriter, read_pools, saved_rows, verified_rows
 from transcriptformer.inference.recording import Recorder, Recording, layout_of
 from transcriptformer.runtime.device import compute_dtype
 from transcriptformer.runtime.signals import RESUME
-from transcriptformer.storage.atomic import check_room
-from transcriptformer.storage.results import Pieces, PieceWriter, kept_pieces, open_pieces
-from transcriptformer.storage.workspace import Workspace, flat
+from transcriptformer.storage.atomic import check_free_space
+from transcriptformer.storage.results import Pieces, PieceWriter, open_pieces, verified_pieces
+from transcriptformer.storage.workspace import Workspace, flatten
 
 logger = logging.getLogger(__name__)
 
-_FREE_TO_CHANGE = {
+_IDENTITY_EXCLUDED = {
     "model.data_config.n_data_workers",
     "model.data_config.block_size",
     "model.data_config.allow_external_links",
@@ -41,24 +41,26 @@ _FREE_TO_CHANGE = {
         )
     ),
 }
-"""Settings that say how to compute, not what; a run may go on with others. (Files are compared by what is in them.)"""
+"""Settings that do not affect the results, and may change when resuming. (Files are compared by content.)"""
 
 
 class FileRun(pl.LightningDataModule):
-    """Serves the batches of one process, and writes the result when all processes are done.
+    """Data module of one process, which also writes the output when all processes are done.
 
     Parameters
     ----------
     locations
-        The inputs.
+        Input files.
     checkpoint
-        The model, with its configuration.
+        Model and configuration.
     workspace
-        Where results are kept meanwhile.
+        Folder for intermediate results.
     weights_sha256
-        Called for the hash of the weights, which takes a while.
+        Returns the hash of the weights, which may take a while.
     recording
-        Is told how many cells there are.
+        Callback that records the results.
+    processes_per_node
+        Number of processes that share this machine's memory.
     """
 
     def __init__(
@@ -75,20 +77,24 @@ class FileRun(pl.LightningDataModule):
         self.locations, self.checkpoint, self.workspace = locations, checkpoint, workspace
         self.weights_sha256, self.recording, self.processes_per_node = weights_sha256, recording, processes_per_node
         self.inference = checkpoint.config.model.inference_config
-        self.inputs_at_first = self._identify_inputs()  # before they are opened
+        self.initial_inputs = self._identify_inputs()  # before they are opened
         self.inputs = Inputs(locations, checkpoint)
         self.layout = layout_of(self.inference, checkpoint.width, checkpoint.label_head is not None)
         self.survey: Survey | None = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides about the numbers: settings, inputs, checkpoint; as it was when the run began."""
+        """Everything that determines the results: settings, checkpoint, and inputs as of the start of the run."""
         return {
             "settings": {
-                **{key: value for key, value in flat(asdict(self.checkpoint.config)) if key not in _FREE_TO_CHANGE},
+                **{
+                    key: value
+                    for key, value in flatten(asdict(self.checkpoint.config))
+                    if key not in _IDENTITY_EXCLUDED
+                },
                 "type of matrix products": str(compute_dtype(self.inference.precision, self.checkpoint.device)),
             },
-            "inputs": self.inputs_at_first,
+            "inputs": self.initial_inputs,
             "pretrained embeddings": [identify_file(Path(file)) for file in self.inference.pretrained_embedding],
             "checkpoint": {"weights": self.weights_sha256(), **self.checkpoint.identify_vocabularies()},
         }
@@ -97,17 +103,17 @@ class FileRun(pl.LightningDataModule):
         return [identify(location) for location in self.locations]
 
     def prepare_data(self) -> None:
-        """Read through the inputs and make the workspace, or see that it is of this very run; in one process only."""
-        if self.workspace.continues(self.identity):
-            self.survey = self._kept_survey()
+        """Survey the inputs and create the workspace, or validate an existing one; runs in one process only."""
+        if self.workspace.can_resume(self.identity):
+            self.survey = self._load_survey()
         else:
             self.inputs.check_obs(as_zarr=self.workspace.output.suffix == ".zarr")
             self.survey = self._new_survey()
             with self.workspace.create(self.identity):
                 self.survey.save(self._survey_file)
-        self.workspace.note_done(self._is_done(self.survey.n_kept))
+        self.workspace.write_done_mask(self._is_done(self.survey.n_kept))
 
-    def _kept_survey(self) -> Survey:
+    def _load_survey(self) -> Survey:
         try:
             return Survey.load(self._survey_file)
         except DamagedError as error:
@@ -120,15 +126,15 @@ class FileRun(pl.LightningDataModule):
         return survey_cells(self.inputs.readers, self.checkpoint.config.model.data_config)
 
     def setup(self, stage: str) -> None:
-        """Find out what there is to do; in every process."""
+        """Load the survey and the completed cells; runs in every process."""
         self.survey = Survey.load(self._survey_file)
-        self.is_done = self.workspace.done()
+        self.is_done = self.workspace.read_done_mask()
         n_done = int(self.is_done.sum())
         self.recording.expect(self.survey.lengths[self.survey.kept], self.open_recorder, n_done)
         if self.trainer is None or self.trainer.is_global_zero:
-            self.inputs.tell(self.survey)
+            self.inputs.log_summary(self.survey)
             if n_done:
-                logger.info("%d of them are done already", n_done)
+                logger.info("resuming: %d cells are already done", n_done)
 
     def predict_dataloader(self) -> BatchLoader:
         """Batches of this process."""
@@ -137,13 +143,13 @@ class FileRun(pl.LightningDataModule):
         return self.inputs.loader(self.survey, limits, self.trainer.global_rank, self.trainer.world_size, self.is_done)
 
     def open_recorder(self, process: int) -> Recorder:
-        """Where the results of a process go."""
+        """Open the recorder for the results of a process."""
         if self.inference.cge_pool is None:
             return PieceWriter(self.workspace.folder, process, self.layout, self.workspace.run_id)
         return PoolWriter(self.workspace.folder, process, self._new_pool(), self.workspace.run_id)
 
-    def what_is_kept(self) -> str | None:
-        """Say what a run that ends early leaves behind; a workspace without results goes."""
+    def describe_kept(self) -> str | None:
+        """Describe the results kept by an interrupted run; an empty workspace is removed."""
         if self.survey is None:
             return None
         try:
@@ -157,33 +163,33 @@ class FileRun(pl.LightningDataModule):
         return f"{n_done} of {self.survey.n_kept} cells are kept in {self.workspace.folder}; {RESUME}"
 
     def write(self) -> None:
-        """Make the result of all pieces, and remove these.
+        """Write the output from the intermediate results, then remove them.
 
         Raises
         ------
         OutputError
-            If it cannot be written, or pieces are missing or damaged; the others stay.
+            If the output cannot be written, or intermediate results are missing or damaged; the rest is kept.
         """
         assert self.survey is not None
         survey = self.survey
-        if self._identify_inputs() != self.inputs_at_first:
-            self.workspace.remove()  # lest a resumed run believes it, once the input is as it was
+        if self._identify_inputs() != self.initial_inputs:
+            self.workspace.remove()  # or a resumed run would use it if the input were restored
             raise OutputError(
-                f"an input was changed while it was read ({', '.join(map(str, self.locations))}); what was computed is "
-                "deleted; run the command again"
+                f"an input changed while it was read ({', '.join(map(str, self.locations))}); the results are deleted; "
+                "run the command again"
             )
         provenance = provenance_of(self.locations, self.checkpoint, self.weights_sha256(), self.identity)
         names, output = self.checkpoint.gene_vocab.names(), self.workspace.output
         if self.inference.cge_pool is not None:
             pool = self._new_pool()
-            self._refuse_gaps(read_pools(self.workspace.folder, self.workspace.run_id, pool))
+            self._require_complete(read_pools(self.workspace.folder, self.workspace.run_id, pool))
             table = pool.table(names, self.inputs.groups(survey)[1], self.inputs.group_column)
             write_anndata(pooled_to_anndata(*table, provenance), output)
         else:
-            pieces = Pieces(kept_pieces(self.workspace.folder, self.workspace.run_id), self.layout)
-            self._refuse_gaps(pieces.is_done(survey.n_kept))
-            advice = "; everything is computed and kept: make room, then run the same command with --resume"
-            check_room(output, pieces.n_bytes, advice)
+            pieces = Pieces(verified_pieces(self.workspace.folder, self.workspace.run_id), self.layout)
+            self._require_complete(pieces.is_done(survey.n_kept))
+            advice = "; all results are kept: free up space, then run the same command with --resume"
+            check_free_space(output, pieces.n_bytes, advice)
             obs_blocks, label_head = partial(self.inputs.obs_blocks, survey), self.checkpoint.label_head
             write_cells(output, survey.n_kept, obs_blocks, pieces, names, provenance, label_head)
         self.workspace.remove()
@@ -193,24 +199,24 @@ class FileRun(pl.LightningDataModule):
         return self.workspace.folder / "survey.safetensors"
 
     def _is_done(self, n_cells: int) -> np.ndarray:
-        """Mask of the kept cells (cells,) whose results are safely on disk and as they were written."""
+        """Mask (cells,) of the kept cells with intact results on disk."""
         folder, run = self.workspace.folder, self.workspace.run_id
         if self.inference.cge_pool is not None:
-            return rows_pooled(folder, run, n_cells)
-        return Pieces(kept_pieces(folder, run), self.layout).is_done(n_cells)
+            return verified_rows(folder, run, n_cells)
+        return Pieces(verified_pieces(folder, run), self.layout).is_done(n_cells)
 
     def _count_kept(self, n_cells: int) -> int:
-        """Cells whose results are on disk, without reading them."""
+        """Count the cells with results on disk, without reading these."""
         if self.inference.cge_pool is not None:
-            return int(rows_saved(self.workspace.folder, n_cells).sum())
+            return int(saved_rows(self.workspace.folder, n_cells).sum())
         return len(Pieces(open_pieces(self.workspace.folder), self.layout).rows)
 
-    def _refuse_gaps(self, is_done: np.ndarray) -> None:
+    def _require_complete(self, is_done: np.ndarray) -> None:
         n_missing = len(is_done) - int(is_done.sum())
         if n_missing:
             raise OutputError(
                 f"{self.workspace.folder}: {n_missing} of {len(is_done)} cells are missing: another process was "
-                "killed, or what was kept is damaged; run the same command with --resume"
+                "killed, or intermediate results are damaged; run the same command with --resume"
             )
 
     def _new_pool(self) -> Pool:

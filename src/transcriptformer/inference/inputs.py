@@ -1,4 +1,4 @@
-"""The inputs of a run as one stream of cells, seen through a checkpoint: batches, metadata, groups."""
+"""The inputs of a run as one stream of cells, aligned with a checkpoint: batches, metadata, groups."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,23 +27,23 @@ from transcriptformer.inference.recording import layout_of
 logger = logging.getLogger(__name__)
 
 ALL_CELLS = "gene"
-"""Value of `cge_pool` that stands for one group of all cells."""
+"""Value of `cge_pool` that pools all cells into one group."""
 
 
 class Inputs:
-    """Sources opened and aligned with a checkpoint; no count is read yet.
+    """Open sources aligned with a checkpoint; counts are read lazily.
 
     Parameters
     ----------
     sources
         Files, stores or AnnData objects, in order.
     checkpoint
-        Whose vocabularies and configuration apply.
+        Checkpoint with the vocabularies and configuration.
 
     Raises
     ------
     TranscriptFormerError
-        If one of them cannot be used.
+        If a source cannot be used.
     """
 
     def __init__(self, sources: Sequence[str | Path | anndata.AnnData], checkpoint: Checkpoint) -> None:
@@ -78,47 +78,47 @@ class Inputs:
                 f"--cge-pool {pool}: obs has no such column; its columns are: {', '.join(map(str, columns)) or 'none'}"
             )
         if self.group_column == N_CELLS_COLUMN:
-            raise DataError(
-                f"--cge-pool {pool}: the result has a column {pool!r} of its own; give that of obs another name"
-            )
+            raise DataError(f"--cge-pool {pool}: conflicts with the output column {pool!r}; rename the column of obs")
 
     def _select_columns(self, columns: list[str]) -> list[str]:
         inference = self.checkpoint.config.model.inference_config
         chosen = select_columns(columns, inference.obs_keys)
-        own = label_columns(layout_of(inference, 0, self.checkpoint.label_head is not None), self.checkpoint.label_head)
-        for column in own:
+        predicted = label_columns(
+            layout_of(inference, 0, self.checkpoint.label_head is not None), self.checkpoint.label_head
+        )
+        for column in predicted:
             if column in columns:
-                logger.warning("obs has a column %r already; predictions of the checkpoint replace it", column)
-        return [column for column in chosen if column not in own]
+                logger.warning("obs already has a column %r; it is overwritten by the predictions", column)
+        return [column for column in chosen if column not in predicted]
 
     @cached_property
     def joined(self) -> JoinedMetadata:
-        """The metadata that goes into the result.
+        """Metadata to write to the output.
 
         Raises
         ------
         DataError
             If it cannot be read.
         """
-        with self._advice():
+        with self._suggest_dropping_column():
             return JoinedMetadata(self.metadata, self.columns)
 
     def check_obs(self, as_zarr: bool) -> None:
-        """Read, join and encode what of `obs` goes into the result, which is written when all cells are computed.
+        """Check before computing that the output's `obs` can be read, joined and encoded.
 
         Parameters
         ----------
         as_zarr
-            The result is a zarr store rather than an h5ad file.
+            Whether the output is a zarr store rather than an h5ad file.
 
         Raises
         ------
         DataError
-            If that is not possible; it says which file, column and cell is to blame, and what to do.
+            If not; the message names the file, column and cell.
         """
         sources = [reader.source for reader in self.readers]
         if self.checkpoint.config.model.inference_config.cge_pool is None:
-            with self._advice():
+            with self._suggest_dropping_column():
                 check_obs(sources, self.joined, as_zarr)
         elif self.group_column is not None:
             blocks = _all_blocks(sources, JoinedMetadata(self.metadata, [self.group_column]))
@@ -127,8 +127,8 @@ class Inputs:
             check_writable_rows([(f"--cge-pool {self.group_column}", 0, table)], len(table), as_zarr)
 
     @contextmanager
-    def _advice(self) -> Iterator[None]:
-        """Add to an error about a column how to leave it out."""
+    def _suggest_dropping_column(self) -> Iterator[None]:
+        """Extend errors about a column with the option that drops it."""
         try:
             yield
         except ColumnError as error:
@@ -137,21 +137,21 @@ class Inputs:
             others = ",".join(repr(str(column)) for column in self.columns if column != error.column)
             keys = f"[{others if len(others) < 300 else '...'}]"
             raise DataError(
-                f'{error}; mend it, or leave it out: --config-override "model.inference_config.obs_keys={keys}"'
+                f'{error}; fix the column or drop it: --config-override "model.inference_config.obs_keys={keys}"'
             ) from error
 
     def close(self) -> None:
-        """Let go of the files; they are opened again where something is read."""
+        """Close the files; they are reopened on the next read."""
         for reader in self.readers:
             reader.source.close()
 
     def loader(
         self, survey: Survey, limits: BatchLimits, process: int, n_processes: int, is_done: np.ndarray
     ) -> BatchLoader:
-        """Batches for one of several processes, without the rows that are done (kept cells,)."""
+        """Batches for one of several processes, excluding the completed rows (kept cells,)."""
         data = self.checkpoint.config.model.data_config
         dataset = CellDataset(self.readers, survey.kept, survey.lengths, data.block_size)
-        dataset.deal_out(process, n_processes, is_done)
+        dataset.shard(process, n_processes, is_done)
         return BatchLoader(
             dataset,
             limits,
@@ -163,19 +163,19 @@ class Inputs:
         )
 
     def obs_blocks(self, survey: Survey) -> Iterator[pd.DataFrame]:
-        """Metadata of the kept cells, in order, in blocks."""
+        """Iterate over the metadata of the kept cells in blocks, in order."""
         yield from self._blocks(self.joined, survey)
 
     def obs(self, survey: Survey) -> pd.DataFrame:
         """Metadata of the kept cells."""
-        with self._advice():
+        with self._suggest_dropping_column():
             blocks = list(self.obs_blocks(survey))
         return blocks[0] if len(blocks) == 1 else pd.concat(blocks)
 
     def groups(self, survey: Survey) -> tuple[np.ndarray, pd.Index]:
-        """Group of each kept cell (cells,), int32, for pooling, and the names of the groups.
+        """Group of each kept cell (cells,), int32, for pooling, and the group names.
 
-        Cells without a value have no group, which is told.
+        Cells without a value get `NO_GROUP`, and a warning is logged.
         """
         if self.group_column is None:
             return np.zeros(survey.n_kept, np.int32), pd.Index(["all"])
@@ -183,7 +183,7 @@ class Inputs:
         group_of_row, groups = _factorize(block[self.group_column] for block in blocks)
         n_without = int((group_of_row == NO_GROUP).sum())
         if n_without:
-            logger.warning("%d cells without a value of %r are left out of the pool", n_without, self.group_column)
+            logger.warning("%d cells without a value of %r are excluded from the pool", n_without, self.group_column)
         return group_of_row, groups
 
     def _blocks(self, metadata: JoinedMetadata, survey: Survey) -> Iterator[pd.DataFrame]:
@@ -197,61 +197,58 @@ class Inputs:
                     yield block if kept.all() else block.iloc[np.flatnonzero(kept)]
             first += len(part)
 
-    def tell(self, survey: Survey) -> None:
-        """Log what is worth knowing about the cells."""
+    def log_summary(self, survey: Survey) -> None:
+        """Log the number of cells and genes, and what is dropped or unknown."""
         n_kept, seq_len = survey.n_kept, self.seq_len
         gene_ids = np.concatenate([reader.source.gene_ids for reader in self.readers])
         n_known = int((self.checkpoint.gene_vocab.lookup(gene_ids) >= 0).sum())
         species = likely_species(gene_ids)
         genes = f"; {n_known} of {len(gene_ids)} genes are in the vocabulary{f' ({species})' if species else ''}"
-        dropped = f" of {survey.n_read} (the filters dropped the others)" if n_kept < survey.n_read else ""
+        dropped = f" of {survey.n_read} (filters dropped the others)" if n_kept < survey.n_read else ""
         unknown = survey.unknown_aux[survey.kept].sum(axis=0).tolist()
-        unseen = f"with more than {seq_len} genes, of which the model sees {seq_len}"
+        dropped_counts = f"{100 * survey.unseen_share:.1f} % of all counts dropped"
         notes = [
-            (survey.n_empty, "without any gene of the vocabulary"),
-            (survey.n_too_long(seq_len), f"{unseen} ({100 * survey.unseen_share:.1f} % of all counts are not seen)"),
-            *(
-                (n, f"of an {c} unknown to the checkpoint")
-                for c, n in zip(self.checkpoint.aux_vocabs, unknown, strict=True)
-            ),
+            (survey.n_empty, "without genes in the vocabulary"),
+            (survey.n_too_long(seq_len), f"truncated to {seq_len} genes ({dropped_counts})"),
+            *((n, f"with unknown {column}") for column, n in zip(self.checkpoint.aux_vocabs, unknown, strict=True)),
         ]
-        told = "".join(f"; {n} {what}" for n, what in notes if n)
-        logger.info("%d cells%s%s%s", n_kept, dropped, genes, told)
+        details = "".join(f"; {n} {note}" for n, note in notes if n)
+        logger.info("%d cells%s%s%s", n_kept, dropped, genes, details)
 
 
 def check_obs(sources: Sequence[CellSource], joined: JoinedMetadata, as_zarr: bool = False) -> None:
-    """Read the metadata of sources and encode it as it will be written.
+    """Check that the metadata of sources can be read and encoded.
 
     Raises
     ------
     ColumnError
-        If that is not possible.
+        If a column cannot be read or written.
     """
     check_writable_rows(_all_blocks(sources, joined), len(joined), as_zarr)
 
 
 def _all_blocks(sources: Sequence[CellSource], joined: JoinedMetadata) -> Iterator[tuple[str, int, pd.DataFrame]]:
-    """All rows in blocks, each with the name of its source and the row there that it begins at."""
+    """Iterate over all rows in blocks, each with its source's name and its first row there."""
     for i, source in enumerate(sources):
         for start in range(0, len(source), BLOCK_SIZE):
             yield source.name, start, joined.rows(i, start, min(start + BLOCK_SIZE, len(source)))
 
 
 def _factorize(blocks: Iterable[pd.Series]) -> tuple[np.ndarray, pd.Index]:
-    """Number of each value (rows,), int32, `NO_GROUP` where there is none, and the distinct values.
+    """Encode values as codes (rows,), int32, with `NO_GROUP` for missing ones, and return the distinct values.
 
     Raises
     ------
     DataError
-        If values cannot be told apart, such as lists.
+        If values are not hashable, such as lists.
     """
-    numbers: dict[object, int] = {}
-    found: list[np.ndarray] = []
+    code_of: dict[object, int] = {}
+    codes_of_blocks: list[np.ndarray] = []
     for block in blocks:
         try:
             codes, distinct = pd.factorize(block)
-            number = [numbers.setdefault(value, len(numbers)) for value in distinct]
+            global_codes = [code_of.setdefault(value, len(code_of)) for value in distinct]
         except TypeError as error:
-            raise DataError(f"--cge-pool {block.name}: its values are no groups ({error})") from error
-        found.append(np.array([*number, NO_GROUP], np.int32)[codes])
-    return np.concatenate(found), pd.Index(list(numbers))
+            raise DataError(f"--cge-pool {block.name}: values cannot be grouped ({error})") from error
+        codes_of_blocks.append(np.array([*global_codes, NO_GROUP], np.int32)[codes])
+    return np.concatenate(codes_of_blocks), pd.Index(list(code_of))

@@ -1,4 +1,4 @@
-"""Models as LightningModules."""
+"""LightningModules for inference."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from transcriptformer.config import InferenceConfig
 from transcriptformer.data.batches import Batch, BatchLoader
-from transcriptformer.model.attention.flex import choose_attention
+from transcriptformer.model.attention.choose import choose_attention
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.model.label_head import LabelHead
 from transcriptformer.model.transcriptformer import TranscriptFormer
@@ -18,23 +18,23 @@ from transcriptformer.runtime.memory import Halving
 
 
 class Prediction(NamedTuple):
-    """What was asked for of a batch of B cells; None for the rest.
+    """Requested results for a batch of B cells; other fields are None.
 
     Attributes
     ----------
     rows
-        Where each cell stands among the kept cells (B,).
+        Index of each cell among the kept cells (B,).
     embeddings
         (B, D)
     llh
-        Mean negative log-likelihood of a cell's counts (B,), NaN without genes; the name is the published one.
+        Mean negative log-likelihood of a cell's counts (B,), NaN without genes; named as in the published package.
     label, label_probability
-        Number of the likeliest label of each cell (B,), and how likely it is.
+        Index of the most probable label of each cell (B,), and its probability.
     n_genes
-        Genes of each cell that the model saw (B,).
+        Number of genes of each cell, after truncation (B,).
     genes, cge_embeddings
-        Gene tokens (B, L) and contextual gene embeddings (B, L, D); a cell's first `n_genes` are meant. To leave the
-        others out here would make a GPU wait.
+        Gene tokens (B, L) and contextual gene embeddings (B, L, D); only the first `n_genes` per cell are valid.
+        Removing the others here would synchronize a GPU.
     """
 
     rows: Tensor
@@ -48,14 +48,14 @@ class Prediction(NamedTuple):
 
 
 class EmbeddingModule(pl.LightningModule):
-    """Runs a model on batches, in smaller ones where memory does not suffice.
+    """Runs a model on batches; batches that run out of memory are halved.
 
     Parameters
     ----------
     inference
-        What is wanted.
+        Settings of the run.
     pad
-        Token after a cell's last gene, in the batches.
+        Padding token of genes.
     """
 
     def __init__(self, inference: InferenceConfig, pad: int) -> None:
@@ -64,11 +64,11 @@ class EmbeddingModule(pl.LightningModule):
         self.halving = Halving(self.predict, _size, _split, _join, "cell", "use another device or --precision 16-mixed")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
-        """What is wanted of a batch; one that does not fit into memory is halved, and so are later ones of its size."""
+        """Predict a batch; one that runs out of memory is halved, as are later ones of its size."""
         return self.halving(batch)
 
     def predict(self, batch: Batch) -> Prediction:
-        """What is wanted of a batch, at once."""
+        """Predict a batch as a whole."""
         raise NotImplementedError
 
 
@@ -87,7 +87,7 @@ def _join(first: Prediction, second: Prediction) -> Prediction:
 
 
 class TranscriptFormerModule(EmbeddingModule):
-    """TranscriptFormer with only the heads that `model.inference_config.output_keys` names."""
+    """TranscriptFormer with the heads needed for `model.inference_config.output_keys`."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class TranscriptFormerModule(EmbeddingModule):
         self.prepare(loader.lengths)
 
     def prepare(self, lengths: np.ndarray) -> None:
-        """Do once, on the device, what a run over cells with so many genes each (cells,) is quicker with."""
+        """Choose the attention and cache gene embeddings, given the number of genes of each cell (cells,)."""
         dtype = compute_dtype(self.inference.precision, self.device)
         self.model.transformer_encoder.attention = choose_attention(
             self.inference.attention, self.device, dtype, self.model.config, lengths
@@ -129,15 +129,15 @@ class TranscriptFormerModule(EmbeddingModule):
         if self.inference.emb_type == "cell":
             embeddings = self.model.cell_embedding(encoded)
             if self.label_head is not None:
-                likeliest = self.label_head(embeddings).softmax(1).max(1)
-                prediction = prediction._replace(label=likeliest.indices, label_probability=likeliest.values)
+                best = self.label_head(embeddings).softmax(1).max(1)
+                prediction = prediction._replace(label=best.indices, label_probability=best.values)
             return prediction._replace(embeddings=embeddings)
         n_genes = (batch.gene_tokens != self.pad).sum(1)
         return prediction._replace(n_genes=n_genes, genes=batch.gene_tokens, cge_embeddings=encoded.hidden)
 
 
 class Esm2CEModule(EmbeddingModule):
-    """The baseline without a transformer."""
+    """The ESM2-CE baseline, without a transformer."""
 
     def __init__(self, model: Esm2CE, inference: InferenceConfig, pad: int) -> None:
         super().__init__(inference, pad)

@@ -1,4 +1,4 @@
-"""Results become an AnnData, in memory, in an h5ad file or in a zarr store. The only place that names their keys."""
+"""Results as AnnData: in memory, in an h5ad file or in a zarr store. Defines all output keys."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from zarr.core.sync import sync
 
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.metadata import n_rows
-from transcriptformer.data.row_stream import RowStream, strings_as_they_are
+from transcriptformer.data.row_stream import RowStream, preserved_strings
 from transcriptformer.data.store import Location
 from transcriptformer.errors import DataError
 from transcriptformer.model.label_head import LabelHead
@@ -30,36 +30,36 @@ CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY = "cge_embeddings", "cge_cell_indices", "c
 GENE_COLUMN, N_CELLS_COLUMN = "gene", "n_cells"
 
 BLOCK_BYTES = 2**23
-"""Results are moved in blocks of about this size."""
+"""Approximate size of the blocks in which results are copied."""
 
 
 class Results(Protocol):
-    """Results of all kept cells, in their order.
+    """Results of all kept cells, in order.
 
     Attributes
     ----------
     layout
-        The results there are.
+        Layout of the available results.
     """
 
     layout: Layout
 
     @property
     def n_genes(self) -> np.ndarray:
-        """Genes of each cell with a record of their own (cells,)."""
+        """Number of gene records of each cell (cells,)."""
         ...
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """What each cell from `start` to before `stop` has once."""
+        """Read the per-cell records of cells `start:stop`."""
         ...
 
     def read_genes(self, name: str, start: int, stop: int) -> np.ndarray:
-        """What each gene of those cells has, cell after cell."""
+        """Read the per-gene records of cells `start:stop`, cell by cell."""
         ...
 
 
 def select_columns(columns: Sequence[str], obs_keys: Sequence[str]) -> list[str]:
-    """The columns of cell metadata that go into the output, in the order of the file; `all` stands for every one.
+    """Select the columns of `obs` to write, in file order; `all` selects every column.
 
     Raises
     ------
@@ -84,18 +84,18 @@ def to_anndata(
     provenance: Mapping[str, object],
     label_head: LabelHead | None = None,
 ) -> anndata.AnnData:
-    """Results beside the cells' metadata, in memory.
+    """Combine results and cell metadata in memory.
 
     Parameters
     ----------
     gene_names
         Name of each gene token (tokens,).
     label_head
-        What has told labels, if any.
+        Label head of the checkpoint, if any.
     """
     n_cells, layout = len(obs), results.layout
     obs = obs.assign(**predicted_labels(results, 0, n_cells, label_head))
-    with anndata.settings.override(check_uniqueness=False):  # the survey has told of names that occur twice
+    with anndata.settings.override(check_uniqueness=False):  # the survey has warned
         adata = anndata.AnnData(obs=obs, uns={PROVENANCE_KEY: dict(provenance)})
     if "embeddings" in layout:
         adata.obsm[EMBEDDINGS_KEY] = results.read("embeddings", 0, n_cells)
@@ -117,21 +117,21 @@ def write_cells(
     provenance: Mapping[str, object],
     label_head: LabelHead | None = None,
 ) -> None:
-    """Write results beside the cells' metadata, block by block; memory does not grow with the number of cells.
+    """Write results and cell metadata block by block; memory use does not depend on the number of cells.
 
     Parameters
     ----------
     obs_blocks
-        Called for the metadata of the cells, in order, in blocks.
+        Returns an iterator over the metadata of the cells in blocks, in order.
     gene_names
         Name of each gene token (tokens,).
     label_head
-        What has told labels, if any.
+        Label head of the checkpoint, if any.
 
     Raises
     ------
     OutputError
-        If the disk is full or the folder cannot be written to; nothing is left under `path` then.
+        If the disk is full or the folder cannot be written to; `path` is not created then.
     """
     layout = results.layout
     with new_anndata(path) as root:
@@ -158,7 +158,7 @@ def write_cells(
 
 
 def predicted_labels(results: Results, start: int, stop: int, label_head: LabelHead | None) -> dict[str, Any]:
-    """Columns of `obs` for the cells from `start` to before `stop`: the likeliest label, and how likely it is."""
+    """Columns of `obs` for cells `start:stop`: the predicted label and its probability."""
     if label_head is None or LABEL not in results.layout:
         return {}
     values = (
@@ -169,7 +169,7 @@ def predicted_labels(results: Results, start: int, stop: int, label_head: LabelH
 
 
 def label_columns(layout: Layout, label_head: LabelHead | None) -> list[str]:
-    """Names of the columns of predicted labels, if there are any."""
+    """Names of the columns of predicted labels, if any."""
     if label_head is None or LABEL not in layout:
         return []
     column = f"predicted_{label_head.column}"
@@ -181,20 +181,20 @@ def _write_gene_embeddings(root: h5py.File | zarr.Group, results: Results, gene_
     embeddings, cells, genes = (
         RowStream(root, f"uns/{key}", int(n_genes.sum())) for key in (CGE_KEY, CGE_CELLS_KEY, CGE_GENES_KEY)
     )
-    most = max(1, BLOCK_BYTES // results.layout["cge_embeddings"].record_bytes)
-    for start, stop in _blocks_of_genes(n_genes, most):
+    max_genes = max(1, BLOCK_BYTES // results.layout["cge_embeddings"].record_bytes)
+    for start, stop in _gene_blocks(n_genes, max_genes):
         embeddings.write(results.read_genes("cge_embeddings", start, stop))
         cells.write(np.repeat(np.arange(start, stop), n_genes[start:stop]))
         genes.write(gene_names[results.read_genes("genes", start, stop)])
 
 
 def pooled_to_anndata(table: pd.DataFrame, means: np.ndarray, provenance: Mapping[str, object]) -> anndata.AnnData:
-    """Pooled contextual gene embeddings: a row per gene, or per gene and group, with the number of cells behind it."""
+    """Pooled contextual gene embeddings: one row per gene, or per gene and group, with its number of cells."""
     return anndata.AnnData(obs=table, obsm={EMBEDDINGS_KEY: means}, uns={PROVENANCE_KEY: dict(provenance)})
 
 
-def to_rows_of_genes(result: anndata.AnnData) -> anndata.AnnData:
-    """Contextual gene embeddings of `to_anndata` as an AnnData with a row for every gene of every cell."""
+def to_gene_rows(result: anndata.AnnData) -> anndata.AnnData:
+    """Convert contextual gene embeddings from `to_anndata` to an AnnData with one row per gene and cell."""
     cell_index = result.uns[CGE_CELLS_KEY]
     obs = pd.DataFrame(
         {
@@ -211,13 +211,13 @@ def to_rows_of_genes(result: anndata.AnnData) -> anndata.AnnData:
 
 
 def write_anndata(adata: anndata.AnnData, path: Path) -> None:
-    """Write a result that is in memory."""
+    """Write an in-memory result."""
     with new_anndata(path) as root:
         anndata.io.write_elem(root, "/", adata)
 
 
 def describe(path: Path) -> str:
-    """What is stored in a result, in a few words."""
+    """Summarize the contents of a result in one line."""
     with _open_result(path) as root:
         obs, uns = root["obs"], root["uns"]
         stored = [f"obsm['{key}'] {tuple(root['obsm'][key].shape)}" for key in root["obsm"]]
@@ -226,7 +226,7 @@ def describe(path: Path) -> str:
         rows = n_rows(obs[obs.attrs["_index"]])
     config = json.loads((read_provenance(path) or {}).get("config", "{}"))
     is_pooled = config and config["model"]["inference_config"]["cge_pool"] is not None
-    return f"{rows} {'rows of genes' if is_pooled else 'cells'}: {', '.join(stored)}"
+    return f"{rows} {'gene rows' if is_pooled else 'cells'}: {', '.join(stored)}"
 
 
 def provenance_of(
@@ -235,25 +235,25 @@ def provenance_of(
     weights_sha256: str,
     identity: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
-    """How a result was made; `identity` is what a later run would be compared with."""
+    """Provenance of a result; `identity` allows a later run to recognize it as complete."""
     names = ["AnnData" if isinstance(source, anndata.AnnData) else str(source) for source in sources]
     return {
         "version": version("transcriptformer"),
         "checkpoint": checkpoint.path.resolve().name,
         "weights_sha256": weights_sha256,
         "config": checkpoint.config.to_json(),
-        # A path may hold bytes that are not text, which HDF5 cannot store.
+        # Paths may contain invalid Unicode, which HDF5 cannot store.
         "data_files": [name.encode(errors="replace").decode() for name in names],
         **({} if identity is None else {"run": json.dumps(identity)}),
     }
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
-    """How a result was made; None where `path` is no result of ours."""
+    """Read the provenance of a result; None if `path` is not one."""
     try:
         with _open_result(path) as root:
             provenance = anndata.io.read_elem(root[f"uns/{PROVENANCE_KEY}"])
-    except Exception:  # whatever a file of another kind leads h5py, zarr and anndata to
+    except Exception:  # h5py, zarr and anndata raise various errors for other files
         return None
     return provenance if isinstance(provenance, dict) else None
 
@@ -269,8 +269,8 @@ def _open_result(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def new_anndata(path: Path) -> Iterator[h5py.File | zarr.Group]:
-    """An empty AnnData, to be filled; otherwise as `new_file`."""
-    with strings_as_they_are(), new_file(path) as root:
+    """Create an empty AnnData to write to; otherwise like `new_file`."""
+    with preserved_strings(), new_file(path) as root:
         anndata.io.write_elem(root, "/", anndata.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str))))
         yield root
         if isinstance(root, zarr.Group):
@@ -279,7 +279,7 @@ def new_anndata(path: Path) -> Iterator[h5py.File | zarr.Group]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[h5py.File | zarr.Group]:
-    """An HDF5 file, or zarr store, under a temporary name; moved into place when whole, removed on failure.
+    """Create an HDF5 file or zarr store under a temporary name; renamed on success, removed on failure.
 
     Raises
     ------
@@ -298,7 +298,7 @@ def new_file(path: Path) -> Iterator[h5py.File | zarr.Group]:
 
 
 def _await_zarr() -> None:
-    """Wait until zarr writes nothing more: after one write has failed, it leaves others on their way."""
+    """Wait for pending zarr writes: a failed write does not cancel concurrent ones."""
 
     async def others() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -307,8 +307,8 @@ def _await_zarr() -> None:
     sync(others())
 
 
-def _blocks_of_genes(n_genes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive cells that have about `most` genes together, and at least one."""
+def _gene_blocks(n_genes: np.ndarray, max_genes: int) -> Iterator[tuple[int, int]]:
+    """Iterate over ranges of consecutive cells, at least one, with about `max_genes` genes in total."""
     ends = np.cumsum(n_genes, dtype=np.int64)
     if ends[-1] == 0:
         yield 0, len(n_genes)
@@ -317,7 +317,7 @@ def _blocks_of_genes(n_genes: np.ndarray, most: int) -> Iterator[tuple[int, int]
     while start < len(n_genes):
         before = ends[start - 1] if start else 0
         first_gene = int(np.searchsorted(ends, before, side="right"))
-        stop = max(first_gene + 1, int(np.searchsorted(ends, before + most, side="right")))
-        stop = min(stop, len(n_genes))  # beyond which it is where no cell that follows has a gene
+        stop = max(first_gene + 1, int(np.searchsorted(ends, before + max_genes, side="right")))
+        stop = min(stop, len(n_genes))  # exceeded if no later cell has a gene
         yield start, stop
         start = stop

@@ -1,4 +1,4 @@
-"""Contextual gene embeddings pooled as they come: a mean vector and a count per gene, or per gene and group."""
+"""Incremental pooling of contextual gene embeddings: mean and count per gene, or per gene and group."""
 
 import secrets
 import time
@@ -10,15 +10,15 @@ import pandas as pd
 
 from transcriptformer.errors import DamagedError, OutputError
 from transcriptformer.inference.output import GENE_COLUMN, N_CELLS_COLUMN
-from transcriptformer.storage.results import RUN, SECONDS_AT_RISK, cannot_keep, drop, open_of_run
+from transcriptformer.storage.results import FLUSH_SECONDS, RUN, cannot_write_results, discard, open_for_run
 from transcriptformer.storage.sealed import SealedFile, write_sealed
 
 NO_GROUP = -1
-"""Cells of this group are left out."""
+"""Group of cells to exclude."""
 
 
 class Pool:
-    """Sums of vectors in float64, and how many there were, for every gene and group that occurs.
+    """Float64 sums and counts of vectors, for each gene and group that occurs.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class Pool:
     n_tokens
         Size of the gene vocabulary.
     width
-        Of a vector, D.
+        Embedding width, D.
     """
 
     def __init__(self, group_of_row: np.ndarray, n_tokens: int, width: int) -> None:
@@ -38,11 +38,11 @@ class Pool:
 
     @property
     def keys(self) -> np.ndarray:
-        """Group × vocabulary size + gene token, for each sum."""
+        """Key of each sum: group × vocabulary size + gene token."""
         return np.fromiter(self.slots, np.int64, len(self.slots))
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
-        """Take the results of a batch, by name of the field."""
+        """Add the results of a batch, by field name."""
         group = np.repeat(self.group_of_row[values["rows"]].astype(np.int64), values["n_genes"])
         keys = group * self.n_tokens + values["genes"]
         grouped = np.flatnonzero(group != NO_GROUP)
@@ -53,21 +53,21 @@ class Pool:
             self.add_sums(distinct, sums, counts)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Do nothing; results are not buffered."""
 
     def add_sums(self, keys: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
-        """Take what has been summed elsewhere, each key once."""
+        """Add partial sums; keys must be unique."""
         n_slots = len(self.slots) + sum(key not in self.slots for key in keys.tolist())
-        if n_slots > len(self.counts):  # first, for memory may not suffice
-            room = max(n_slots, 3 * len(self.counts) // 2)
-            self.sums = np.concatenate([self.sums, np.zeros((room - len(self.sums), self.sums.shape[1]))])
-            self.counts = np.concatenate([self.counts, np.zeros(room - len(self.counts), np.int64)])
+        if n_slots > len(self.counts):  # before any update, as allocation may fail
+            capacity = max(n_slots, 3 * len(self.counts) // 2)
+            self.sums = np.concatenate([self.sums, np.zeros((capacity - len(self.sums), self.sums.shape[1]))])
+            self.counts = np.concatenate([self.counts, np.zeros(capacity - len(self.counts), np.int64)])
         slots = np.array([self.slots.setdefault(key, len(self.slots)) for key in keys.tolist()], np.int64)
         self.sums[slots] += sums
         self.counts[slots] += counts
 
     def table(self, gene_names: np.ndarray, groups: pd.Index, column: str | None) -> tuple[pd.DataFrame, np.ndarray]:
-        """Genes, groups and numbers of cells, and the mean vectors (sums, D), float32, in the order of the vocabulary.
+        """Table of genes, groups and cell counts, and mean vectors (sums, D), float32, in vocabulary order.
 
         Parameters
         ----------
@@ -76,13 +76,13 @@ class Pool:
         groups
             Name of each group.
         column
-            What the groups are called; None: there is only one.
+            Column name of the groups; None: there is only one group.
         """
         keys = self.keys
         group, gene = np.divmod(keys, self.n_tokens)
         order = np.lexsort((group, gene))
         means = np.empty((len(keys), self.sums.shape[1]), np.float32)
-        for start in range(0, len(keys), 1024):  # in blocks, for the sums may take half of the memory
+        for start in range(0, len(keys), 1024):  # in blocks, as the sums may take half of the memory
             here = order[start : start + 1024]
             means[start : start + 1024] = self.sums[here] / self.counts[here, None]
         table = pool_obs(gene_names[gene[order]], group[order], groups, column)
@@ -91,14 +91,14 @@ class Pool:
 
 
 def pool_obs(genes: np.ndarray, group: np.ndarray, groups: pd.Index, column: str | None) -> pd.DataFrame:
-    """What the rows of a pool are of, named `gene` or `gene | group`.
+    """Genes and groups of the rows of a pool, indexed by `gene` or `gene | group`.
 
     Parameters
     ----------
     genes
-        Name of each row's gene (rows,), or one for all.
+        Gene name of each row (rows,), or one for all rows.
     group
-        Number of each row's group (rows,).
+        Group index of each row (rows,).
     groups, column
         As for `Pool.table`.
     """
@@ -110,23 +110,23 @@ def pool_obs(genes: np.ndarray, group: np.ndarray, groups: pd.Index, column: str
     return table
 
 
-POOLS = "pool-*.safetensors"
-"""Names of the files that pools are kept in."""
+POOL_PATTERN = "pool-*.safetensors"
+"""Glob pattern of saved pools."""
 
 
 class PoolWriter:
-    """A pool that is saved, with the rows it has taken, every now and then: one sealed file, replaced as a whole.
+    """Saves a pool and its completed rows periodically, to one sealed file that is replaced atomically.
 
     Parameters
     ----------
     folder
-        Where it is saved; it exists.
+        Existing folder to save to.
     process
-        Number of the process.
+        Index of the process.
     pool
-        Where the results go.
+        Pool to add results to.
     run
-        The run that they belong to.
+        Id of the run.
     """
 
     def __init__(self, folder: Path, process: int, pool: Pool, run: str) -> None:
@@ -136,7 +136,7 @@ class PoolWriter:
         self.failure: Exception | None = None
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
-        """Take the results of a batch; saving takes at most about a twentieth of the time.
+        """Add the results of a batch; saving takes at most about 5 % of the time.
 
         Raises
         ------
@@ -147,21 +147,21 @@ class PoolWriter:
             raise self.failure
         try:
             self.pool.add(values)
-        except Exception as error:  # such as a lack of memory, which leaves a part of them added
+        except Exception as error:  # such as MemoryError, after which the sums may be inconsistent
             self.failure = error
             raise
         self.rows[values["rows"]] = True
         self.n_unsaved += len(values["rows"])
-        if time.monotonic() - self.last_saved > max(SECONDS_AT_RISK, 20 * self.seconds_to_save):
+        if time.monotonic() - self.last_saved > max(FLUSH_SECONDS, 20 * self.seconds_to_save):
             self.flush()
 
     def flush(self) -> None:
-        """Save, safely on disk.
+        """Save the pool and sync it to disk.
 
         Raises
         ------
         OutputError
-            If the pool cannot be saved, now or earlier; what was saved before stays.
+            If the pool cannot be saved, now or earlier; the last saved file is kept.
         """
         if self.failure is not None:
             raise self.failure
@@ -176,25 +176,25 @@ class PoolWriter:
                 }
                 write_sealed(self.path, arrays, {RUN: self.run})
             except OutputError as error:
-                self.failure = cannot_keep(self.path.parent, error)
+                self.failure = cannot_write_results(self.path.parent, error)
                 raise self.failure from error
-            except Exception as error:  # such as a lack of memory
+            except Exception as error:  # such as MemoryError
                 self.failure = error
                 raise
             self.n_unsaved, self.seconds_to_save = 0, time.monotonic() - started
         self.last_saved = time.monotonic()
 
 
-def rows_saved(folder: Path, n_rows: int) -> np.ndarray:
-    """Mask (n_rows,) of the rows in saved pools, unverified: enough to count them."""
+def saved_rows(folder: Path, n_rows: int) -> np.ndarray:
+    """Mask (n_rows,) of the rows in saved pools, without verifying checksums."""
     done = np.zeros(n_rows, bool)
-    for path in folder.glob(POOLS):
+    for path in folder.glob(POOL_PATTERN):
         done |= np.unpackbits(SealedFile(path).read("rows"), count=n_rows).astype(bool)
     return done
 
 
-def rows_pooled(folder: Path, run: str, n_rows: int) -> np.ndarray:
-    """Mask (n_rows,) of the rows in the saved pools of a run that can be used."""
+def verified_rows(folder: Path, run: str, n_rows: int) -> np.ndarray:
+    """Mask (n_rows,) of the rows in the usable saved pools of a run."""
     done = np.zeros(n_rows, bool)
     for _ in _usable_pools(folder, run, done):
         pass
@@ -202,7 +202,7 @@ def rows_pooled(folder: Path, run: str, n_rows: int) -> np.ndarray:
 
 
 def read_pools(folder: Path, run: str, pool: Pool) -> np.ndarray:
-    """Add the saved pools of a run to `pool`; the mask of the rows that it has taken."""
+    """Add the saved pools of a run to `pool`, and return the mask of their rows."""
     done = np.zeros(len(pool.group_of_row), bool)
     for saved in _usable_pools(folder, run, done):
         pool.add_sums(saved["keys"], saved["sums"], saved["counts"])
@@ -210,19 +210,19 @@ def read_pools(folder: Path, run: str, pool: Pool) -> np.ndarray:
 
 
 def _usable_pools(folder: Path, run: str, done: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-    """Saved pools, whose rows are noted in `done` (rows,); unusable ones are told of and deleted, if they can be.
+    """Iterate over saved pools, marking their rows in `done` (rows,); unusable ones are reported and deleted.
 
-    A process that outlives its run may save a pool at any time, with rows that another process has computed again.
+    A process that outlives its run may still save a pool with rows that another process has recomputed.
     """
-    for path in sorted(folder.glob(POOLS)):
+    for path in sorted(folder.glob(POOL_PATTERN)):
         try:
-            saved = open_of_run(path, run).read_verified()
+            saved = open_for_run(path, run).read_verified()
         except DamagedError as error:
-            drop(path, str(error))
+            discard(path, str(error))
             continue
         rows = np.unpackbits(saved["rows"], count=len(done)).astype(bool)
         if (done & rows).any():
-            drop(path, f"{path}: holds cells that another file holds too")
+            discard(path, f"{path}: contains cells that another file contains too")
             continue
         done |= rows
         yield saved

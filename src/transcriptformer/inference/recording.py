@@ -1,4 +1,4 @@
-"""Predictions leave the Trainer: into memory, or into parts on disk."""
+"""Record predictions in memory or on disk while the Trainer runs."""
 
 import logging
 import signal
@@ -15,21 +15,21 @@ import torch
 from transcriptformer.config import InferenceConfig
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.inference.module import Prediction
-from transcriptformer.runtime.signals import Ended
+from transcriptformer.runtime.signals import TerminatedError
 from transcriptformer.runtime.watchdog import Watchdog
 from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, N_GENES, ROWS, Field, Layout
 
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
-"""Called with how many cells are done and how many there are."""
+"""Called with the number of completed cells and of all cells."""
 
-BATCHES_WAITING = 2
-"""Batches whose results may be on their way while the next one is computed."""
+MAX_PENDING_BATCHES = 2
+"""Batches that may wait to be recorded while the next one is computed."""
 
 
 def layout_of(inference: InferenceConfig, width: int, with_labels: bool = False) -> Layout:
-    """The results that are wanted, for embeddings of that width, and whether labels are told (from those of cells)."""
+    """Layout of the requested results, for embeddings of the given width; labels need cell embeddings."""
     layout: dict[str, Field] = {}
     if "embeddings" in inference.output_keys and inference.emb_type == "cell":
         layout["embeddings"] = Field("float32", width)
@@ -44,47 +44,47 @@ def layout_of(inference: InferenceConfig, width: int, with_labels: bool = False)
     return layout
 
 
-VECTORS = ("embeddings", "llh", LABEL_PROBABILITY, "cge_embeddings")
-"""Results that are numbers of the model, which has to be able to compute them."""
+FLOAT_RESULTS = ("embeddings", "llh", LABEL_PROBABILITY, "cge_embeddings")
+"""Floating-point results, which must be finite."""
 
 
 def check_finite(values: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> None:
-    """Raise TranscriptFormerError where results are NaN or infinite.
+    """Raise TranscriptFormerError if results are NaN or infinite.
 
     Parameters
     ----------
     values
-        Results by name; an entry of the first axis each.
+        Results by name, with entries along the first axis.
     rows
-        The row of the result that each entry belongs to.
+        Output row of each entry, by name.
     """
     for name, array in values.items():
-        # The extremes are quick to find, and NaN if one entry is.
+        # Fast path: the minimum and maximum are NaN if any entry is.
         if array.size == 0 or np.isfinite([array.min(), array.max()]).all():
             continue
         is_bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
         bad = np.unique(rows[name][is_bad])
-        some = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+        examples = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
         raise TranscriptFormerError(
-            f"{name.removeprefix('cge_')} of {len(bad)} cells of a batch are NaN or infinite (rows {some} of the "
-            "result): weights or counts are too large for this precision; --precision 32 reaches furthest"
+            f"{name.removeprefix('cge_')} of {len(bad)} cells of a batch are NaN or infinite (rows {examples} of the "
+            "output): weights or counts are too large for this precision; use --precision 32"
         )
 
 
 class Recorder(Protocol):
-    """Takes results batch by batch, by name of the field."""
+    """Records results batch by batch, by field name."""
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
-        """Take the results of a batch."""
+        """Add the results of a batch."""
         ...
 
     def flush(self) -> None:
-        """See to it that nothing of them can be lost."""
+        """Store all recorded results durably."""
         ...
 
 
 class MemoryRecorder:
-    """Keeps results of `n_cells` cells in memory; reads like `transcriptformer.storage.results.Pieces`."""
+    """Holds results of `n_cells` cells in memory, with the interface of `transcriptformer.storage.results.Pieces`."""
 
     def __init__(self, layout: Layout, n_cells: int) -> None:
         self.layout = layout
@@ -95,7 +95,7 @@ class MemoryRecorder:
         self.rows: list[np.ndarray] = []
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
-        """Take the results of a batch."""
+        """Add the results of a batch."""
         rows = values[ROWS]
         for name, array in self.cells.items():
             array[rows] = values[name]
@@ -104,19 +104,19 @@ class MemoryRecorder:
         self.rows.append(rows)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Do nothing; results are not buffered."""
 
     @property
     def n_genes(self) -> np.ndarray:
-        """Genes of each cell with a record of their own (cells,)."""
+        """Number of gene records of each cell (cells,)."""
         return self.cells[N_GENES]
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """What each cell from `start` to before `stop` has once."""
+        """Read the per-cell records of cells `start:stop`."""
         return self.cells[name][start:stop]
 
     def read_genes(self, name: str, start: int, stop: int) -> np.ndarray:
-        """What each gene of those cells has, cell after cell."""
+        """Read the per-gene records of cells `start:stop`, cell by cell."""
         rows = np.concatenate(self.rows)
         row_of_gene = np.repeat(rows, self.n_genes[rows])
         order = np.argsort(row_of_gene, kind="stable")
@@ -125,24 +125,24 @@ class MemoryRecorder:
 
 
 class Recording(pl.Callback):
-    """Hands every batch's predictions to a recorder, in a thread, while the next batch is computed.
+    """Callback that records predictions in a background thread while the next batch is computed.
 
     Parameters
     ----------
     on_progress
-        Called in the first process before the first and after every batch.
+        Called in the first process, before the first batch and after each batch.
     watchdog
-        Is told how to keep what is there, if there is one.
+        Watchdog that flushes results before ending the process, if any.
     """
 
     def __init__(self, on_progress: OnProgress | None, watchdog: Watchdog | None = None) -> None:
         self.on_progress, self.watchdog = on_progress, watchdog
         self.recorder: Recorder | None = None
         self.thread: ThreadPoolExecutor | None = None
-        self.waiting: deque[Future[int]] = deque()
+        self.pending: deque[Future[int]] = deque()
 
     def expect(self, lengths: np.ndarray, open_recorder: Callable[[int], Recorder], n_done: int = 0) -> None:
-        """Say how many genes each cell has (cells,), how many cells are done, and where results go, by process."""
+        """Set the number of genes of each cell (cells,), the factory of recorders by process, and the cells done."""
         self.n_cells, self.n_done, self.open_recorder = len(lengths), n_done, open_recorder
         self.has_genes = lengths > 0
 
@@ -155,7 +155,7 @@ class Recording(pl.Callback):
             self.on_progress(self.n_done, self.n_cells)
         if self.watchdog is not None:
             self.watchdog.flush = self._flush
-            self.watchdog.take_signals()  # Lightning's handler speaks to the other processes, which may be gone
+            self.watchdog.install_handlers()  # Lightning's handler signals other processes, which may be gone
 
     def on_predict_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Prediction, *unused: object
@@ -164,13 +164,11 @@ class Recording(pl.Callback):
         assert self.thread is not None
         results = {name: value for name, value in outputs._asdict().items() if value is not None}
         on_host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
-        arrival = (
-            torch.cuda.current_stream(pl_module.device).record_event() if pl_module.device.type == "cuda" else None
-        )
-        self.waiting.append(self.thread.submit(self._record, self.recorder, on_host, arrival))
-        self._await_recording(trainer, BATCHES_WAITING)
-        if trainer.received_sigterm:  # Lightning has handled the signal, where there is no watchdog
-            raise Ended(signal.SIGTERM)
+        copied = torch.cuda.current_stream(pl_module.device).record_event() if pl_module.device.type == "cuda" else None
+        self.pending.append(self.thread.submit(self._record, self.recorder, on_host, copied))
+        self._await_recording(trainer, MAX_PENDING_BATCHES)
+        if trainer.received_sigterm:  # handled by Lightning if there is no watchdog
+            raise TerminatedError(signal.SIGTERM)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         assert self.recorder is not None
@@ -181,37 +179,37 @@ class Recording(pl.Callback):
         trainer.strategy.barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Keep what is there; a recorder that has failed keeps no more."""
+        """Flush the recorder, unless it failed."""
         if self.thread is not None:
             self.thread.shutdown()
         if self.recorder is not None:
             try:
                 self.recorder.flush()
-            except Exception as error:  # one that has failed raises the same again
+            except Exception as error:  # a failed recorder raises its error again
                 if error is not exception:
                     logger.warning("%s", str(error) or repr(error))
 
     def _flush(self) -> None:
-        """Keep what is there, while the main thread cannot."""
+        """Flush the recorder when the main thread cannot."""
         if self.thread is not None and self.recorder is not None:
-            with suppress(RuntimeError):  # the main thread has ended the thread, and flushes itself
+            with suppress(RuntimeError):  # shut down by the main thread, which then flushes
                 self.thread.submit(self.recorder.flush).result()
 
-    def _await_recording(self, trainer: pl.Trainer, most_waiting: int) -> None:
-        """Let no more than so many batches wait; an error in recording one of them is raised here."""
-        while len(self.waiting) > most_waiting:
-            n_cells = self.waiting.popleft().result()
+    def _await_recording(self, trainer: pl.Trainer, max_pending: int) -> None:
+        """Wait until at most `max_pending` batches are pending; errors in recording are raised here."""
+        while len(self.pending) > max_pending:
+            n_cells = self.pending.popleft().result()
             if self.on_progress is not None:
-                # Other processes are taken to be as far as this one.
+                # Assume that other processes progress at the same rate.
                 self.n_done = min(self.n_done + n_cells * trainer.world_size, self.n_cells)
                 self.on_progress(self.n_done, self.n_cells)
 
-    def _record(self, recorder: Recorder, results: dict[str, torch.Tensor], arrival: torch.Event | None) -> int:
-        """Record a batch once it has come from the device, and tell of how many cells it was."""
-        if arrival is not None:
-            arrival.synchronize()
+    def _record(self, recorder: Recorder, results: dict[str, torch.Tensor], copied: torch.Event | None) -> int:
+        """Record a batch once it is copied from the device, and return its number of cells."""
+        if copied is not None:
+            copied.synchronize()
         values = {name: value.numpy() for name, value in results.items()}
-        if N_GENES in values:  # of the genes only those that are there
+        if N_GENES in values:  # remove padding
             is_gene = np.arange(values["genes"].shape[1]) < values[N_GENES][:, None]  # (B, L)
             values |= {name: values[name][is_gene] for name in ("genes", "cge_embeddings")}
         self._check(values)
@@ -219,12 +217,12 @@ class Recording(pl.Callback):
         return len(values[ROWS])
 
     def _check(self, values: Mapping[str, np.ndarray]) -> None:
-        """A cell without genes has no likelihood; all other numbers are finite."""
-        rows, vectors = values[ROWS], {name: values[name] for name in VECTORS if name in values}
-        rows_of = dict.fromkeys(vectors, rows)
-        if "llh" in vectors:
+        """Check that results are finite, except the likelihood of cells without genes."""
+        rows, floats = values[ROWS], {name: values[name] for name in FLOAT_RESULTS if name in values}
+        rows_of = dict.fromkeys(floats, rows)
+        if "llh" in floats:
             has_genes = self.has_genes[rows]
-            vectors["llh"], rows_of["llh"] = vectors["llh"][has_genes], rows[has_genes]
+            floats["llh"], rows_of["llh"] = floats["llh"][has_genes], rows[has_genes]
         if N_GENES in values:
             rows_of["cge_embeddings"] = np.repeat(rows, values[N_GENES])
-        check_finite(vectors, rows_of)
+        check_finite(floats, rows_of)

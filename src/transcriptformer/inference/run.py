@@ -1,4 +1,4 @@
-"""Cells in, embeddings out."""
+"""Run inference: in memory, or from files to a file."""
 
 import json
 import logging
@@ -29,10 +29,10 @@ from transcriptformer.inference.recording import MemoryRecorder, OnProgress, Rec
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.runtime.memory import keep_freed_memory
 from transcriptformer.runtime.processes import Processes, plan_processes
-from transcriptformer.runtime.signals import tell
+from transcriptformer.runtime.signals import report_kept
 from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning
 from transcriptformer.storage.atomic import check_writable
-from transcriptformer.storage.workspace import Workspace, is_same
+from transcriptformer.storage.workspace import Workspace, is_same_run
 
 logger = logging.getLogger(__name__)
 
@@ -44,31 +44,31 @@ def embed(
     checkpoint: Checkpoint,
     on_progress: OnProgress | None = None,
 ) -> anndata.AnnData:
-    """Embed the cells of one source or of several, in order, on one device; the results are held in memory.
+    """Embed the cells of one or more sources, in order, on one device and in memory.
 
     Parameters
     ----------
     sources
-        h5ad file, zarr store or AnnData object, or a list of them; they are left as they are.
+        h5ad file, zarr store or AnnData object, or a list of these; not modified.
     checkpoint
-        From `load_checkpoint`; its configuration says what to compute.
+        Checkpoint from `load_checkpoint`; its configuration determines what is computed.
     on_progress
-        Called before the first and after every batch.
+        Called before the first batch and after each batch.
 
     Returns
     -------
-    An AnnData with the cells that passed the filters: `obs` as found, `obsm['embeddings']` (cells, D) float32, or
-    contextual gene embeddings in `uns`, `uns['llh']` where asked for, and `uns['transcriptformer']`, which says how it
-    was made. Of pooled gene embeddings, an AnnData with a row per gene, or per gene and group.
+    An AnnData with the cells that passed the filters: their `obs`, `obsm['embeddings']` (cells, D), float32, or
+    contextual gene embeddings in `uns`, `uns['llh']` if requested, and the provenance in `uns['transcriptformer']`.
+    Pooled gene embeddings are returned as an AnnData with one row per gene, or per gene and group.
 
     Raises
     ------
     TranscriptFormerError
-        If a source, or an option that speaks of it, cannot be used.
+        If a source cannot be used, or an option does not apply to it.
     """
     cells = survey_sources(sources, checkpoint)
     is_pooled = checkpoint.config.model.inference_config.cge_pool is not None
-    obs = None if is_pooled else cells.inputs.obs(cells.survey)  # now, for it may be damaged
+    obs = None if is_pooled else cells.inputs.obs(cells.survey)  # first, as it may be damaged
     computed = compute(cells, checkpoint, on_progress)
     names, results = checkpoint.gene_vocab.names(), computed.results
     if isinstance(results, Pool):
@@ -79,7 +79,7 @@ def embed(
 
 
 class SurveyedCells(NamedTuple):
-    """Cells of sources, before anything is computed."""
+    """Opened sources and the survey of their cells."""
 
     sources: list[Path | str | anndata.AnnData]
     inputs: Inputs
@@ -87,25 +87,25 @@ class SurveyedCells(NamedTuple):
 
 
 def survey_sources(sources: Source | Sequence[Source], checkpoint: Checkpoint) -> SurveyedCells:
-    """Open sources and read through their cells; parameters and errors are those of `embed`."""
-    several = _as_list(sources)
-    inputs = Inputs(several, checkpoint)
+    """Open sources and survey their cells; parameters and errors as for `embed`."""
+    source_list = _as_list(sources)
+    inputs = Inputs(source_list, checkpoint)
     survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
-    inputs.tell(survey)
-    return SurveyedCells(several, inputs, survey)
+    inputs.log_summary(survey)
+    return SurveyedCells(source_list, inputs, survey)
 
 
 class Computed(NamedTuple):
-    """Results in memory.
+    """In-memory results.
 
     Attributes
     ----------
     results
-        In the order of the kept cells; or pooled.
+        Results of the kept cells, in order, or a pool.
     groups
         Names of the groups of a pool.
     provenance
-        How they were made.
+        Provenance of the results.
     """
 
     results: MemoryRecorder | Pool
@@ -114,7 +114,7 @@ class Computed(NamedTuple):
 
 
 def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgress | None = None) -> Computed:
-    """What `embed` returns, before it is made an AnnData."""
+    """Compute the results that `embed` converts to an AnnData."""
     sources, inputs, survey = cells
     inference = checkpoint.config.model.inference_config
     results: MemoryRecorder | Pool
@@ -140,24 +140,26 @@ def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgres
 def run(
     locations: Sequence[Location], checkpoint_path: Path, config: Config, on_progress: OnProgress | None = None
 ) -> Path | None:
-    """What `transcriptformer inference` does: embed the cells of files or stores and write one file or store.
+    """Run `transcriptformer inference`: embed the cells of files or stores and write one file or store.
 
-    Results are kept in a folder beside the output while the run goes on, in one or several processes.
+    Intermediate results are kept in a folder next to the output. The run may use several processes.
 
     Returns
     -------
-    The output, in `output_path` of the configuration; None in a process that leaves the writing to another one.
+    Path of the output, in `output_path` of the configuration; None in processes that do not write it.
 
     Raises
     ------
     TranscriptFormerError
-        If an input cannot be used or the output not be written; nothing is left under the output's name then.
+        If an input cannot be used, or the output cannot be written and is not created.
     """
     inference = config.model.inference_config
     output = Path(inference.output_path) / inference.output_filename
     check_writable(output)
     if output.resolve() in [Path(location).resolve() for location in locations if not is_url(location)]:
-        raise UsageError(f"--output-filename {output}: is an input; the result would replace it")
+        raise UsageError(
+            f"--output-filename {output}: is also an input, which would be overwritten; choose another name"
+        )
     checkpoint = load_checkpoint(checkpoint_path, config)
     if checkpoint.device.type == "cpu":
         keep_freed_memory()
@@ -165,7 +167,7 @@ def run(
     workspace, watchdog = Workspace(output), processes.watchdog()
     recording = Recording(on_progress, watchdog)
     trainer = _trainer(checkpoint, processes.trainer_options(watchdog), recording)
-    if not trainer.is_global_zero:  # one process tells what all of them find
+    if not trainer.is_global_zero:  # log in one process only
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     with (
         watchdog,
@@ -175,13 +177,13 @@ def run(
         sha256 = background.submit(checkpoint.weights_sha256)
         file_run = FileRun(locations, checkpoint, workspace, sha256.result, recording, processes.per_node)
         if inference.resume and not workspace.exists and _is_complete(output, file_run.identity):
-            logger.info("%s is complete already", output)
+            logger.info("%s is already complete", output)
             if not trainer.is_global_zero:
                 return None
-            workspace.remove()  # of which a kill may have left something
+            workspace.remove()  # possibly left behind by a killed process
             return output
         try:
-            watchdog.care_for(processes.launch())
+            watchdog.watch_children(processes.launch())
             _predict(trainer, make_module(checkpoint), datamodule=file_run)
             if not trainer.is_global_zero:
                 return None
@@ -189,7 +191,7 @@ def run(
         except BaseException as error:
             watchdog.fail(error)
             if trainer.is_global_zero:
-                tell(error, file_run.what_is_kept())
+                report_kept(error, file_run.describe_kept())
             raise
         finally:
             file_run.inputs.close()
@@ -197,20 +199,20 @@ def run(
 
 
 def _is_complete(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether an earlier run of the same has written its result."""
-    made = read_provenance(output) if output.exists() else None
-    return made is not None and "run" in made and is_same(json.loads(made["run"]), identity)
+    """Whether the output was written by a run with the same identity."""
+    provenance = read_provenance(output) if output.exists() else None
+    return provenance is not None and "run" in provenance and is_same_run(json.loads(provenance["run"]), identity)
 
 
 def _as_list(sources: Source | Sequence[Source]) -> list[Path | str | anndata.AnnData]:
-    several = [sources] if isinstance(sources, str | Path | anndata.AnnData) else list(sources)
-    if not several:
-        raise UsageError("there is nothing to embed: no file and no AnnData was given")
-    return several
+    source_list = [sources] if isinstance(sources, str | Path | anndata.AnnData) else list(sources)
+    if not source_list:
+        raise UsageError("nothing to embed; give at least one file or AnnData")
+    return source_list
 
 
 def make_module(checkpoint: Checkpoint) -> EmbeddingModule:
-    """The model of a checkpoint as a LightningModule."""
+    """Wrap the model of a checkpoint in a LightningModule."""
     model, pad = checkpoint.config.model, checkpoint.gene_vocab.pad
     if isinstance(checkpoint.model, Esm2CE):
         return Esm2CEModule(checkpoint.model, model.inference_config, pad)
@@ -223,7 +225,7 @@ def _trainer(checkpoint: Checkpoint, options: Mapping[str, Any], recording: Reco
         return pl.Trainer(
             accelerator=checkpoint.device.type,
             **options,
-            precision="32-true",  # the weights are in the run's precision already
+            precision="32-true",  # the weights already have the run's precision
             callbacks=[recording],
             logger=False,
             enable_checkpointing=False,

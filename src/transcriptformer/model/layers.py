@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transcriptformer.config import ModelConfig
-from transcriptformer.model.attention.definition import Attention, blockwise_attention
+from transcriptformer.model.attention.blockwise import blockwise_attention
+from transcriptformer.model.attention.definition import Attention, ScoreMod
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
@@ -113,20 +114,18 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.num_heads, self.softcap = config.num_heads, config.softcap
+        self.num_heads = config.num_heads
         self.linears = nn.ModuleList(Linear(dim, dim, bias=config.attn_bias) for _ in range(4))
 
-    def forward(
-        self, x: Tensor, key_bias: Tensor, key_allowed: Tensor, bias_on_diagonal: bool, attention: Attention
-    ) -> Tensor:
-        """Let every position look back; see `transcriptformer.model.attention.definition`: (B, T, D) → (B, T, D)."""
+    def forward(self, x: Tensor, mod: ScoreMod, attention: Attention) -> Tensor:
+        """Let every position attend to earlier ones: (B, T, D) → (B, T, D)."""
         to_q, to_k, to_v, to_out = self.linears
         x = x.to(to_q.weight.dtype)  # type: ignore[arg-type]  # once for the three of them
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, D) → (B, H, T, d)
             for project in (to_q, to_k, to_v)
         )
-        values = attention(q, k, v, key_bias, key_allowed, self.softcap, bias_on_diagonal)
+        values = attention(q, k, v, mod)
         return to_out(values.transpose(1, 2).flatten(2))  # (B, H, T, d) → (B, T, D)
 
 
@@ -144,12 +143,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.activation = ACTIVATION[config.activation]
 
-    def forward(
-        self, x: Tensor, key_bias: Tensor, key_allowed: Tensor, bias_on_diagonal: bool, attention: Attention
-    ) -> Tensor:
+    def forward(self, x: Tensor, mod: ScoreMod, attention: Attention) -> Tensor:
         """One step of the encoder: (B, T, D) → (B, T, D), float32."""
         x = self.norm1(x)
-        x = x + self.self_attn(x, key_bias, key_allowed, bias_on_diagonal, attention)
+        x = x + self.self_attn(x, mod, attention)
         x = self.norm2(x)
         return x + self.linear2(self.dropout(self.activation(self.linear1(x))))
 
@@ -162,10 +159,10 @@ class Encoder(nn.Module):
         self.encoder_layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.attention: Attention = blockwise_attention
 
-    def forward(self, x: Tensor, key_bias: Tensor, key_allowed: Tensor, bias_on_diagonal: bool, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mod: ScoreMod, layer: int) -> Tensor:
         """States (B, T, D) after block `layer`, from 0, negative from the end; the blocks after it do not run."""
         for block in self.encoder_layers[: layer % len(self.encoder_layers) + 1]:
-            x = block(x, key_bias, key_allowed, bias_on_diagonal, self.attention)
+            x = block(x, mod, self.attention)
         return x
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from transcriptformer.config import LossConfig, ModelConfig
 from transcriptformer.errors import UsageError
-from transcriptformer.model.attention.definition import count_bias
+from transcriptformer.model.attention.definition import ScoreMod, count_bias
 from transcriptformer.model.layers import MLP, CountHead, Encoder, GeneEmbedding
 from transcriptformer.model.losses import gene_cross_entropy, mean_over_genes, zero_truncated_poisson_nll
 from transcriptformer.vocab import AuxVocab, GeneVocab
@@ -123,7 +123,8 @@ class TranscriptFormer(nn.Module):
 
         aux = [embed(aux_tokens[:, i : i + 1]) for i, embed in enumerate(self.aux_embeddings.values())]  # A × (B, 1, D)
         x = torch.cat([*aux, self.gene_embeddings(tokens)], dim=1)  # (B, T, D)
-        x = self.transformer_encoder(x, key_bias, key_allowed, bias_on_diagonal, layer)
+        mod = ScoreMod(key_bias, key_allowed, self.config.softcap, bias_on_diagonal)
+        x = self.transformer_encoder(x, mod, layer)
         return Encoded(x[:, n_aux:], is_input, gene_tokens != self.pad, gene_tokens, gene_counts)
 
     def cell_embedding(self, encoded: Encoded) -> Tensor:

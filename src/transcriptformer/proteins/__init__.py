@@ -1,1 +1,1 @@
-"""Protein embeddings of a species: from a FASTA file, through ESM-2, to `<species>_gene.h5`."""
+"""Protein embeddings of a species: a FASTA file is embedded with ESM-2 and saved as `<species>_gene.h5`."""

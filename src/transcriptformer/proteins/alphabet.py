@@ -1,28 +1,28 @@
-"""The tokens of ESM-2: one per letter of a protein, and a few special ones."""
+"""The ESM-2 vocabulary: one token per residue letter, and special tokens."""
 
 import numpy as np
 
 CLS, PAD, EOS, UNK = 0, 1, 2, 3
-"""Start of a protein, nothing, end of a protein, a letter that is not in the alphabet."""
+"""Special tokens: start of a protein, padding, end of a protein, unknown letter."""
 
 LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
-"""Letters in the order of their tokens, the first of which is 4."""
+"""Letters in token order; the first token is 4."""
 
 N_TOKENS = 33
-"""The last two are `<null_1>` and `<mask>`."""
+"""Size of the vocabulary; the last two tokens are `<null_1>` and `<mask>`."""
 
 _TOKEN_OF_BYTE = np.full(256, UNK, dtype=np.int64)
 _TOKEN_OF_BYTE[np.frombuffer(LETTERS.encode(), np.uint8)] = np.arange(4, 4 + len(LETTERS))
 
-_WITHOUT_KNOWN = str.maketrans("", "", LETTERS)
+_DROP_KNOWN = str.maketrans("", "", LETTERS)
 
 
 def tokenize(residues: str) -> np.ndarray:
-    """Tokens (residues + 2,), int64: of every letter, between those of start and end."""
+    """Return the tokens of a protein (residues + 2,), int64, with start and end tokens."""
     letters = np.frombuffer(residues.encode("ascii", errors="replace"), np.uint8)
     return np.concatenate([[CLS], _TOKEN_OF_BYTE[letters], [EOS]])
 
 
 def count_unknown(residues: str) -> int:
-    """How many letters become `<unk>`, such as `*`, the stop codon."""
-    return len(residues.translate(_WITHOUT_KNOWN))
+    """Count the letters that become `<unk>`, such as `*`, the stop codon."""
+    return len(residues.translate(_DROP_KNOWN))

@@ -1,4 +1,4 @@
-"""A run from the FASTA file of a species to its protein-embedding file."""
+"""Embed the proteins in a FASTA file and write one embedding per gene."""
 
 import hashlib
 import json
@@ -25,47 +25,47 @@ from transcriptformer.proteins.fasta import GENE, read_proteins
 from transcriptformer.proteins.isoforms import FIRST, ISOFORMS, Proteome, choose_isoforms
 from transcriptformer.proteins.workers import EMBEDDINGS, Batch, Job, embed_batches, share_batches
 from transcriptformer.runtime.device import choose_device, compute_dtype, count_devices
-from transcriptformer.runtime.signals import RESUME, tell
+from transcriptformer.runtime.signals import RESUME, report_kept
 from transcriptformer.runtime.watchdog import Watchdog
-from transcriptformer.storage.atomic import atomic_write, check_room, check_writable
+from transcriptformer.storage.atomic import atomic_write, check_free_space, check_writable
 from transcriptformer.storage.hdf5 import new_hdf5
-from transcriptformer.storage.results import Pieces, kept_pieces, open_pieces
-from transcriptformer.storage.workspace import Workspace, is_same
+from transcriptformer.storage.results import Pieces, open_pieces, verified_pieces
+from transcriptformer.storage.workspace import Workspace, is_same_run
 
 logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 1022
-"""Residues of the longest proteins that ESM-2 was trained on, which had 1,024 tokens."""
+"""Default number of residues at which proteins are truncated; ESM-2 was trained on up to 1,024 tokens."""
 
 TOKENS_PER_BATCH = {"cpu": 2**12, "mps": 2**14, "cuda": 2**14}
-"""Tokens of a batch, by device, where none are asked for."""
+"""Default number of tokens per batch, by device."""
 
 PROVENANCE = "transcriptformer"
-"""Attribute of the result that says, as JSON, how it was made."""
+"""Attribute of the result that records, as JSON, how it was made."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How proteins become embeddings.
+    """Settings of `embed_proteins`.
 
     Attributes
     ----------
     model
         Folder, or name on the Hugging Face hub.
     layer
-        Whose states are taken, counted from 1; None: see `choose_layer`.
+        Layer whose hidden states are used, counted from 1; None: see `choose_layer`.
     id_from
-        Where headers tell the gene; see `read_proteins`.
+        How to find gene ids in headers; see `read_proteins`.
     isoforms
-        Which proteins stand for a gene; see `choose_isoforms`.
+        Proteins that represent a gene; see `choose_isoforms`.
     max_length
-        Residues after which a protein is cut.
+        Number of residues at which proteins are truncated.
     tokens_per_batch
-        Most tokens of a batch, padding included; None: what suits the device.
+        Maximum tokens per batch, padding included; None: depends on the device.
     device, precision, num_gpus
         As for `inference`.
     resume
-        Go on with a run of the same that was ended before it was done.
+        Continue an interrupted run.
     """
 
     model: str = PUBLISHED
@@ -85,22 +85,22 @@ class Settings:
         if self.isoforms not in ISOFORMS:
             raise UsageError(f"--isoforms {self.isoforms}: not one of {', '.join(ISOFORMS)}")
         if self.num_gpus != -1 and self.num_gpus < 1:
-            raise UsageError(f"--num-gpus {self.num_gpus}: at least 1, or -1 for all")
+            raise UsageError(f"--num-gpus {self.num_gpus}: must be at least 1, or -1 for all")
 
 
 class Summary(NamedTuple):
-    """What a run did.
+    """The outcome of a run.
 
     Attributes
     ----------
     n_genes, width
-        Of the result.
+        Shape of the result.
     n_proteins, n_cut, n_replaced
-        Proteins that stand for genes, those of them that were cut, and letters in them that became `<unk>`.
+        Number of chosen proteins, of truncated ones, and of letters that became `<unk>`.
     n_sequences, n_computed
-        Different sequences among them, and how many this run computed.
+        Number of unique sequences, and of those that this run computed.
     seconds
-        Of the whole run.
+        Duration of the run.
     """
 
     n_genes: int
@@ -114,7 +114,7 @@ class Summary(NamedTuple):
 
 
 class Similarities(NamedTuple):
-    """Cosine similarities of the embeddings of genes that two files share."""
+    """Cosine similarities between two files, over the genes they share."""
 
     n_shared: int
     minimum: float
@@ -123,27 +123,27 @@ class Similarities(NamedTuple):
 
 
 def result_path(fasta: Path, output_dir: Path) -> Path:
-    """`<species>_gene.h5`, where the species is the file's name up to the first dot, in lower case."""
+    """Return `<species>_gene.h5`, where the species is the file's name up to the first dot, in lower case."""
     return output_dir / f"{fasta.name.partition('.')[0].lower()}_gene.h5"
 
 
 def embed_proteins(
     fasta: Path, output: Path, settings: Settings, on_progress: Callable[[int, int], object] = lambda done, total: None
 ) -> Summary:
-    """Embed the proteins of a FASTA file and write one embedding per gene.
+    """Embed the proteins in a FASTA file and write one embedding per gene, in one or several processes.
 
-    Results are kept in a folder beside the output while the run goes on, in one or several processes.
+    Intermediate results are kept in a folder next to the output until the run is complete.
 
     Parameters
     ----------
     on_progress
-        Called with the number of sequences that are done, and of all of them.
+        Called with the number of sequences done and the total.
 
     Raises
     ------
     TranscriptFormerError
-        If the FASTA file, the model or an option cannot be used, or the output not be written; nothing is left under
-        the output's name then.
+        If the FASTA file, the model or an option is invalid, or the output cannot be written. The output file appears
+        only when it is complete.
     """
     started = time.monotonic()
     proteome = choose_isoforms(read_proteins(fasta, settings.id_from), settings.isoforms, settings.max_length)
@@ -158,9 +158,9 @@ def embed_proteins(
     n_computed = 0
     with Watchdog(), workspace.locked(settings.resume):
         if settings.resume and not workspace.exists and _is_complete(output, identity):
-            logger.info("%s is complete already", output)
+            logger.info("%s is already complete", output)
         else:
-            if not workspace.continues(identity):
+            if not workspace.can_resume(identity):
                 with workspace.create(identity):
                     pass
             job = Job(folder, layer, settings.precision, workspace.folder, workspace.run_id, config.hidden_size)
@@ -169,7 +169,7 @@ def embed_proteins(
                 _write(output, proteome, job, identity)
                 workspace.remove()
             except BaseException as error:
-                tell(error, _what_is_kept(workspace, job, len(proteome.sequences)))
+                report_kept(error, _describe_kept(workspace, job, len(proteome.sequences)))
                 raise
     return Summary(
         len(proteome.genes),
@@ -184,10 +184,10 @@ def embed_proteins(
 
 
 def plan_batches(proteome: Proteome, tokens_per_batch: int, max_length: int) -> list[Batch]:
-    """Sequences of like length together, the longest first, so that little is padding and memory fails early."""
+    """Batch sequences of similar length, longest first: little padding, and memory errors come early."""
     lengths = np.array([len(residues) for residues in proteome.sequences])
     limits = BatchLimits(len(lengths), tokens_per_batch)
-    # Each has a token of its own at its start, for which there is room, and at its end.
+    # Every protein gets a start and an end token; `group_by_length` adds one of the two.
     groups = group_by_length(lengths + 1, limits, max_length + 2)
     return [Batch(rows, [proteome.sequences[row] for row in rows]) for rows in groups]
 
@@ -200,15 +200,15 @@ def compare(path: Path, other: Path) -> Similarities:
     CheckpointError
         If a file cannot be read.
     UsageError
-        If they share no gene, or their embeddings are of another width.
+        If the files share no gene, or the widths of their embeddings differ.
     """
     (genes, ours), (other_genes, theirs) = read_protein_embeddings([path]), read_protein_embeddings([other])
     index = {gene: i for i, gene in enumerate(other_genes)}
     shared = [gene for gene in genes if gene in index]
     if not shared:
-        raise UsageError(f"--compare {other}: no gene in common; its ids are like {other_genes[0]}, not {genes[0]}")
+        raise UsageError(f"--compare {other}: no genes in common; ids look like {other_genes[0]}, not {genes[0]}")
     if ours.shape[1] != theirs.shape[1]:
-        raise UsageError(f"--compare {other}: its embeddings have width {theirs.shape[1]}, ours {ours.shape[1]}")
+        raise UsageError(f"--compare {other}: embeddings have width {theirs.shape[1]}, but {path} has {ours.shape[1]}")
     is_shared = np.array([gene in index for gene in genes])
     a, b = ours[is_shared].astype(np.float64), theirs[[index[gene] for gene in shared]].astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
@@ -223,7 +223,7 @@ def _devices(device: torch.device, n: int) -> list[torch.device]:
 def _identify(
     fasta: Path, proteome: Proteome, settings: Settings, folder: Path, layer: int, device: torch.device
 ) -> dict[str, Any]:
-    """What decides about the numbers of a run."""
+    """Return everything that determines the result of a run."""
     proteins = hashlib.sha256("\n".join(proteome.sequences).encode())
     proteins.update("\n".join(proteome.genes).encode())
     for indices in (proteome.gene_of_protein, proteome.sequence_of_protein):
@@ -246,11 +246,11 @@ def _identify(
 
 
 def _is_complete(output: Path, identity: dict[str, Any]) -> bool:
-    """Whether an earlier run of the same has written its result."""
+    """Whether an identical run has written the output."""
     try:
         with h5py.File(output) as file:
             made = json.loads(file.attrs[PROVENANCE])
-        return is_same(made["run"], identity)
+        return is_same_run(made["run"], identity)
     except (OSError, KeyError, TypeError, ValueError):
         return False
 
@@ -262,15 +262,15 @@ def _compute(
     devices: list[torch.device],
     on_progress: Callable[[int, int], object],
 ) -> int:
-    """Embed every sequence that is not kept yet, and tell how many there were."""
+    """Embed every sequence without a result, and return their number."""
     total = len(proteome.sequences)
-    is_done = Pieces(kept_pieces(job.pieces, job.run), job.layout).is_done(total)
+    is_done = Pieces(verified_pieces(job.pieces, job.run), job.layout).is_done(total)
     tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[devices[0].type]
     batches = plan_batches(proteome, tokens_per_batch, settings.max_length)
     batches = [batch for batch in batches if not is_done[batch.rows].all()]
     before = total - sum(len(batch.rows) for batch in batches)
     if before:
-        logger.info("%d of %d sequences are done already", before, total)
+        logger.info("%d of %d sequences are already done", before, total)
     on_progress(0, total - before)
     n_computed = 0
     if batches:
@@ -283,19 +283,19 @@ def _compute(
 
 
 def _write(output: Path, proteome: Proteome, job: Job, identity: dict[str, Any]) -> None:
-    pieces, total = Pieces(kept_pieces(job.pieces, job.run), job.layout), len(proteome.sequences)
+    pieces, total = Pieces(verified_pieces(job.pieces, job.run), job.layout), len(proteome.sequences)
     n_missing = total - len(pieces.rows)
     if n_missing:
-        raise OutputError(f"{job.pieces}: {n_missing} of {total} sequences are missing; run the same with --resume")
-    check_room(output, len(proteome.genes) * job.width * 4)
+        raise OutputError(f"{job.pieces}: {n_missing} of {total} sequences are missing; rerun with --resume")
+    check_free_space(output, len(proteome.genes) * job.width * 4)
     embeddings = proteome.gene_means(pieces.read(EMBEDDINGS, 0, total))
     with atomic_write(output) as temporary, new_hdf5(temporary) as file:
         write_protein_embeddings(file, proteome.genes, embeddings)
         file.attrs[PROVENANCE] = json.dumps({"version": version("transcriptformer"), "run": identity})
 
 
-def _what_is_kept(workspace: Workspace, job: Job, total: int) -> str | None:
-    """Say what a run that ends early leaves behind; a workspace without results goes."""
+def _describe_kept(workspace: Workspace, job: Job, total: int) -> str | None:
+    """Describe the intermediate results of an interrupted run; remove a workspace without any."""
     try:
         n_done = len(Pieces(open_pieces(job.pieces), job.layout).rows)
     except OutputError as error:

@@ -1,4 +1,4 @@
-"""Proteins of a species from Ensembl, by the manifest in `protein_embeddings/`."""
+"""Download the proteins of a species from Ensembl, as listed in `protein_embeddings/ensembl.yaml`."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from transcriptformer.config import shipped_file
 from transcriptformer.errors import DataError, UsageError
-from transcriptformer.fetching.fetcher import DamagedFileError, Fetcher, alone
+from transcriptformer.fetching.fetcher import DamagedFileError, Fetcher, exclusive_lock
 from transcriptformer.fetching.http import HttpFile
 from transcriptformer.proteins.fasta import read_proteins
 
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 MANIFEST = "protein_embeddings/ensembl.yaml"
 
 ADDRESS_VARIABLE = "TRANSCRIPTFORMER_ENSEMBL"
-"""Environment variable that moves the address of the servers, to a mirror with the same paths."""
+"""Environment variable with the address of a mirror that has the same paths."""
 
 
 @dataclass(frozen=True)
 class FastaSource:
-    """Where the proteins of a species are.
+    """The FASTA file of a species.
 
     Attributes
     ----------
     organism_key
         Latin name in lower case, with underscores.
     url
-        Of the gzipped FASTA file.
+        URL of the gzipped file.
     """
 
     organism_key: str
@@ -41,26 +41,28 @@ class FastaSource:
 
     @property
     def filename(self) -> str:
-        """The last part of the address."""
+        """Last component of the URL."""
         return self.url.rpartition("/")[2]
 
 
 def fasta_source(organism_key: str) -> FastaSource:
-    """Look a species up in the manifest.
+    """Look up a species in the manifest.
 
     Raises
     ------
     UsageError
-        If it is not there.
+        If the manifest has no such species.
     """
     manifest: Any = OmegaConf.to_container(OmegaConf.load(shipped_file(MANIFEST)))
-    place = manifest["elsewhere"].get(organism_key)
-    if place:
-        raise UsageError(f"--organism-key {organism_key}: not on Ensembl; fetch proteins from {place} and give --fasta")
+    other_source = manifest["elsewhere"].get(organism_key)
+    if other_source:
+        raise UsageError(
+            f"--organism-key {organism_key}: not on Ensembl; download proteins from {other_source} and use --fasta"
+        )
     if organism_key not in manifest["species"]:
         raise UsageError(
             f"--organism-key {organism_key}: not in {shipped_file(MANIFEST)}, which has "
-            f"{', '.join(manifest['species'])}; for any other species, give --fasta"
+            f"{', '.join(manifest['species'])}; for any other species, use --fasta"
         )
     entry = manifest["species"][organism_key]
     division = manifest["divisions"][entry["division"]]
@@ -72,31 +74,31 @@ def fasta_source(organism_key: str) -> FastaSource:
 def fetch_fasta(
     source: FastaSource, folder: Path, fetcher: Fetcher, started: Callable[[int], object] = lambda n_bytes: None
 ) -> Path:
-    """Bring the file to the folder, unless it is there; only a whole one, which can be read, gets its name.
+    """Download the file into the folder, unless it exists; it appears there only when complete and valid.
 
     Parameters
     ----------
     started
-        Called with the file's size when it begins to come.
+        Called with the size of the file before the download.
 
     Raises
     ------
     DownloadError
-        If it cannot be had. What came of it stays for the next try.
+        If the download fails; the partial file is kept, and the next attempt resumes from it.
     """
     target = folder / source.filename
-    with alone(folder / f".{source.filename}.lock"):
+    with exclusive_lock(folder / f".{source.filename}.lock"):
         if target.exists():
-            logger.info("%s: there already", target)
+            logger.info("%s: already downloaded", target)
         else:
             with closing(HttpFile(source.url)) as remote:
-                started(fetcher.patiently(remote.stat, 0).size)
-                fetcher.fetch(remote, target, _look_into)
+                started(fetcher.with_retries(remote.stat, 0).size)
+                fetcher.fetch(remote, target, _count_proteins)
     return target
 
 
-def _look_into(path: Path) -> int:
-    """How many proteins there are; gzip's own checksum is compared on the way."""
+def _count_proteins(path: Path) -> int:
+    """Count the proteins of a downloaded file, which validates it, gzip's checksum included."""
     try:
         return len(read_proteins(path))
     except DataError as error:

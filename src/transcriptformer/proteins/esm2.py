@@ -1,4 +1,4 @@
-"""ESM-2: its weights, its layers up to the wanted one, and the mean of their states over the residues of a protein."""
+"""ESM-2 truncated after one layer, whose hidden states are averaged over the residues of each protein."""
 
 import logging
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ import torch
 
 from transcriptformer.errors import CheckpointError, DownloadError, TranscriptFormerError, UsageError, one_line
 from transcriptformer.proteins.alphabet import N_TOKENS, PAD, tokenize
-from transcriptformer.proteins.fasta import missing_extra
 from transcriptformer.runtime.device import compute_dtype
 from transcriptformer.runtime.memory import Halving
 
@@ -23,90 +22,99 @@ PUBLISHED = "facebook/esm2_t36_3B_UR50D"
 """The model of the published protein embeddings."""
 
 PUBLISHED_LAYER = {36: 33}
-"""Layer of the published protein embeddings, by number of layers; of other models the last one is taken."""
+"""Layer of the published protein embeddings, by depth of the model; other models default to the last layer."""
 
 WEIGHTS = (["*.safetensors", "*.safetensors.index.json"], ["*.bin", "*.bin.index.json"])
-"""Files of weights, in the two formats there are."""
+"""File name patterns of weights, in the two supported formats."""
 
-_MAY_BE_MISSING = ("contact_head.", "rotary_embeddings.", "embeddings.position_")
-"""In the names of weights that residue states do not depend on, or that follow from the configuration."""
+_OPTIONAL_WEIGHTS = ("contact_head.", "rotary_embeddings.", "embeddings.position_")
+"""Parts of the names of weights that the hidden states do not depend on, or that the configuration determines."""
 
 
 def find_model(name: str) -> Path:
-    """Folder with `config.json` and weights: a local one, or of the Hugging Face hub, from its cache or its server.
+    """Return the folder with `config.json` and weights: a local one, or one from the Hugging Face hub or its cache.
 
-    `HF_ENDPOINT` moves the server's address, `HF_HOME` the cache.
+    `HF_ENDPOINT` sets the server's address, `HF_HOME` the cache folder.
 
     Raises
     ------
     UsageError
-        If there is no such folder, or a package is not installed.
+        If the folder does not exist, or a package is not installed.
     DownloadError
-        If it cannot be fetched.
+        If the model cannot be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(f"--model {name}: no such folder, and no name on the Hugging Face hub such as {PUBLISHED}")
+        raise UsageError(f"--model {name}: no such folder, and not a Hugging Face model name such as {PUBLISHED}")
     try:
         from huggingface_hub import constants, snapshot_download
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise _missing_extra(error) from error
     try:
         for patterns in WEIGHTS:
             folder = Path(snapshot_download(name, allow_patterns=["config.json", *patterns]))
             if weight_files(folder):
                 return folder
-    except Exception as error:  # of the hub's package and of those that it fetches with
+    except Exception as error:  # from huggingface_hub or its HTTP client
         raise DownloadError(
-            f"--model {name}: no such folder, not in the cache, and cannot be fetched from {constants.ENDPOINT} "
-            f"({_cause(error)}); where there is a network, `hf download {name} --local-dir {name.partition('/')[2]}` "
-            "makes a folder with config.json and weights (*.safetensors or *.bin); bring it here and name it by --model"
+            f"--model {name}: no such folder, not in the cache, and cannot be downloaded from {constants.ENDPOINT} "
+            f"({_cause(error)}); on a machine with a network, run `hf download {name} --local-dir "
+            f"{name.partition('/')[2]}`, copy that folder (config.json and *.safetensors or *.bin) here and pass it "
+            "to --model"
         ) from error
-    raise DownloadError(f"--model {name}: {constants.ENDPOINT} has no weights of it (*.safetensors or *.bin)")
+    raise DownloadError(f"--model {name}: no weights (*.safetensors or *.bin) on {constants.ENDPOINT}")
+
+
+def _missing_extra(error: ImportError) -> UsageError:
+    """Describe a missing package of the extra `proteins`."""
+    return UsageError(
+        f"protein embeddings need a package that is not installed ({one_line(error)}); "
+        'run: pip install "transcriptformer[proteins]"'
+    )
 
 
 def _cause(error: Exception) -> str:
-    """What is behind an error of the hub's package, which explains more than a line can hold."""
+    """Describe the cause of an error from the hub, whose own message spans several lines."""
     cause = error.__cause__
     return one_line(cause if isinstance(cause, Exception) else error)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files of weights in a folder."""
+    """List the weight files in a folder."""
     return sorted(path for patterns in WEIGHTS for path in folder.glob(patterns[0]))
 
 
 def read_config(folder: Path) -> "EsmConfig":
-    """The configuration of an ESM-2.
+    """Read the configuration of an ESM-2 model.
 
     Raises
     ------
     CheckpointError
-        If the folder has none, of another model, or no weights.
+        If the configuration is missing, damaged or of another model, or there are no weights.
     """
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise missing_extra(error) from error
+        raise _missing_extra(error) from error
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its config.json is missing or damaged ({one_line(error)})") from error
+        raise CheckpointError(f"{folder}: config.json is missing or damaged ({one_line(error)})") from error
     if config.model_type != "esm" or config.position_embedding_type != "rotary" or config.vocab_size != N_TOKENS:
-        raise CheckpointError(f"{folder}: not an ESM-2, but a model of type {config.model_type!r}")
+        raise CheckpointError(f"{folder}: not an ESM-2 model, but of type {config.model_type!r}")
     if not weight_files(folder):
-        raise CheckpointError(f"{folder}: there are no weights in it (*.safetensors or *.bin)")
+        raise CheckpointError(f"{folder}: no weights (*.safetensors or *.bin)")
     return config
 
 
 def choose_layer(config: "EsmConfig", layer: int | None) -> int:
-    """The wanted layer, counted from 1; None: that of the published embeddings, or the last one.
+    """Return the layer to use, counted from 1; by default that of the published embeddings, or the last one.
 
     Raises
     ------
     UsageError
-        If the model does not have it.
+        If the model has no such layer.
     """
     n_layers = config.num_hidden_layers
     if layer is None:
@@ -117,16 +125,16 @@ def choose_layer(config: "EsmConfig", layer: int | None) -> int:
 
 
 class Esm2:
-    """ESM-2 without the layers after the wanted one.
+    """ESM-2, truncated after one layer.
 
     Parameters
     ----------
     folder
-        With its configuration and weights.
+        Folder with the configuration and the weights.
     layer
-        Whose states are taken, counted from 1. The norm at the end of the model belongs to the last one only.
+        Layer whose hidden states are used, counted from 1. The final norm applies to the last layer only.
     precision
-        As for `inference`: of the matrix products; everything else is float32.
+        Precision of the matrix products, as for `inference`; everything else is float32.
 
     Raises
     ------
@@ -155,14 +163,14 @@ class Esm2:
 
     @torch.inference_mode()
     def residue_means(self, sequences: Sequence[str]) -> np.ndarray:
-        """Mean of the layer's states over the residues of each protein (proteins, P), float32.
+        """Average the layer's hidden states over the residues of each protein (proteins, P), float32.
 
-        Proteins that do not fit into memory together are halved, and so are later ones of their size.
+        A batch that does not fit into memory is halved, and so are later batches of its size.
 
         Raises
         ------
         TranscriptFormerError
-            If memory does not suffice for one protein.
+            If a single protein does not fit into memory.
         """
         return self.halving(sequences)
 
@@ -179,8 +187,8 @@ class Esm2:
         means = (sums / lengths[:, None]).cpu().numpy()
         if not np.isfinite(means).all():
             raise TranscriptFormerError(
-                f"embeddings of {len(means)} proteins are not all finite: numbers are too large for this precision, or "
-                "weights are damaged; --precision 32 reaches furthest"
+                f"embeddings of {len(means)} proteins are not all finite: values overflow at this precision, or the "
+                "weights are damaged; try --precision 32"
             )
         return means
 
@@ -198,15 +206,15 @@ def _load(folder: Path) -> "EsmModel":
     from transformers import EsmModel
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # what it would say is checked here
+    transformers_logging.set_verbosity_error()  # missing weights are checked below
     transformers_logging.disable_progress_bar()
     try:
         model, found = EsmModel.from_pretrained(
             folder, add_pooling_layer=False, local_files_only=True, output_loading_info=True
         )
-    except Exception as error:  # of several packages, which depend on how a file is damaged
-        raise CheckpointError(f"{folder}: its weights cannot be read ({one_line(error)})") from error
-    wrong = [name for name in found["missing_keys"] if not any(part in name for part in _MAY_BE_MISSING)]
-    if wrong:
-        raise CheckpointError(f"{folder}: its weights lack {wrong[0]} (and {len(wrong) - 1} more)")
+    except Exception as error:  # the type depends on the damage
+        raise CheckpointError(f"{folder}: cannot read the weights ({one_line(error)})") from error
+    missing = [name for name in found["missing_keys"] if not any(part in name for part in _OPTIONAL_WEIGHTS)]
+    if missing:
+        raise CheckpointError(f"{folder}: missing weights: {missing[0]} (and {len(missing) - 1} more)")
     return model.float()

@@ -1,4 +1,4 @@
-"""Proteins of a FASTA file, and of which genes they are."""
+"""Read proteins and their gene ids from FASTA files."""
 
 import gzip
 import logging
@@ -6,7 +6,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -15,39 +14,39 @@ from transcriptformer.errors import DataError, UsageError, one_line
 logger = logging.getLogger(__name__)
 
 GENE, GENE_SYMBOL = "gene", "gene_symbol"
-"""Values of `--id-from` beside regular expressions."""
+"""Values of `--id-from` besides regular expressions."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
 _NUCLEOTIDES = "ACGTUN"
 
-_NUCLEOTIDE_SHARE = 0.9
-"""Of the letters of DNA and RNA; proteins have about a quarter of such letters."""
+_MAX_NUCLEOTIDE_SHARE = 0.9
+"""Share of nucleotide letters above which a file is DNA or RNA; proteins have about a quarter."""
 
 
 class Protein(NamedTuple):
-    """A record of the file: the gene it is of, and its residues in capital letters."""
+    """A FASTA record: its gene id and its residues in upper case."""
 
     gene: str
     residues: str
 
 
 def read_proteins(path: Path, id_from: str = GENE) -> list[Protein]:
-    r"""All proteins of a FASTA file, plain or gzipped, in its order.
+    r"""Read all proteins of a FASTA file, plain or gzipped, in file order.
 
     Parameters
     ----------
     id_from
-        Where a header tells the gene: `gene`, the field `gene:…` of Ensembl, without its version; `gene_symbol`, that
-        field, or the former where there is none; or a regular expression with one group, such as `\[locus_tag=(\S+)\]`.
+        How to find the gene id in a header: `gene`, Ensembl's field `gene:…` without the version; `gene_symbol`, that
+        field, or `gene` if it is missing; or a regular expression with one group, such as `\[locus_tag=(\S+)\]`.
 
     Raises
     ------
     DataError
-        If the file is missing, truncated, empty, no FASTA or of nucleotides, or if a header lacks the gene's id, a
-        protein is there twice or has no residues.
+        If the file is missing, truncated, empty, not FASTA or holds nucleotides, or if a header has no gene id, or a
+        protein is duplicated or has no residues.
     UsageError
-        If `id_from` is no such expression, or the package that reads FASTA is not installed.
+        If `id_from` is not a regular expression with one group.
     """
     gene_of = _gene_reader(id_from)
     proteins: list[Protein] = []
@@ -59,18 +58,18 @@ def read_proteins(path: Path, id_from: str = GENE) -> list[Protein]:
             gene = gene_of(header)
             where = f"{path}: record {number}, '>{header[:80]}'"
             if not gene:
-                raise DataError(f"{where}: no gene id ({_expected(id_from)}); --id-from says where else it is")
+                raise DataError(f"{where}: no gene id ({_expected(id_from)}); set --id-from to where it is")
             if "/" in gene or gene == ".":
-                raise DataError(f"{where}: the gene id {gene!r} cannot be a name in an HDF5 file; see --id-from")
+                raise DataError(f"{where}: the gene id {gene!r} is not a valid HDF5 name; use another --id-from")
             if not sequence:
                 raise DataError(f"{where}: no residues")
             if name in seen:
-                raise DataError(f"{where}: the protein {name} is there twice, first as record {seen[name]}")
+                raise DataError(f"{where}: duplicate of protein {name} in record {seen[name]}")
             seen[name] = number
             full_ids.setdefault(gene, {})[_field(header, "gene") or gene] = None
             proteins.append(Protein(gene, sequence.upper()))
     if not proteins:
-        raise DataError(f"{path}: empty, there is no protein in it")
+        raise DataError(f"{path}: no proteins in the file")
     _refuse_nucleotides(path, proteins)
     _warn_about_dots(path, proteins)
     _warn_about_shared_ids(path, full_ids)
@@ -79,55 +78,49 @@ def read_proteins(path: Path, id_from: str = GENE) -> list[Protein]:
 
 @contextmanager
 def _open_fasta(path: Path) -> Iterator[TextIO]:
-    """The file as text, and in one line what is wrong with it."""
+    """Open the file as text, with errors translated to DataError."""
     try:
         with path.open("rb") as raw:
             is_gzip = raw.read(2) == _GZIP_MAGIC
         if is_gzip:
             _check_gzip(path)
-        # Headers may hold names of people and places in any encoding; they are not what is read.
+        # Descriptions in headers may be in any encoding; gene ids and residues are ASCII.
         with (gzip.open if is_gzip else open)(path, "rt", encoding="utf-8", errors="replace") as file:
             yield file
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: truncated or damaged ({one_line(error)}); fetch it again") from error
+        raise DataError(f"{path}: truncated or damaged ({one_line(error)}); download it again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _check_gzip(path: Path) -> None:
-    """Read it once to its end, where its checksum is, so that damage is not taken for odd proteins."""
+    """Verify the checksum, which is at the end, so that damage is not parsed as proteins."""
     with gzip.open(path) as file:
         while file.read(2**20):
             pass
 
 
 def _records(file: TextIO, path: Path) -> Iterator[tuple[str, str]]:
-    """Header and sequence of each record."""
-    try:
-        from Bio.SeqIO.FastaIO import SimpleFastaParser
-    except ImportError as error:
-        raise missing_extra(error) from error
-    # The parser would skip whatever comes before the first record.
-    first = next((line for line in file if line.strip()), "")
-    if not first:
-        return
-    if not first.startswith(">"):
-        raise DataError(f"{path}: not FASTA, which begins with '>'")
-    yield from SimpleFastaParser(chain([first], file))
-
-
-def missing_extra(error: ImportError) -> UsageError:
-    """What to say where a package is not installed that only protein embeddings need."""
-    return UsageError(
-        f'protein embeddings need a package that is not installed ({one_line(error)}); pip install "transcriptformer'
-        '[proteins]" brings it'
-    )
+    """Yield the header and the sequence of each record."""
+    header: str | None = None
+    lines: list[str] = []
+    for line in file:
+        if line.startswith(">"):
+            if header is not None:
+                yield header, "".join(lines)
+            header, lines = line[1:].rstrip(), []
+        elif header is not None:
+            lines.append("".join(line.split()))
+        elif line.strip():
+            raise DataError(f"{path}: not FASTA, which starts with '>'")
+    if header is not None:
+        yield header, "".join(lines)
 
 
 def _gene_reader(id_from: str) -> Callable[[str], str | None]:
-    """A function from header to gene id."""
+    """Return a function that finds the gene id in a header."""
     if id_from in (GENE, GENE_SYMBOL):
         return _symbol_or_gene if id_from == GENE_SYMBOL else _gene
     try:
@@ -136,8 +129,8 @@ def _gene_reader(id_from: str) -> Callable[[str], str | None]:
         raise UsageError(f"--id-from {id_from!r}: not a regular expression ({error})") from error
     if pattern.groups != 1:
         raise UsageError(
-            f"--id-from {id_from!r}: {GENE}, {GENE_SYMBOL} or a regular expression with one group, the gene's id in "
-            f"parentheses; this has {pattern.groups}"
+            f"--id-from {id_from!r}: {pattern.groups} groups; use {GENE}, {GENE_SYMBOL} or a regular expression with "
+            "one group, which matches the gene id"
         )
 
     def search(header: str) -> str | None:
@@ -154,7 +147,7 @@ def _field(header: str, name: str) -> str | None:
 
 def _gene(header: str) -> str | None:
     gene = _field(header, "gene")
-    return gene.partition(".")[0] if gene else None  # as `inference` reads the ids of cells
+    return gene.partition(".")[0] if gene else None  # as `inference` does with the gene ids in `var`
 
 
 def _symbol_or_gene(header: str) -> str | None:
@@ -162,16 +155,16 @@ def _symbol_or_gene(header: str) -> str | None:
 
 
 def _expected(id_from: str) -> str:
-    return "gene:…" if id_from in (GENE, GENE_SYMBOL) else f"nothing fits {id_from}"
+    return "expected gene:…" if id_from in (GENE, GENE_SYMBOL) else f"no match for {id_from}"
 
 
 def _refuse_nucleotides(path: Path, proteins: list[Protein]) -> None:
     n_letters = sum(len(protein.residues) for protein in proteins)
     n_nucleotides = sum(protein.residues.count(letter) for protein in proteins for letter in _NUCLEOTIDES)
-    if n_nucleotides > _NUCLEOTIDE_SHARE * n_letters:
+    if n_nucleotides > _MAX_NUCLEOTIDE_SHARE * n_letters:
         raise DataError(
-            f"{path}: DNA or RNA, not proteins: {100 * n_nucleotides / n_letters:.0f} % of the letters are of those; "
-            "Ensembl has proteins in files that end in .pep.all.fa.gz"
+            f"{path}: DNA or RNA, not proteins: {100 * n_nucleotides / n_letters:.0f} % of letters are nucleotides; "
+            "use the proteins, on Ensembl the file that ends in .pep.all.fa.gz"
         )
 
 
@@ -179,18 +172,18 @@ def _warn_about_dots(path: Path, proteins: list[Protein]) -> None:
     with_dots = dict.fromkeys(protein.gene for protein in proteins if "." in protein.gene)
     if with_dots:
         logger.warning(
-            "%s: %d gene ids hold a dot, such as %s; `inference` reads ids of cells up to the first dot, and will not "
-            "find these",
+            "%s: %d gene ids contain a dot, such as %s; `inference` drops the part after the first dot from gene ids "
+            "in `var`, so these never match",
             *(path, len(with_dots), next(iter(with_dots))),
         )
 
 
 def _warn_about_shared_ids(path: Path, full_ids: dict[str, dict[str, None]]) -> None:
-    """Tell of genes that differ only behind the dot, or have the same symbol."""
+    """Warn about genes that differ only after the dot, or share a symbol."""
     shared = {gene: list(full) for gene, full in full_ids.items() if len(full) > 1}
     if shared:
         gene, full = next(iter(shared.items()))
         logger.warning(
-            "%s: %d ids stand for several genes each, which are taken for one: %s for %s and %s",
+            "%s: %d gene ids are ambiguous, and their genes are merged: %s stands for %s and %s",
             *(path, len(shared), gene, full[0], full[1]),
         )

@@ -1,4 +1,4 @@
-"""Which proteins stand for a gene, and which sequences have to be embedded for that."""
+"""Choose the isoforms that represent each gene, and deduplicate their sequences."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ ISOFORMS = FIRST, LONGEST, MEAN = "first", "longest", "mean"
 
 @dataclass(frozen=True)
 class Proteome:
-    """Proteins that stand for genes.
+    """The proteins that represent the genes of a species.
 
     Attributes
     ----------
     genes
-        Ids, in the order in which they appear in the file.
+        Gene ids, in file order.
     sequences
-        What is to be embedded: residues, cut, each sequence once.
+        Sequences to embed, truncated and unique.
     gene_of_protein, sequence_of_protein
-        For each protein that counts, the index of its gene, ascending, and of its sequence (proteins,).
+        Index of each chosen protein's gene, ascending, and of its sequence (proteins,).
     n_cut, n_replaced
-        Proteins that were cut, and letters in them that become `<unk>`.
+        Number of truncated proteins, and of letters that become `<unk>`.
     """
 
     genes: list[str]
@@ -37,22 +37,22 @@ class Proteome:
 
     @property
     def n_proteins(self) -> int:
-        """How many proteins count."""
+        """Number of chosen proteins."""
         return len(self.gene_of_protein)
 
     def gene_means(self, embeddings: np.ndarray) -> np.ndarray:
-        """Mean over the proteins of each gene (genes, P), float32, from those of the sequences (sequences, P)."""
+        """Average the embeddings of sequences (sequences, P) over the proteins of each gene (genes, P), float32."""
         of_gene = np.split(self.sequence_of_protein, np.flatnonzero(np.diff(self.gene_of_protein)) + 1)
         return np.stack([embeddings[rows].mean(axis=0, dtype=np.float64).astype(np.float32) for rows in of_gene])
 
 
 def choose_isoforms(proteins: Iterable[Protein], isoforms: str, max_length: int) -> Proteome:
-    """Take the first protein of each gene, its longest (the first of several), or all of them.
+    """Choose the first protein of each gene, the longest (the first on ties), or all of them.
 
     Parameters
     ----------
     max_length
-        Residues after which a protein is cut.
+        Number of residues at which proteins are truncated.
     """
     of_gene: dict[str, list[str]] = {}
     for gene, residues in proteins:
@@ -61,14 +61,14 @@ def choose_isoforms(proteins: Iterable[Protein], isoforms: str, max_length: int)
             chosen.append(residues)
         elif isoforms == LONGEST and len(residues) > len(chosen[0]):
             chosen[0] = residues
-    whole = [residues for chosen in of_gene.values() for residues in chosen]
-    cut = [residues[:max_length] for residues in whole]
+    full = [residues for chosen in of_gene.values() for residues in chosen]
+    cut = [residues[:max_length] for residues in full]
     index = {residues: i for i, residues in enumerate(dict.fromkeys(cut))}
     return Proteome(
         genes=list(of_gene),
         sequences=list(index),
         gene_of_protein=np.repeat(np.arange(len(of_gene)), [len(chosen) for chosen in of_gene.values()]),
         sequence_of_protein=np.array([index[residues] for residues in cut]),
-        n_cut=sum(len(residues) > max_length for residues in whole),
+        n_cut=sum(len(residues) > max_length for residues in full),
         n_replaced=sum(map(count_unknown, cut)),
     )

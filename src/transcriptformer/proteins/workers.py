@@ -1,4 +1,4 @@
-"""Batches of proteins go to one process or several, each of which keeps what it computes as pieces on disk."""
+"""Embed batches of proteins in one or several processes, each of which writes its results to disk as pieces."""
 
 import logging
 import multiprocessing
@@ -19,18 +19,18 @@ import torch
 
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.proteins.esm2 import Esm2
-from transcriptformer.runtime.parents import end_with
-from transcriptformer.runtime.signals import RESUME, handling
+from transcriptformer.runtime.parents import exit_with_parent
+from transcriptformer.runtime.signals import RESUME, handle_signals
 from transcriptformer.storage.results import ROWS, Field, PieceWriter
 
 EMBEDDINGS = "embeddings"
 
 SECONDS_TO_END = 3.0
-"""For a process to keep what it has and to end."""
+"""Time for a process to write its results and exit."""
 
 
 class Batch(NamedTuple):
-    """Sequences to embed, and the row of each in the results (proteins,)."""
+    """Sequences to embed, and their rows in the results (proteins,)."""
 
     rows: np.ndarray
     sequences: list[str]
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What every process of a run has to know.
+    """Settings shared by all processes of a run.
 
     Attributes
     ----------
@@ -47,11 +47,11 @@ class Job:
     layer, precision
         As for `Esm2`.
     pieces
-        Folder of the results; it exists.
+        Existing folder of the results.
     run
-        The run that they belong to.
+        Id of the run.
     width
-        Of an embedding.
+        Width of an embedding.
     """
 
     model: Path
@@ -63,17 +63,17 @@ class Job:
 
     @property
     def layout(self) -> dict[str, Field]:
-        """Of the results."""
+        """Fields of the results."""
         return {EMBEDDINGS: Field("float32", self.width)}
 
 
 def embed_batches(batches: Iterable[Batch], job: Job, device: torch.device, number: int = 0) -> Generator[int]:
-    """Compute batches and keep them as pieces; yields the number of sequences after each.
+    """Embed batches and write the results as pieces; yield the number of sequences of each batch.
 
     Parameters
     ----------
     number
-        Of this process.
+        Index of this process.
     """
     model = Esm2(job.model, job.layer, job.precision, device)
     writer = PieceWriter(job.pieces, number, job.layout, job.run)
@@ -81,24 +81,24 @@ def embed_batches(batches: Iterable[Batch], job: Job, device: torch.device, numb
         for batch in batches:
             writer.add({ROWS: batch.rows, EMBEDDINGS: model.residue_means(batch.sequences)})
             yield len(batch.rows)
-    finally:  # also what was computed before something went wrong
+    finally:  # after an error, keep what was computed before it
         if writer.failure is None:
             writer.flush()
 
 
 def share_batches(batches: Iterable[Batch], job: Job, devices: Sequence[torch.device]) -> Generator[int]:
-    """The same by a process per device; each is given a batch when it is done with the one before.
+    """Do the same as `embed_batches` with one process per device, each of which gets a new batch when it is idle.
 
     Raises
     ------
     TranscriptFormerError
-        If one of them fails or is killed. What all of them have computed is kept.
+        If a process fails or is killed; results computed so far are kept.
     """
     waiting = iter(batches)
     with _processes(job, devices) as processes:
         busy = list(processes)
         for pipe in busy:
-            _give(pipe, next(waiting, None))
+            _send(pipe, next(waiting, None))
         while busy:
             ready = multiprocessing.connection.wait(busy)
             for pipe in [pipe for pipe in busy if pipe in ready]:
@@ -108,7 +108,7 @@ def share_batches(batches: Iterable[Batch], job: Job, devices: Sequence[torch.de
                     processes[pipe].join(SECONDS_TO_END)
                     code = processes[pipe].exitcode
                     raise TranscriptFormerError(
-                        f"a process of this run has ended with exit code {code}, as if killed; {RESUME}"
+                        f"a worker process was killed or crashed (exit code {code}); {RESUME}"
                     ) from None
                 if isinstance(answer, Exception):
                     raise answer
@@ -116,17 +116,17 @@ def share_batches(batches: Iterable[Batch], job: Job, devices: Sequence[torch.de
                     busy.remove(pipe)
                     continue
                 yield answer
-                _give(pipe, next(waiting, None))
+                _send(pipe, next(waiting, None))
 
 
-def _give(pipe: Connection, batch: Batch | None) -> None:
-    with suppress(OSError):  # the process is gone, which is noticed when its answer is waited for
+def _send(pipe: Connection, batch: Batch | None) -> None:
+    with suppress(OSError):  # the process is gone; waiting for its answer reports that
         pipe.send(batch)
 
 
 @contextmanager
 def _processes(job: Job, devices: Sequence[torch.device]) -> Iterator[dict[Connection, SpawnProcess]]:
-    """Processes that take batches until None comes; when they are left early, they keep what they have and end."""
+    """Start processes that embed batches until they receive None; on early exit, they write their results and end."""
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, SpawnProcess] = {}
     try:
@@ -135,7 +135,7 @@ def _processes(job: Job, devices: Sequence[torch.device]) -> Iterator[dict[Conne
             args = (theirs, os.getpid(), job, device, number, len(devices))
             process = context.Process(target=_work, args=args, daemon=True)
             process.start()
-            theirs.close()  # else the end of the process would not be noticed here
+            theirs.close()  # otherwise the pipe would stay open when the process ends
             processes[ours] = process
         yield processes
     finally:
@@ -150,25 +150,25 @@ def _processes(job: Job, devices: Sequence[torch.device]) -> Iterator[dict[Conne
 
 
 def _work(pipe: Connection, parent: int, job: Job, device: torch.device, number: int, n_processes: int) -> None:
-    """What such a process does; it ends with the main one, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
-    end_with(parent, patience=SECONDS_TO_END)  # so long it may take to notice that the pipe is closed
+    """Run a worker process, which ends when the main process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and ends this one
+    exit_with_parent(parent, grace_seconds=SECONDS_TO_END)  # time to notice that the pipe is closed
     logging.basicConfig(format="%(levelname)s: %(message)s")
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // n_processes))
     answer = None
     try:
-        with handling(), closing(embed_batches(_batches_from(pipe), job, device, number)) as embedded:
+        with handle_signals(), closing(embed_batches(_batches_from(pipe), job, device, number)) as embedded:
             for n_sequences in embedded:
                 pipe.send(n_sequences)
     except Exception as error:
         answer = error
-    with suppress(OSError):  # nobody may be there any more
+    with suppress(OSError):  # the main process may be gone
         pipe.send(answer)
 
 
 def _batches_from(pipe: Connection) -> Iterator[Batch]:
-    """Until None comes, or the other end of the pipe is gone."""
+    """Yield batches until None arrives or the other end of the pipe closes."""
     with suppress(EOFError):
         while (batch := pipe.recv()) is not None:
             yield batch

@@ -1,4 +1,4 @@
-"""Which device a run uses, and in which type its matrix products are computed there."""
+"""Device of a run, and data type of its matrix products."""
 
 from collections.abc import Mapping
 
@@ -7,42 +7,43 @@ import torch
 from transcriptformer.errors import UsageError
 
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
-"""PyTorch's names of CPU instructions that multiply bfloat16 matrices (Intel, AMD, Arm)."""
+"""PyTorch's names of the CPU instructions for bfloat16 matrix products (Intel, AMD, Arm)."""
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first of cuda, mps and cpu that is there.
+    """Return the device of that name; `auto` is the first available of cuda, mps and cpu.
 
     Raises
     ------
     UsageError
-        If this machine, or this build of PyTorch, does not have it.
+        If the machine or the PyTorch build does not support it.
     """
     available = [
         kind
-        for kind, there in (
+        for kind, is_available in (
             ("cuda", torch.cuda.is_available()),
             ("mps", torch.backends.mps.is_available()),
             ("cpu", True),
         )
-        if there
+        if is_available
     ]
     if name != "auto" and name not in available:
-        raise UsageError(f"--device {name}: not available here; this machine has {', '.join(available)}")
+        raise UsageError(f"--device {name}: not available; available devices: {', '.join(available)}")
     return torch.device(available[0] if name == "auto" else name)
 
 
 def compute_dtype(
     precision: str, device: torch.device, capabilities: Mapping[str, object] | None = None
 ) -> torch.dtype:
-    """Type of the matrix products; normalization, softmax and the states between blocks are always float32.
+    """Return the type of matrix products; normalization, softmax and residual states are always float32.
 
     Parameters
     ----------
     precision
-        `32`, `bf16-mixed`, or `16-mixed`: float16 on a GPU, on a CPU bfloat16 where it has instructions for it.
+        `32`, `bf16-mixed` or `16-mixed`; `16-mixed` is float16 on GPUs, and on CPUs bfloat16 where the CPU has
+        instructions for it, otherwise float32.
     capabilities
-        What the CPU can do, by name; None: ask PyTorch.
+        CPU features by name; None: query PyTorch.
     """
     if precision == "32":
         return torch.float32
@@ -51,22 +52,26 @@ def compute_dtype(
     if device.type != "cpu":
         return torch.float16
     if capabilities is None:
-        # Releases of PyTorch that cannot tell have no get_capabilities: float32 is always right.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities = cpu_capabilities()
     return torch.bfloat16 if any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS) else torch.float32
 
 
+def cpu_capabilities() -> Mapping[str, object]:
+    """What PyTorch says the CPU can do, by name; empty in releases that cannot say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def count_devices(device: torch.device, wanted: int) -> int:
-    """How many devices of that kind to use; -1 stands for all. On a CPU a device is a process.
+    """Return the number of devices to use; -1: all. On a CPU, each device is a process.
 
     Raises
     ------
     UsageError
-        If there are fewer.
+        If fewer are available.
     """
     if device.type == "cpu":
         return 1 if wanted == -1 else wanted  # one process uses all cores
     available = torch.cuda.device_count() if device.type == "cuda" else 1
     if wanted > available:
-        raise UsageError(f"--num-gpus {wanted}: this machine has {available}")
+        raise UsageError(f"--num-gpus {wanted}: only {available} available on this machine")
     return available if wanted == -1 else wanted

@@ -1,4 +1,4 @@
-"""Reading that may crash or never end, tried in a process of its own: HDF5 does both on some damaged files."""
+"""Run code that may crash or hang in a child process; HDF5 does both on some damaged files."""
 
 import faulthandler
 import multiprocessing
@@ -12,62 +12,62 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
 
 from transcriptformer.errors import TranscriptFormerError, one_line
-from transcriptformer.runtime.signals import noting
+from transcriptformer.runtime.signals import deferred_signals
 
-SECONDS_TO_ANSWER = 600.0
-"""Wall time after which the work is done in this process after all."""
+TIMEOUT_SECONDS = 600.0
+"""Wall time without an answer after which the work is done in this process instead."""
 
 SECONDS_PER_STEP = 2
-"""Processor time after which a step counts as endless; each takes milliseconds. Waiting for a slow disk takes none."""
+"""CPU time after which a step counts as hung; steps take milliseconds, and waiting for a disk takes no CPU time."""
 
 
 class CrashedError(Exception):
-    """The process was ended by a signal."""
+    """A signal killed the child process."""
 
 
 T = TypeVar("T")
 
 
 def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step: int = SECONDS_PER_STEP) -> T:
-    """Exhaust `steps` in a fork of this process; on systems without a safe fork, in this one.
+    """Exhaust `steps` in a forked child; in this process where forking is unsafe.
 
     Returns
     -------
-    What `steps` return, pickled on its way.
+    The return value of `steps`; it must be picklable.
 
     Raises
     ------
     TranscriptFormerError
-        As `steps` raised it.
+        If `steps` raised it.
     RuntimeError
-        With the message of any other error of `steps`.
+        If `steps` raised any other error, with its message.
     CrashedError
-        If they brought the process down, or one of them did not end.
+        If the child crashed, or a step hung.
     """
     if not hasattr(os, "fork") or sys.platform == "darwin":
         return exhaust(steps())
     parent = os.getpid()
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    with warnings.catch_warnings(), noting():  # exceptions are lost in what Python calls at a fork
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, whose locks the child does not take
+    with warnings.catch_warnings(), deferred_signals():  # exceptions in fork hooks are lost
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads; the child takes none of their locks
         child = os.fork()
         if child == 0:
-            ours.close()  # so that an answer to a parent that is gone does not wait for it
+            ours.close()  # otherwise sending could block when the parent is gone
             _answer(_with_limits(steps, seconds_per_step, parent), theirs)
     theirs.close()
     value: Any = None
     error: BaseException | None = None
     is_stuck = has_crashed = False
     try:
-        is_stuck = not ours.poll(SECONDS_TO_ANSWER)
+        is_stuck = not ours.poll(TIMEOUT_SECONDS)
         if not is_stuck:
             value, error = ours.recv()
     except EOFError:
         has_crashed = True
     finally:
         ours.close()
-        status = _end(child)
-    if is_stuck:  # by a lock that another thread held when it was forked, or a very slow disk
+        status = _reap(child)
+    if is_stuck:  # on a lock held by another thread at the fork, or on a very slow disk
         return exhaust(steps())
     if has_crashed:
         endless = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
@@ -77,16 +77,16 @@ def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step
     return value
 
 
-def _end(child: int) -> int:
-    """End a process, which is over unless waiting for it was interrupted; its status, 0 where nobody knows it."""
-    with suppress(ProcessLookupError, ChildProcessError):  # children are forgotten where SIGCHLD is ignored
+def _reap(child: int) -> int:
+    """Kill a process if it still runs and return its wait status, or 0 if unknown."""
+    with suppress(ProcessLookupError, ChildProcessError):  # children are not waitable if SIGCHLD is ignored
         os.kill(child, signal.SIGKILL)
         return os.waitpid(child, 0)[1]
     return 0
 
 
 def exhaust(steps: Generator[None, None, T]) -> T:
-    """Run a generator to its end, for what it returns."""
+    """Run a generator to its end and return its return value."""
     while True:
         try:
             next(steps)
@@ -95,9 +95,9 @@ def exhaust(steps: Generator[None, None, T]) -> T:
 
 
 def _answer(steps: Generator[None, None, Any], answer: Connection) -> NoReturn:
-    """What the child does: never return into the code that it was forked from."""
+    """Run `steps` in the child and send the result; never returns into the forked code."""
     try:
-        faulthandler.disable()  # the parent says what happened
+        faulthandler.disable()  # the parent reports crashes
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         answer.send((exhaust(steps), None))
@@ -112,7 +112,7 @@ def _answer(steps: Generator[None, None, Any], answer: Connection) -> NoReturn:
 def _with_limits(
     steps: Callable[[], Generator[None, None, T]], seconds_per_step: int, parent: int
 ) -> Generator[None, None, T]:
-    """Give each step its time, and take none when the parent is gone, which nobody would wait for."""
+    """Limit the CPU time of each step, and exit if the parent is gone."""
     running = steps()
     while True:
         if os.getppid() != parent:
@@ -126,7 +126,7 @@ def _with_limits(
 
 
 def _extend_deadline(seconds: int) -> None:
-    import resource  # there is none on Windows
+    import resource  # not on Windows
 
     used = sum(os.times()[:2])
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)

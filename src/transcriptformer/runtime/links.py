@@ -1,4 +1,4 @@
-"""A connection between the first process of a run and each of the others, which ends when one of them does."""
+"""Sockets between the first process of a run and the others, to detect when one ends."""
 
 import logging
 import secrets
@@ -10,38 +10,38 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 KILLED = -1
-"""Exit code of a process that did not say any."""
+"""Exit code of a process that did not report one."""
 
-TIME_TO_CONNECT = 60.0
-"""Seconds for all processes to connect."""
+CONNECT_TIMEOUT = 60.0
+"""Seconds to wait for all processes to connect."""
 
 _RANK_BYTES, _TOKEN_BYTES = 8, 32
 
 
 class Links:
-    """Sockets by which processes learn that another one has ended.
+    """Sockets by which processes detect that another one has ended.
 
-    The operating system closes a socket when its process ends, however it ends. A process that ends in order says its
-    exit code first, in one byte.
+    The operating system closes a process's sockets, however it ends. In an orderly exit, a process first sends its
+    exit code as one byte.
 
     Attributes
     ----------
     ranks
-        The process at the other end of each socket that is open.
+        Rank of the peer of each open socket.
     """
 
     def __init__(self) -> None:
         self.ranks: dict[socket.socket, int] = {}
 
     def connect(self, rank: int, n_processes: int, broadcast: Callable[[Any], Any], host: str) -> None:
-        """Connect all processes of a run, each of which calls this.
+        """Connect the processes of a run; each of them calls this.
 
         Parameters
         ----------
         rank, n_processes
-            Which process of how many this is.
+            Rank of this process, and number of processes.
         broadcast
-            Returns in every process what the first one gives it.
+            Returns, in every process, the argument given in the first one.
         host
             Address of the first process.
         """
@@ -55,30 +55,30 @@ class Links:
         else:
             port, token = broadcast(None)
             with _warning():
-                link = socket.create_connection((host, port), TIME_TO_CONNECT)
+                link = socket.create_connection((host, port), CONNECT_TIMEOUT)
                 link.sendall(f"{token}{rank:0{_RANK_BYTES}}".encode())
                 _keep_alive(link)
                 self.ranks[link] = 0
 
     def exit_code(self, link: socket.socket) -> int:
-        """Return what the process at the other end of a readable socket said, or `KILLED`; close the socket."""
+        """Return the exit code received on a readable socket, or `KILLED`, and close the socket."""
         try:
-            said = link.recv(1)
+            received = link.recv(1)
         except OSError:
-            said = b""
+            received = b""
         self.ranks.pop(link, None)
         link.close()
-        return said[0] if said else KILLED
+        return received[0] if received else KILLED
 
-    def say(self, exit_code: int) -> None:
-        """Say that this process ends, or is going to."""
+    def send_exit_code(self, exit_code: int) -> None:
+        """Announce the exit code of this process to its peers."""
         for link in list(self.ranks):
             with suppress(OSError):
                 link.sendall(bytes([exit_code]))
 
     def close(self, exit_code: int) -> None:
-        """Say so, if not yet, and close the sockets."""
-        self.say(exit_code)
+        """Announce the exit code and close the sockets."""
+        self.send_exit_code(exit_code)
         for link in list(self.ranks):
             link.close()
         self.ranks.clear()
@@ -89,25 +89,25 @@ def _warning() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.warning("the processes of this run cannot connect (%s) and may not notice when one ends", error)
+        logger.warning("the processes of this run cannot connect (%s); they may not detect when one ends", error)
 
 
 def _accept(server: socket.socket, token: str, n_links: int, ranks: dict[socket.socket, int]) -> None:
-    """Add `n_links` connections of processes that know the token to `ranks`."""
-    server.settimeout(TIME_TO_CONNECT)
+    """Accept `n_links` connections that present the token, and add them to `ranks`."""
+    server.settimeout(CONNECT_TIMEOUT)
     while len(ranks) < n_links:
         link, _ = server.accept()
-        link.settimeout(TIME_TO_CONNECT)
+        link.settimeout(CONNECT_TIMEOUT)
         hello = link.recv(_TOKEN_BYTES + _RANK_BYTES, socket.MSG_WAITALL).decode(errors="replace")
         if hello[:_TOKEN_BYTES] == token:
             _keep_alive(link)
             ranks[link] = int(hello[_TOKEN_BYTES:])
-        else:  # a stranger
+        else:  # not a process of this run
             link.close()
 
 
 def _keep_alive(link: socket.socket) -> None:
-    """Notice also that the machine at the other end is gone, within some ten seconds."""
+    """Enable keepalive probes, which detect a lost machine within about ten seconds."""
     link.settimeout(None)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 4)):

@@ -1,4 +1,4 @@
-"""How much memory a run may use, and what happens when there is none left."""
+"""Memory limits of batches, and recovery from running out of memory."""
 
 import ctypes
 import logging
@@ -17,42 +17,42 @@ B = TypeVar("B")
 R = TypeVar("R")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Numbers of two settings in glibc's malloc.h."""
+"""`mallopt` parameters from glibc's malloc.h."""
 
-MOST_TOKENS = {"cpu": 2**15, "mps": 2**17, "cuda": 2**18}
-"""The same for tokens, by device: more do not make it faster."""
+MAX_TOKENS = {"cpu": 2**15, "mps": 2**17, "cuda": 2**18}
+"""Tokens per batch by device type; larger batches are not faster."""
 
 CACHED_BYTES = 2**25
-"""States of a batch, in float32, that a CPU has at hand: larger batches make it slower."""
+"""Size of a batch's float32 states that stay in a CPU's cache; larger batches are slower."""
 
 SHARE_OF_FREE_MEMORY = 0.5
 
 
 def free_memory(device: torch.device, n_processes: int = 1) -> int:
-    """Bytes that one of `n_processes` on this machine may use on its device."""
+    """Return the free bytes of a CUDA device, otherwise this process's share of the available host memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // n_processes
 
 
-def suitable_tokens(device: torch.device, width: int) -> int:
-    """How many tokens of a model of that width a device likes best."""
-    most = MOST_TOKENS[device.type]
-    return min(most, max(1, CACHED_BYTES // (4 * width))) if device.type == "cpu" else most
+def preferred_batch_tokens(device: torch.device, width: int) -> int:
+    """Return the fastest number of tokens per batch for a model of that width."""
+    limit = MAX_TOKENS[device.type]
+    return min(limit, max(1, CACHED_BYTES // (4 * width))) if device.type == "cpu" else limit
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the machine, had no more memory to give."""
+    """Whether the error is a failed memory allocation, on any device."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     message = str(error)
-    return "can't allocate memory" in message or "not enough memory" in message  # what the CPU's allocator says
+    return "can't allocate memory" in message or "not enough memory" in message  # from the CPU allocator
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees for what it needs next, where the C library can (glibc).
+    """Make glibc's allocator keep freed memory for reuse; no effect elsewhere.
 
-    Otherwise every large tensor on a CPU is taken from the kernel anew, page by page, which costs a tenth of the time.
+    Otherwise each large CPU tensor gets fresh pages from the kernel, which costs 10 % of the time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -61,22 +61,22 @@ def keep_freed_memory() -> None:
 
 
 class Halving(Generic[B, R]):
-    """Computes batches; one that does not fit into memory is halved, and so are later ones of its size.
+    """Compute batches, halving those that run out of memory, and later ones of their size.
 
     Parameters
     ----------
     compute
-        From a batch to its result.
+        Computes the result of a batch.
     size
-        Items and tokens of a batch, padding included.
+        Returns the number of items and of tokens, including padding, of a batch.
     split
-        A batch of several items as two.
+        Splits a batch in two.
     join
-        The results of two halves as one.
+        Joins the results of two halves.
     unit
-        What an item is called.
+        Name of an item, for messages.
     advice
-        What to do where a single item does not fit.
+        What to do if a single item does not fit, for messages.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Halving(Generic[B, R]):
         self.max_tokens = sys.maxsize
 
     def __call__(self, batch: B) -> R:
-        """Compute a batch.
+        """Compute the result of a batch.
 
         Raises
         ------
@@ -112,12 +112,12 @@ class Halving(Generic[B, R]):
                 raise TranscriptFormerError(
                     f"out of memory with a single {self.unit} of {n_tokens} tokens; {self.advice}"
                 ) from error
-        # Outside of `except`, whose traceback would hold on to the tensors.
+        # Outside `except`, whose traceback keeps the tensors alive.
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
         self.max_tokens = n_tokens // 2
         logger.warning(
-            "out of memory with %d %ss of %d tokens: continuing in halves", n_items, self.unit, n_tokens // n_items
+            "out of memory with %d %ss of %d tokens; halving the batch", n_items, self.unit, n_tokens // n_items
         )
         return self._in_halves(batch)
 

@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them, however that ends."""
+"""End processes together with the process that started them."""
 
 import os
 import signal
@@ -16,69 +16,69 @@ import psutil
 from transcriptformer.runtime.signals import RESUME
 
 POLL_INTERVAL = 0.5
-"""Seconds between looks at other processes."""
+"""Seconds between checks of other processes."""
 
 LAUNCHED_BY = "TRANSCRIPTFORMER_LAUNCHED_BY"
-"""Environment variable: the process that launched this one to work beside it."""
+"""Environment variable with the id of the process that launched this one."""
 
 FIRST_KILLED = f"ERROR: the first process of this run was killed; {RESUME}"
 
 workers: set[BaseProcess] = set()
-"""Data workers without which this process cannot go on."""
+"""Data workers that this process depends on."""
 
-_speaking = threading.Lock()
+_exiting = threading.Lock()
 
 
 def is_launched() -> bool:
-    """Whether another process of the same run launched this one; it leaves what is to be said to that process."""
+    """Whether another process of the same run launched this one, and reports for it."""
     return LAUNCHED_BY in os.environ
 
 
-def end_with_launcher() -> None:
-    """End this process when the process that launched it is gone, if there is one."""
+def exit_with_launcher() -> None:
+    """End this process when its launcher is gone, if it has one."""
     if is_launched():
-        is_speaker = os.environ.get("LOCAL_RANK") == "1"
-        end_with(int(os.environ[LAUNCHED_BY]), FIRST_KILLED if is_speaker else "")
+        is_reporter = os.environ.get("LOCAL_RANK") == "1"
+        exit_with_parent(int(os.environ[LAUNCHED_BY]), FIRST_KILLED if is_reporter else "")
 
 
-def end_with(parent: int, last_words: str = "", patience: float = 0.0) -> None:
+def exit_with_parent(parent: int, message: str = "", grace_seconds: float = 0.0) -> None:
     """End this process within a second of its parent, whatever the main thread is doing.
 
     Parameters
     ----------
     parent
-        A process.
-    last_words
-        To say then.
-    patience
-        Seconds that the main thread has to end by itself.
+        Process id.
+    message
+        Written to stderr on exit.
+    grace_seconds
+        Time for the main thread to exit by itself.
     """
     is_gone = _watch(parent)
 
     def wait() -> None:
         while not is_gone():
             time.sleep(POLL_INTERVAL)
-        time.sleep(patience)
-        exit_now(1, last_words)
+        time.sleep(grace_seconds)
+        exit_now(1, message)
 
-    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+    threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()
 
 
-def serve(parent: int, started: Semaphore, number: int) -> None:
-    """Let a data worker end with its parent, or when the parent says so, and on no signal to the whole group.
+def serve_parent(parent: int, started: Semaphore, number: int) -> None:
+    """Make a data worker end only with its parent or on the parent's SIGTERM, not on signals to the process group.
 
-    The parent may need it to keep what is computed. It was forked with signals held back.
+    The parent may need its workers to save results. Workers are forked with signals blocked.
 
     Parameters
     ----------
     parent
-        Process whose data worker this is.
+        Process id of the parent.
     started
-        Is released when this is done.
+        Released once the worker is set up.
     number
-        Of the worker.
+        Number of the worker.
     """
-    signal.set_wakeup_fd(-1)  # a fork shares that of its parent
+    signal.set_wakeup_fd(-1)  # inherited from the parent
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -88,7 +88,7 @@ def serve(parent: int, started: Semaphore, number: int) -> None:
     else:  # macOS
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        end_with(parent)
+        exit_with_parent(parent)
     started.release()
 
 
@@ -105,38 +105,40 @@ def _wait_for(parent: int) -> None:
     threading.Thread(target=wait, name="serve-parent", daemon=True).start()
 
 
-def dismiss(worker: BaseProcess) -> None:
-    """Kill a data worker that is not needed."""
+def kill_worker(worker: BaseProcess) -> None:
+    """Kill a data worker that is no longer needed."""
     workers.discard(worker)
+    if worker.pid is None:  # it never started
+        return
     worker.kill()
     worker.join()
 
 
-def lost_worker(pid: object, how: str = "killed") -> str:
-    """What to say of a data worker that was ended."""
-    return f"a data worker (process {pid}) was {how}; fewer --n-data-workers take less memory; {RESUME}"
+def lost_worker_message(pid: object, how: str = "killed") -> str:
+    """Error message for a killed data worker."""
+    return f"a data worker (process {pid}) was {how}; reduce --n-data-workers to save memory; {RESUME}"
 
 
-def exit_now(code: int, last_words: str = "") -> NoReturn:
-    """End this process at once, from any thread; one thread gets to say why."""
-    _speaking.acquire()
-    say(last_words)
+def exit_now(code: int, message: str = "") -> NoReturn:
+    """End this process immediately, from any thread; only the first caller writes its message."""
+    _exiting.acquire()
+    write_stderr(message)
     os._exit(code)
 
 
-def say(words: str) -> None:
-    """Write a line, if any, to stderr from any thread."""
-    if words:
+def write_stderr(message: str) -> None:
+    """Write a line to stderr from any thread; do nothing if it is empty."""
+    if message:
         with suppress(OSError, ValueError):
-            os.write(sys.stderr.fileno(), f"{words}\n".encode())
+            os.write(sys.stderr.fileno(), f"{message}\n".encode())
 
 
 def _watch(parent: int) -> Callable[[], bool]:
-    """Return a function that says whether the parent is gone."""
+    """Return a function that checks whether the parent is gone."""
     if os.getppid() == parent:
         return lambda: os.getppid() != parent
 
-    def is_gone() -> bool:  # the parent is gone already, or had a server process fork this one
+    def is_gone() -> bool:  # the parent is already gone, or this process was forked by a server process
         try:
             return psutil.Process(parent).status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:

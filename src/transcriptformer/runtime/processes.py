@@ -1,4 +1,4 @@
-"""Several processes: how many there are, who starts them, and how they notice that one has ended."""
+"""Multi-process runs: plan and launch processes, and detect when one ends."""
 
 import datetime
 import logging
@@ -18,26 +18,26 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from transcriptformer.config import ComputeConfig
 from transcriptformer.runtime.device import count_devices
-from transcriptformer.runtime.parents import LAUNCHED_BY, end_with
+from transcriptformer.runtime.parents import LAUNCHED_BY, exit_with_parent
 from transcriptformer.runtime.signals import RESUME
 from transcriptformer.runtime.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = datetime.timedelta(days=30)
-"""How long a process waits for the others, which may have more to do."""
+PROCESS_GROUP_TIMEOUT = datetime.timedelta(days=30)
+"""Maximum wait for processes with more work."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How a run is spread.
+    """Processes of a run.
 
     Attributes
     ----------
     per_node, n_nodes
-        Processes on each machine, and machines.
+        Processes per machine, and number of machines.
     environment
-        Of torchrun, SLURM, or none of these.
+        Environment of torchrun, SLURM or `LaunchedEnvironment`.
     launches
         Whether this process starts the others on its machine.
     """
@@ -49,20 +49,20 @@ class Processes:
 
     @property
     def total(self) -> int:
-        """Processes on all machines."""
+        """Number of processes on all machines."""
         return self.per_node * self.n_nodes
 
     @property
     def rank(self) -> int:
-        """Which of all processes this is."""
+        """Global rank of this process."""
         return self.environment.node_rank() * self.per_node + self.environment.local_rank()
 
     def watchdog(self) -> Watchdog:
-        """Return what ends this process together with the others."""
+        """Return a watchdog that ends this process together with the others."""
         return Watchdog(self.rank, self.total)
 
     def launch(self) -> dict[int, subprocess.Popen[bytes]]:
-        """Start the other processes on this machine, unless somebody else does: the same command; by rank."""
+        """Start the other processes of this machine with the same command, if this process `launches`; by rank."""
         if not self.launches:
             return {}
         env = {
@@ -79,47 +79,47 @@ class Processes:
         }
 
     def trainer_options(self, watchdog: Watchdog | None = None, backend: str | None = "gloo") -> dict[str, Any]:
-        """Arguments of a Trainer.
+        """Return arguments of a Trainer.
 
         Parameters
         ----------
         watchdog
-            Is told of the other processes, if there are any.
+            Connected to the other processes, if there are any.
         backend
-            How processes speak to each other; where they only wait for each other, gloo does on every kind of device.
-            None: as is fastest on the device.
+            torch.distributed backend; gloo works on every device and suffices for barriers. None: the fastest one for
+            the device.
         """
         options: dict[str, Any] = {"devices": self.per_node, "num_nodes": self.n_nodes}
         if self.total == 1:
             return {**options, "plugins": [self.environment]}
         assert watchdog is not None
         strategy = WatchedDDP(
-            watchdog, cluster_environment=self.environment, process_group_backend=backend, timeout=PATIENCE
+            watchdog, cluster_environment=self.environment, process_group_backend=backend, timeout=PROCESS_GROUP_TIMEOUT
         )
         return {**options, "strategy": strategy, "use_distributed_sampler": False}
 
 
 class LaunchedEnvironment(LightningEnvironment):
-    """Processes that the first one on each machine starts.
+    """Environment whose processes are started by the first one on each machine.
 
-    Lightning starts none: it would kill all of them without a word when one has ended.
+    Lightning does not start them: it would silently kill all of them when one ends.
     """
 
     @property
     def creates_processes_externally(self) -> bool:
-        """That is, not by Lightning."""
+        """Always True: Lightning creates no processes."""
         return True
 
 
 class WatchedDDP(DDPStrategy):
-    """DDP whose processes notice when one of them has ended, also while they compute."""
+    """DDP whose processes detect when one of them ends, even while computing."""
 
     def __init__(self, watchdog: Watchdog, **options: Any) -> None:
         super().__init__(**options)
         self.watchdog = watchdog
 
     def setup_environment(self) -> None:
-        """Connect the processes."""
+        """Set up DDP and connect the processes."""
         super().setup_environment()
         assert self.cluster_environment is not None
         host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
@@ -127,7 +127,7 @@ class WatchedDDP(DDPStrategy):
 
 
 def _this_command() -> list[str]:
-    """Command line of this process."""
+    """Return the command line of this process."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     started = [str(Path(sys.argv[0]).absolute())] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
@@ -135,18 +135,21 @@ def _this_command() -> list[str]:
 
 
 def plan_processes(wanted: ComputeConfig, device: torch.device) -> Processes:
-    """Follow torchrun or SLURM where they have started the processes; otherwise as the options say."""
+    """Plan the processes: as started by torchrun or SLURM, otherwise as configured."""
     if TorchElasticEnvironment.detect():
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         n_nodes = int(os.environ["WORLD_SIZE"]) // per_node
         if (wanted.num_gpus, wanted.num_nodes) not in ((1, 1), (per_node, n_nodes)):
-            logger.warning("torchrun has started %d processes on each of %d machines; so be it", per_node, n_nodes)
-        is_speaker = os.environ["LOCAL_RANK"] == "0"
-        end_with(os.getppid(), f"ERROR: torchrun was killed; {RESUME}" if is_speaker else "")
+            logger.warning(
+                "ignoring --num-gpus %d and --num-nodes %d: torchrun started %d processes on each of %d machines",
+                *(wanted.num_gpus, wanted.num_nodes, per_node, n_nodes),
+            )
+        is_reporter = os.environ["LOCAL_RANK"] == "0"
+        exit_with_parent(os.getppid(), f"ERROR: torchrun was killed; {RESUME}" if is_reporter else "")
         return Processes(per_node, n_nodes, TorchElasticEnvironment())
     per_node = count_devices(device, wanted.num_gpus)
     total = per_node * wanted.num_nodes
     if total > 1 and SLURMEnvironment.detect() and os.environ.get("SLURM_NTASKS") == str(total):
         return Processes(per_node, wanted.num_nodes, SLURMEnvironment(auto_requeue=False))
-    # Also where a cluster's scheduler has started several tasks, each of which is a run of its own.
+    # Also if a scheduler started several tasks, each of which is its own run.
     return Processes(per_node, wanted.num_nodes, LaunchedEnvironment(), launches="LOCAL_RANK" not in os.environ)

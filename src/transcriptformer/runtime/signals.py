@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a run like Ctrl-C does: by an exception in the main thread."""
+"""Signal handling: SIGTERM and SIGHUP raise an exception in the main thread, like Ctrl-C."""
 
 import logging
 import signal
@@ -10,29 +10,29 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 SIGNALS = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that end a run; Python itself turns SIGINT into KeyboardInterrupt."""
+"""Signals that end a run, besides SIGINT, which Python turns into KeyboardInterrupt."""
 
-RESUME = "the same command with --resume goes on"
+RESUME = "rerun the same command with --resume to continue"
 
 
-class Ended(SystemExit):
-    """Raised in the main thread of a process that a signal ends."""
+class TerminatedError(SystemExit):
+    """Raised in the main thread when a signal ends the process."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
         self.signal = signal.Signals(signum)
 
 
-def raise_ended(signum: int, frame: FrameType | None) -> None:
-    """Raise Ended: a signal handler."""
-    raise Ended(signum)
+def raise_terminated(signum: int, frame: FrameType | None) -> None:
+    """Signal handler that raises TerminatedError."""
+    raise TerminatedError(signum)
 
 
 @contextmanager
-def handling(handler: Callable[[int, FrameType | None], object] = raise_ended) -> Iterator[None]:
-    """Handle SIGTERM and SIGHUP; those that are ignored, as by nohup, stay ignored.
+def handle_signals(handler: Callable[[int, FrameType | None], object] = raise_terminated) -> Iterator[None]:
+    """Install a handler for SIGTERM and SIGHUP; ignored signals stay ignored, as under nohup.
 
-    In a thread other than the main one, nothing changes.
+    Outside the main thread, this has no effect.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -48,34 +48,34 @@ def handling(handler: Callable[[int, FrameType | None], object] = raise_ended) -
 
 
 @contextmanager
-def noting() -> Iterator[Callable[[], None]]:
-    """Note signals that would raise, and raise at the end, or when the function that is yielded is called.
+def deferred_signals() -> Iterator[Callable[[], None]]:
+    """Defer signal handlers until the end of the block, or until the yielded function is called.
 
-    For calls of C code that takes no exception from what it calls back, or calls Python where exceptions are lost. To
-    block signals would not do: another thread would receive them, and the main thread raise all the same.
+    Use it around C code whose callbacks must not raise, or swallow exceptions. Blocking signals would not help:
+    another thread would receive them, and Python would still raise in the main thread.
     """
-    noted: list[int] = []
+    deferred: list[int] = []
     with ExitStack() as handlers:
 
-        def let_out() -> None:
-            while noted:
-                before[noted[0]](noted.pop(0), None)
+        def run_deferred() -> None:
+            while deferred:
+                before[deferred[0]](deferred.pop(0), None)
 
         before: dict[int, Callable[[int, FrameType | None], object]] = {}
         if threading.current_thread() is threading.main_thread():
-            handlers.callback(let_out)
+            handlers.callback(run_deferred)
             for signum in (*SIGNALS, signal.SIGINT):
                 handler = signal.getsignal(signum)
                 if callable(handler):
                     before[signum] = handler
                     handlers.callback(signal.signal, signum, handler)
-                    signal.signal(signum, lambda number, frame: noted.append(number))
-        yield let_out
+                    signal.signal(signum, lambda number, frame: deferred.append(number))
+        yield run_deferred
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Hold signals back in this thread, and in processes that it forks until they do otherwise."""
+def blocked_signals() -> Iterator[None]:
+    """Block signals in this thread, and in processes forked from it until they unblock them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -86,11 +86,11 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def tell(error: BaseException, kept: str | None) -> None:
-    """Say what is kept of a run that ends: with the one line that says it was ended, or in one of its own."""
+def report_kept(error: BaseException, kept: str | None) -> None:
+    """Report what an ending run has kept: as a note of the error if a signal ended it, otherwise in the log."""
     if kept is None:
         return
-    if isinstance(error, KeyboardInterrupt | Ended):
+    if isinstance(error, KeyboardInterrupt | TerminatedError):
         error.add_note(kept)
     else:
         logger.info("%s", kept)

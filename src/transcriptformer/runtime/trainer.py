@@ -1,4 +1,4 @@
-"""Lightning's Trainer, without what it has to say, and with its ways of failing put plainly."""
+"""Run Lightning's Trainer quietly and translate its errors."""
 
 import logging
 import re
@@ -10,49 +10,59 @@ import pytorch_lightning as pl
 import torch
 
 from transcriptformer.errors import TranscriptFormerError
-from transcriptformer.runtime.parents import lost_worker
+from transcriptformer.runtime.parents import lost_worker_message
 from transcriptformer.runtime.signals import RESUME
 from transcriptformer.runtime.watchdog import ProcessEndedError
 
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited unexpectedly|is killed)")
-"""What PyTorch says of data workers that are gone."""
+"""PyTorch's messages about dead data workers."""
 
 
 @contextmanager
 def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
-    """Run a Trainer quietly; Ctrl-C, errors and deaths of workers and of other processes come out as what they are.
+    """Run a Trainer quietly and restore the errors that Lightning and PyTorch wrap.
 
     Raises
     ------
     KeyboardInterrupt
         On Ctrl-C.
     TranscriptFormerError
-        As it was raised, in this process or in a worker; or if a worker or another process has ended.
+        If this process or a worker raised it, or if a worker or another process has ended.
     """
     try:
         with quiet_lightning():
             yield
-    except SystemExit as error:  # Lightning's answer to Ctrl-C, which would end a notebook's kernel
+    except SystemExit as error:  # Lightning turns Ctrl-C into it, which would end a notebook's kernel
         if type(error) is SystemExit and trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
     except TranscriptFormerError as error:
-        # A worker process has put its traceback before the message.
+        # Drop the worker's traceback, which precedes the message.
         name = f"{type(error).__name__}: "
         if str(error).startswith("Caught ") and name in str(error):
             raise type(error)(str(error).rpartition(name)[2].strip()) from None
         raise
     except RuntimeError as error:
+        if (first := _interruption(error)) is not None:
+            raise first from None
         if lost := _LOST_WORKER.search(str(error)):
-            raise ProcessEndedError(lost_worker(lost[1])) from error
+            raise ProcessEndedError(lost_worker_message(lost[1])) from error
         if isinstance(error, torch.distributed.DistError) or any(backend in str(error) for backend in ("gloo", "NCCL")):
-            raise ProcessEndedError(f"another process of this run has ended; see what it said; {RESUME}") from error
+            raise ProcessEndedError(f"another process of this run has ended; see its output; {RESUME}") from error
         raise
+
+
+def _interruption(error: BaseException) -> BaseException | None:
+    """What interrupted the Trainer, where its teardown failed after that and hid it."""
+    before = error.__context__
+    while before is not None and not isinstance(before, KeyboardInterrupt | SystemExit | TranscriptFormerError):
+        before = before.__context__
+    return before
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Leave out what Lightning has to say about hardware it does not use, its other products and its own imports."""
+    """Silence Lightning's messages about unused hardware, its other products and its own imports."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [lightning_logger.level for lightning_logger in loggers]
     for lightning_logger in loggers:

@@ -1,1 +1,1 @@
-"""Files on disk: atomic writes, checksums, intermediate results, and the lock of a run."""
+"""Files on disk: atomic writes, checksums, intermediate results and run locks."""

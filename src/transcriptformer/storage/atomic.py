@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Atomic writes of files and folders."""
 
 import errno
 import os
@@ -10,19 +10,19 @@ from pathlib import Path
 
 from transcriptformer.errors import OutputError, UsageError, one_line
 
-SYNCS_AT_ONCE = 32
+SYNC_THREADS = 32
 
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR)
-"""Errors of file systems, and of Windows, that do not sync folders."""
+"""Errors of Windows and of file systems that cannot sync folders."""
 
 
-_FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Errors that no other path or option would avoid."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors that are not the user's mistake: a full or broken disk."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise an OSError as OutputError: `path` cannot be written, and why.
+    """Re-raise an OSError as an OutputError that names `path`.
 
     Raises
     ------
@@ -37,14 +37,14 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a file, then sync it and move it to `path`.
+    """Yield a temporary path, then sync the file written there and move it to `path`.
 
-    An older file stays until then. Whoever writes must be alone in the folder (`transcriptformer.storage.lock`).
+    An existing file stays until then. Concurrent writers must hold a lock (`transcriptformer.storage.lock`).
 
     Raises
     ------
     OutputError
-        If it cannot be written; `path` stays as it was, unless nothing but the last sync failed.
+        If writing fails; `path` is unchanged, unless only the final sync failed.
     """
     temporary = temporary_path(path)
     try:
@@ -59,58 +59,64 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder, then sync all that is in it and move it to `path`.
+    """Yield a new temporary folder, then sync its contents and move it to `path`.
 
-    An older folder is set aside for the moment of the move. It is put back if that fails, or an exception of any kind
-    comes in between, such as a signal's; after a kill, by the next attempt.
+    An existing folder is renamed to `backup_path` during the move. It is restored after any exception, including those
+    raised by signals; after a kill, the next attempt restores it.
 
     Raises
     ------
     OutputError
-        If it cannot be written; `path` stays as it was, unless nothing but the last sync failed.
+        If writing fails; `path` is unchanged, unless only the final sync failed.
     """
-    temporary, older = temporary_path(path), older_path(path)
+    temporary, backup = temporary_path(path), backup_path(path)
     with writing(path):
-        tidy_folder(path)
+        clean_up_folder(path)
         temporary.mkdir()
     try:
         with writing(path):
             yield temporary
-            with ThreadPoolExecutor(SYNCS_AT_ONCE) as threads:  # a disk syncs many files as fast as one
+            with ThreadPoolExecutor(SYNC_THREADS) as threads:  # syncing many files at once takes as long as one
                 list(threads.map(sync, [path for path in temporary.rglob("*") if path.is_file()]))
                 list(threads.map(sync_folder, [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]))
             if path.exists():
-                path.rename(older)
+                path.rename(backup)
             temporary.rename(path)
             sync_folder(path.parent)
     finally:
-        with suppress(OSError):  # the older one stays aside, for the next attempt to put back
-            tidy_folder(path)
+        with suppress(OSError):  # the next attempt restores the backup
+            clean_up_folder(path)
 
 
 def temporary_path(path: Path) -> Path:
-    """Where `path` is written before it is whole."""
+    """Path at which `path` is written before it is moved into place."""
     return path.with_name(f".{path.name}.tmp")
 
 
-def older_path(path: Path) -> Path:
-    """Where an older folder is while it is replaced."""
+def backup_path(path: Path) -> Path:
+    """Path of an existing folder while it is being replaced."""
     return path.with_name(f".{path.name}.old")
 
 
-def tidy_folder(path: Path) -> None:
-    """Clear away what is left of replacing a folder; OSError where the older one cannot be put back; it stays."""
-    older = older_path(path)
+def clean_up_folder(path: Path) -> None:
+    """Clean up after an interrupted replacement of a folder, and restore its backup if needed.
+
+    Raises
+    ------
+    OSError
+        If the backup cannot be restored; it is kept.
+    """
+    backup = backup_path(path)
     try:
-        if older.exists() and not path.exists():  # the end came between the two moves
-            older.rename(path)
+        if backup.exists() and not path.exists():  # interrupted between the two moves
+            backup.rename(path)
     finally:
         remove(temporary_path(path))
-    remove(older)
+    remove(backup)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, and see that a loss of power does not undo it.
+    """Create a folder and its missing parents durably.
 
     Raises
     ------
@@ -124,16 +130,16 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file is safely on disk."""
+    """Sync a file to disk."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are safely on disk, on file systems that can tell."""
+    """Sync the entries of a folder to disk, on file systems that support it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folder
+    except PermissionError:  # Windows cannot open folders
         return
     try:
         os.fsync(descriptor)
@@ -145,7 +151,7 @@ def sync_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder as far as possible; what stays is overwritten by the next attempt."""
+    """Delete a file or folder, ignoring errors; the next attempt overwrites leftovers."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -154,32 +160,34 @@ def remove(path: Path) -> None:
 
 
 def check_writable(path: Path, option: str = "--output-path") -> None:
-    """Make the folder of `path`, which an option names, and try to write there, so that a long run does not fail late.
+    """Create the folder of `path` and try to write there, so that a long run fails early.
+
+    `option` is the option that names the folder, for messages.
 
     Raises
     ------
     UsageError
         If that is not possible.
     OutputError
-        If the disk is full or broken, which is no mistake of the user's.
+        If the disk is full or broken.
     """
     if path.is_dir() and path.suffix != ".zarr":
-        raise UsageError(f"{path}: is a folder; the result needs another name")
+        raise UsageError(f"{path}: is a folder; choose another name for the result")
     probe = path.with_name(f".{path.name}.probe")
     try:
         make_folder(path.parent)
         probe.touch()
     except OSError as error:
-        kind = OutputError if error.errno in _FAILING_DISK else UsageError
+        kind = OutputError if error.errno in _DISK_ERRORS else UsageError
         raise kind(f"{option} {path.parent}: {path.name} cannot be written there ({error.strerror})") from error
     finally:
         remove(probe)
 
 
-def check_room(path: Path, n_bytes: int, advice: str = "") -> None:
-    """Raise OutputError where the disk of `path` has no room for so many bytes; `advice` follows."""
+def check_free_space(path: Path, n_bytes: int, advice: str = "") -> None:
+    """Raise OutputError, ending in `advice`, if the disk of `path` has fewer than `n_bytes` free."""
     free = shutil.disk_usage(path.parent).free
     if free < n_bytes:
         raise OutputError(
-            f"{path}: cannot be written: {n_bytes / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free{advice}"
+            f"{path}: cannot be written: needs {n_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB free{advice}"
         )

@@ -1,7 +1,7 @@
-"""Parts of a file that lie in other files: refused unless they are allowed, and never taken for zeros where missing.
+"""References from an input to other files: refused unless allowed, and an error if the target is missing.
 
-HDF5 follows external links, external raw storage and virtual datasets to any file that this process may read, and
-zarr follows symbolic links. A file from a stranger could have other files of its reader copied into the result.
+HDF5 follows external links, external raw storage and virtual datasets to any readable file, and zarr follows symbolic
+links. An untrusted input could thus copy the user's other files into the result, and HDF5 reads missing data as zeros.
 """
 
 import os
@@ -18,43 +18,43 @@ from transcriptformer.runtime.isolated import CrashedError, run_isolated
 
 OPTION = "--allow-external-links (model.data_config.allow_external_links)"
 
-MOST_SOFT_LINKS = 16
-"""Links to links that are followed; HDF5 itself follows no more."""
+MAX_SOFT_LINKS = 16
+"""Maximum depth of links to links, as in HDF5."""
 
-STRINGS_AT_ONCE = 65_536
+CHUNK_STRINGS = 65_536
 
 
 def check_hdf5(path: Path, keys: Sequence[str], allow_external: bool) -> None:
-    """Look at all that lies under `keys` of an HDF5 file, in a process that may crash: every link, attribute and text.
+    """Check every link, attribute and string under `keys` of an HDF5 file, in a child process that may crash.
 
-    A key that is not there is passed over.
+    Missing keys are skipped.
 
     Raises
     ------
     DataError
-        If something lies in another file and that is not allowed, or is missing there; if a link leads nowhere; if
-        the file is damaged such that HDF5 crashes or hangs.
+        If data is in another file that is not allowed or missing, if a link is broken, or if damage makes HDF5 crash
+        or hang.
     RuntimeError
-        If it is damaged otherwise.
+        If the file is damaged otherwise.
     """
-    _run(path, lambda file: Guard(str(path), allow_external).steps_of(file, keys))
+    _run(path, lambda file: Guard(str(path), allow_external).steps_of_keys(file, keys))
 
 
 def check_structure(path: Path, keys: Sequence[str], allow_external: bool) -> None:
-    """Open every object of an HDF5 file, in a process that may crash, then do as `check_hdf5`.
+    """Open every object of an HDF5 file, in a child process that may crash, then check `keys` as `check_hdf5` does.
 
-    Of the other objects none is read, and no link is followed. Damage in one place is a sign of more, which cannot be
-    seen in numbers.
+    Objects outside `keys` are opened, but not read, and their links are not followed. Damage there suggests damage in
+    the numbers, which is undetectable.
 
     Raises
     ------
     DataError, RuntimeError
-        As `check_hdf5`.
+        See `check_hdf5`.
     """
 
     def steps(file: h5py.File) -> Generator[None]:
         yield from _open_all(file)
-        yield from Guard(str(path), allow_external).steps_of(file, keys)
+        yield from Guard(str(path), allow_external).steps_of_keys(file, keys)
 
     _run(path, steps)
 
@@ -67,7 +67,7 @@ def _run(path: Path, steps: Callable[[h5py.File], Generator[None]]) -> None:
     try:
         run_isolated(steps_of_file)
     except CrashedError as error:
-        raise DataError(f"{path}: damaged: {error}; write the file anew") from error
+        raise DataError(f"{path}: damaged: {error}; write the file again") from error
 
 
 def _open_all(file: h5py.File) -> Generator[None]:
@@ -85,12 +85,12 @@ def _open_all(file: h5py.File) -> Generator[None]:
 
 
 class Guard:
-    """Opens elements of an HDF5 file, link by link.
+    """Open elements of an HDF5 file link by link, refusing links to other files unless allowed.
 
     Parameters
     ----------
     name
-        The file, for messages.
+        Name of the file, for messages.
     allow_external
         Follow links to other files.
     """
@@ -100,7 +100,7 @@ class Guard:
         self.seen: set[tuple[str, int]] = set()
 
     def contains(self, group: h5py.Group, path: str) -> bool:
-        """Whether there is something under `path`, without following a link to another file that is not allowed."""
+        """Whether `path` exists; raises DataError on a link to another file that is not allowed."""
         head, _, rest = path.strip("/").partition("/")
         if not head:
             return True
@@ -110,43 +110,43 @@ class Guard:
         return not rest or (isinstance(below, h5py.Group) and self.contains(below, rest))
 
     def open(self, group: h5py.Group, path: str) -> Any:
-        """The element under `path`.
+        """Return the element at `path`.
 
         Raises
         ------
         DataError
-            If a link on the way leads nowhere, or to another file and that is not allowed.
+            If a link on the way is broken, or leads to another file and that is not allowed.
         """
         try:
-            return self._follow(group, path, MOST_SOFT_LINKS)
+            return self._follow(group, path, MAX_SOFT_LINKS)
         except (KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
             place = f"{group.name.rstrip('/')}/{path.lstrip('/')}"
             raise DataError(f"{self.name}: damaged: {place} cannot be opened ({one_line(error)})") from error
 
-    def _follow(self, group: h5py.Group, path: str, most_links: int) -> Any:
+    def _follow(self, group: h5py.Group, path: str, max_links: int) -> Any:
         element = group.file["/"] if path.startswith("/") else group
         for part in path.split("/"):
             if part in ("", "."):
                 continue
             link = element.get(part, getlink=True)
             if isinstance(link, h5py.SoftLink):
-                if most_links == 0:
-                    raise KeyError("its links go round in a circle")
-                element = self._follow(element, link.path, most_links - 1)
+                if max_links == 0:
+                    raise KeyError("circular links")
+                element = self._follow(element, link.path, max_links - 1)
                 continue
             if isinstance(link, h5py.ExternalLink):
                 self._refuse(f"{element.name.rstrip('/')}/{part}", "an external link to", link.filename)
             element = element[part]
         return element
 
-    def steps_of(self, file: h5py.File, keys: Sequence[str]) -> Generator[None]:
-        """Look at all that lies under these keys, as far as they are there."""
+    def steps_of_keys(self, file: h5py.File, keys: Sequence[str]) -> Generator[None]:
+        """Check everything under the keys that exist."""
         for key in keys:
             if self.contains(file, key):
                 yield from self.steps(self.open(file, key), key)
 
     def steps(self, element: Any, place: str) -> Generator[None]:
-        """Look at an element and all below it, a little at each step."""
+        """Check an element and everything below it, in small steps."""
         waiting = [(element, place)]
         with ExitStack() as files:
             while waiting:
@@ -154,9 +154,9 @@ class Guard:
                 if not isinstance(element, h5py.Group | h5py.Dataset) or self._was_seen(element):
                     continue
                 for name in element.attrs:
-                    with suppress(Exception):  # whoever needs what cannot be read will say so
+                    with suppress(Exception):  # unreadable attributes are reported where they are used
                         value = element.attrs[name]
-                        if isinstance(value, h5py.Reference) and value:  # old files keep categories under one
+                        if isinstance(value, h5py.Reference) and value:  # old files refer to categories this way
                             waiting.append((element.file[value], f"{place}@{name}"))
                     yield
                 if isinstance(element, h5py.Group):
@@ -165,10 +165,10 @@ class Guard:
                     continue
                 waiting += self._sources(element, place, files)
                 with suppress(Exception):
-                    yield from _read_texts(element)
+                    yield from _read_strings(element)
 
     def check(self, dataset: h5py.Dataset, place: str) -> None:
-        """Look at one dataset, but not at what it holds."""
+        """Check where the data of a dataset is stored, without reading it."""
         with ExitStack() as files:
             for source, of_source in self._sources(dataset, place, files):
                 self.check(source, of_source)
@@ -180,7 +180,7 @@ class Guard:
         return known
 
     def _sources(self, dataset: h5py.Dataset, place: str, files: ExitStack) -> list[tuple[h5py.Dataset, str]]:
-        """Datasets that a dataset is made of; all that it needs is there."""
+        """Return the source datasets of a dataset, after checking that its data is complete."""
         if not isinstance(dataset, h5py.Dataset):
             raise DataError(f"{self.name}: damaged: {place} is not a dataset")
         needed = dataset.size * dataset.dtype.itemsize if dataset.size else 0
@@ -196,8 +196,8 @@ class Guard:
         for mapping in mappings:
             source = self._open_source(dataset, mapping, place, files)
             sources.append((source, f"{place} → {mapping.file_name}:{mapping.dset_name}"))
-        if dataset.size and not _are_whole(dataset, mappings):
-            raise DataError(f"{self.name}: {place} is a virtual dataset, a part of which has no source")
+        if dataset.size and not _are_complete(dataset, mappings):
+            raise DataError(f"{self.name}: {place} is a virtual dataset with missing sources")
         return sources
 
     def _open_source(self, dataset: h5py.Dataset, mapping: Any, place: str, files: ExitStack) -> h5py.Dataset:
@@ -223,18 +223,18 @@ class Guard:
 
 
 def _covers(source: h5py.Dataset, mapping: Any) -> bool:
-    """Whether a dataset holds what is taken from it."""
+    """Whether a source dataset is large enough for a mapping."""
     if mapping.src_space.get_select_type() == h5py.h5s.SEL_ALL:
         return prod(source.shape) >= mapping.vspace.get_select_npoints()
     try:
         _, last = mapping.src_space.get_select_bounds()
-    except ValueError:  # of a selection without end
+    except ValueError:  # unlimited selection
         return False
     return len(last) == source.ndim and all(end < size for end, size in zip(last, source.shape, strict=True))
 
 
-def _are_whole(dataset: h5py.Dataset, mappings: Sequence[Any]) -> bool:
-    """Whether each value of a virtual dataset has a source; several mappings may be of the same values."""
+def _are_complete(dataset: h5py.Dataset, mappings: Sequence[Any]) -> bool:
+    """Whether the mappings, which may overlap, cover all of a virtual dataset."""
     left = dataset.id.get_space()
     for mapping in mappings:
         for start, stride, count, block in _hyperslabs(mapping.vspace):
@@ -243,7 +243,7 @@ def _are_whole(dataset: h5py.Dataset, mappings: Sequence[Any]) -> bool:
 
 
 def _hyperslabs(space: Any) -> list[tuple[Sequence[int], ...]]:
-    """Start, stride, count and block of all that is selected in a dataspace; of a selection without end, nothing."""
+    """Return (start, stride, count, block) of each selected hyperslab; none for an unlimited selection."""
     ones = (1,) * len(space.shape)
     if space.get_select_type() == h5py.h5s.SEL_ALL:
         return [((0,) * len(ones), ones, ones, space.shape)]
@@ -256,30 +256,30 @@ def _hyperslabs(space: Any) -> list[tuple[Sequence[int], ...]]:
     return [] if any(h5py.h5s.UNLIMITED in numbers for numbers in slab) else [slab]
 
 
-def _read_texts(dataset: h5py.Dataset) -> Generator[None]:
-    """Read what lies in HDF5's heaps, where damage may make it run in circles, and the first and last of the rest."""
+def _read_strings(dataset: h5py.Dataset) -> Generator[None]:
+    """Read all strings, since HDF5 may hang on damaged heaps, or the first and last value of other types."""
     if dataset.ndim == 0 or dataset.size == 0:
         dataset[()]
     elif not dataset.dtype.hasobject:
         dataset[0], dataset[-1]
     else:
-        for start in range(0, len(dataset), STRINGS_AT_ONCE):
-            dataset[start : start + STRINGS_AT_ONCE]
+        for start in range(0, len(dataset), CHUNK_STRINGS):
+            dataset[start : start + CHUNK_STRINGS]
             yield
     yield
 
 
 def check_folder(path: Path, allow_external: bool) -> None:
-    """Follow the symbolic links below a folder.
+    """Check the symbolic links below a folder.
 
     Raises
     ------
     DataError
-        If one leads out of the folder and that is not allowed, or nowhere.
+        If one is broken, or leads out of the folder and that is not allowed.
     """
     root, seen = os.path.realpath(path), set[str]()
     for folder, folders, files in os.walk(root, followlinks=allow_external):
-        if os.path.realpath(folder) in seen:  # a link leads here, perhaps from below
+        if os.path.realpath(folder) in seen:  # reached by another link, or a cycle
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))

@@ -1,9 +1,8 @@
-"""HDF5 files that are written through Python, so that a failed write ends in an exception.
+"""HDF5 files written through a Python file object, so that failed writes raise exceptions.
 
-HDF5 itself takes the process down when it cannot write a file back: it closes files at exit, and reads its own metadata
-again after it has left the cache. It is therefore never told. What cannot be written is kept in memory, where HDF5
-finds it until the file is closed; the failure is raised between two blocks, or at the end, and so is what signal
-handlers would raise in the midst of HDF5's calls.
+The HDF5 library may crash after a failed write, when it closes files at exit or re-reads evicted metadata. Write errors
+are therefore hidden from it: unwritten bytes are kept in memory and served from there until the file is closed. The
+error is raised between blocks or at the end, and so are exceptions of signal handlers.
 """
 
 import io
@@ -15,18 +14,18 @@ from typing import Any
 
 import h5py
 
-from transcriptformer.runtime.signals import noting
+from transcriptformer.runtime.signals import deferred_signals
 
 
 class NewHdf5(h5py.File):  # type: ignore[misc]  # h5py has no types
-    """An HDF5 file that is being written."""
+    """An HDF5 file open for writing."""
 
     def __init__(self, path: Path, raise_signals: Callable[[], None]) -> None:
         self._raw, self._raise_signals = _NeverFailing(path), raise_signals
         super().__init__(self._raw, "w")
 
     def check(self) -> None:
-        """Raise what has kept bytes from being written, if anything has, and what a signal is to raise."""
+        """Raise the first write error, if any, and run deferred signal handlers."""
         self._raise_signals()
         if self._raw.failure is not None:
             raise self._raw.failure
@@ -34,14 +33,14 @@ class NewHdf5(h5py.File):  # type: ignore[misc]  # h5py has no types
 
 @contextmanager
 def new_hdf5(path: Path) -> Iterator[NewHdf5]:
-    """Create an HDF5 file and close it.
+    """Create an HDF5 file, and close it at the end of the block.
 
     Raises
     ------
     OSError
-        If something could not be written; the file is of no use then.
+        If a write failed; the file is unusable.
     """
-    with noting() as raise_signals:
+    with deferred_signals() as raise_signals:
         file = NewHdf5(path, raise_signals)
         try:
             yield file
@@ -52,7 +51,7 @@ def new_hdf5(path: Path) -> Iterator[NewHdf5]:
 
 
 class _NeverFailing(io.RawIOBase):
-    """A file for `h5py.File` to write to and read from, in which both always seem to succeed.
+    """File object for `h5py.File` whose reads and writes never raise.
 
     Attributes
     ----------
@@ -63,49 +62,49 @@ class _NeverFailing(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self.failure: BaseException | None = None
-        self._place, self._size = 0, 0
+        self._position, self._size = 0, 0
         self._kept: list[tuple[int, bytes]] = []
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move; the end is where it would be had nothing failed."""
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        return self._place
+        """Move to a position; the size includes failed writes."""
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
 
     def write(self, data: Any) -> int:
-        """Write all of `data`, to memory once something has failed."""
+        """Write all of `data`, to memory after the first failure."""
         view = memoryview(data).cast("B")
         n_written = 0
         try:
             while self.failure is None and n_written < len(view):
-                n_written += os.pwrite(self._descriptor, view[n_written:], self._place + n_written)
+                n_written += os.pwrite(self._descriptor, view[n_written:], self._position + n_written)
         except BaseException as error:
             self.failure = error
         if n_written < len(view):
-            self._kept.append((self._place + n_written, bytes(view[n_written:])))
-        self._place += len(view)
-        self._size = max(self._size, self._place)
+            self._kept.append((self._position + n_written, bytes(view[n_written:])))
+        self._position += len(view)
+        self._size = max(self._size, self._position)
         return len(view)
 
     def readinto(self, buffer: Any) -> int:
-        """Read what was written, with zeros in between."""
+        """Read what was written; gaps are zeros."""
         view = memoryview(buffer).cast("B")
         n_read = 0
         try:
-            while (n := os.preadv(self._descriptor, [view[n_read:]], self._place + n_read)) > 0:
+            while (n := os.preadv(self._descriptor, [view[n_read:]], self._position + n_read)) > 0:
                 n_read += n
         except BaseException as error:
             self.failure = self.failure or error
         view[n_read:] = bytes(len(view) - n_read)
         for start, kept in self._kept:
-            first, last = max(start, self._place), min(start + len(kept), self._place + len(view))
+            first, last = max(start, self._position), min(start + len(kept), self._position + len(view))
             if first < last:
-                view[first - self._place : last - self._place] = kept[first - start : last - start]
-        self._place += len(view)
+                view[first - self._position : last - self._position] = kept[first - start : last - start]
+        self._position += len(view)
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
-        """Change the length."""
-        self._size = self._place if size is None else size
+        """Change the size."""
+        self._size = self._position if size is None else size
         if self.failure is None:
             try:
                 os.ftruncate(self._descriptor, self._size)
@@ -114,13 +113,13 @@ class _NeverFailing(io.RawIOBase):
         return self._size
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Do nothing: writes are unbuffered."""
 
     def close(self) -> None:
-        """Close the file, once."""
+        """Close the file; further calls have no effect."""
         if not self.closed:
             super().close()
             try:
                 os.close(self._descriptor)
-            except OSError as error:  # such as a quota, of which some file systems tell only now
+            except OSError as error:  # some file systems report an exceeded quota only on close
                 self.failure = self.failure or error

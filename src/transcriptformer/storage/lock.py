@@ -1,4 +1,4 @@
-"""A lock that keeps a second run out of a folder and names the first one."""
+"""Lock that keeps concurrent runs out of a folder, and names the run that holds it."""
 
 import errno
 import json
@@ -17,33 +17,33 @@ from transcriptformer.storage.atomic import writing
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 15.0
-"""Seconds to wait for the processes of a killed run, which notice its end within some seconds."""
+LOCK_TIMEOUT = 15.0
+"""Seconds to wait for the remaining processes of a killed run to exit."""
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""Errors of file systems without locks."""
+"""Errors of file systems that do not support locks."""
 
 
 class RunLock:
-    """A lock file that names the process that holds it; it goes when the run ends, however it ends.
+    """Lock file that names the process holding it; the operating system releases it when the process ends.
 
     Parameters
     ----------
     path
-        The lock file; it must lie where the run does not delete it.
+        The lock file, outside folders that the run deletes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, filelock.FileLock(path, fallback_to_soft=False)
 
     def acquire(self, place: Path) -> None:
-        """Keep other runs out of `place` until `release`, or until this process ends.
+        """Lock `place` until `release`, or until this process ends.
 
         Raises
         ------
         UsageError
-            If another run is at work there; it says which.
+            If another run holds the lock; the message names it.
         OutputError
             If the lock file cannot be written.
         """
@@ -53,7 +53,7 @@ class RunLock:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                logger.warning("%s: files cannot be locked here; do not start a second run of the same", place)
+                logger.warning("%s: the file system does not support locks; do not start the same run twice", place)
                 return
         with suppress(OSError):
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -63,11 +63,11 @@ class RunLock:
         """Release the lock and delete its file."""
         if self._lock.is_locked:
             with suppress(OSError):  # Windows deletes no open file
-                self.path.unlink(missing_ok=True)  # while it is held: whoever gets a lock on it then tries again
+                self.path.unlink(missing_ok=True)  # before the release: filelock retries if its file was deleted
             self._lock.release()
 
     def _acquire(self, place: Path) -> None:
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + LOCK_TIMEOUT
         while True:
             try:
                 self._lock.acquire(timeout=0)
@@ -76,12 +76,12 @@ class RunLock:
                 holder = self._holder()
                 if _is_alive(holder) or time.monotonic() > until:
                     raise UsageError(
-                        f"{place}: another run is at work there{_described(holder)}; wait until it is done"
+                        f"{place}: in use by another run{_describe(holder)}; wait for it to finish"
                     ) from None
             time.sleep(0.2)
 
     def _holder(self) -> dict[str, object]:
-        """What the process that holds the lock says of itself, if it has come to that."""
+        """Read the description of the process that holds the lock; empty if not yet written."""
         try:
             holder = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -90,14 +90,14 @@ class RunLock:
 
 
 def _is_alive(holder: dict[str, object]) -> bool:
-    """Whether the process that took the lock is there, as far as can be told; it may have left processes behind."""
+    """Whether the process that took the lock is alive; assumed on other hosts. Its children may outlive it."""
     if holder.get("host") != socket.gethostname():
         return bool(holder)
     pid = holder.get("pid")
     return isinstance(pid, int) and psutil.pid_exists(pid)
 
 
-def _described(holder: dict[str, object]) -> str:
+def _describe(holder: dict[str, object]) -> str:
     if not {"pid", "host", "since"} <= holder.keys():
         return ""
     return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"

@@ -1,7 +1,6 @@
-"""Intermediate results: sealed, immutable pieces, so that a killed run loses a few seconds of work and nothing else.
+"""Intermediate results in immutable files (pieces) with checksums; a killed run loses only seconds of work.
 
-Each flush writes one file with some rows and all their fields. A piece is whole or not there: pieces depend neither on
-each other nor on their order.
+Each flush atomically writes one piece: some rows with all their fields. Pieces are independent, in any order.
 """
 
 import logging
@@ -21,22 +20,22 @@ from transcriptformer.storage.sealed import SealedFile, write_sealed
 logger = logging.getLogger(__name__)
 
 ROWS, N_GENES, LABEL, LABEL_PROBABILITY = "rows", "n_genes", "label", "label_probability"
-"""Names of results that more than one place knows."""
+"""Names of result fields that several modules use."""
 
 PIECES = "piece-*.safetensors"
-"""Names of the pieces in a folder."""
+"""Glob pattern of piece files."""
 
 RUN = "run"
-"""Metadata of a piece: the run that it belongs to."""
+"""Metadata key of a piece: id of its run."""
 
-SECONDS_AT_RISK = 5.0
-"""Results wait in memory for this long at most."""
+FLUSH_SECONDS = 5.0
+"""Flush when buffered results are older than this."""
 
-BYTES_AT_RISK = 2**25
-"""And no more than this many bytes of them."""
+FLUSH_BYTES = 2**25
+"""Flush when more than this many bytes are buffered."""
 
 _GAP = 4096
-"""Records that are read along, and left out, rather than read two stretches."""
+"""Maximum gap between records to read in one go rather than in two reads."""
 
 
 class Field(NamedTuple):
@@ -45,11 +44,11 @@ class Field(NamedTuple):
     Attributes
     ----------
     dtype
-        NumPy's name of its type.
+        NumPy dtype name.
     width
-        Numbers in a record; 0: the record is one number, without an axis of its own.
+        Numbers per record; 0: a scalar.
     per_gene
-        Whether each gene of a cell has a record, rather than each cell.
+        Whether there is one record per gene of a cell, rather than per cell.
     """
 
     dtype: str
@@ -58,86 +57,86 @@ class Field(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a record."""
+        """Shape of one record."""
         return (self.width,) if self.width else ()
 
     @property
     def record_bytes(self) -> int:
-        """Size of a record."""
+        """Size of one record in bytes."""
         return np.dtype(self.dtype).itemsize * max(1, self.width)
 
 
 Layout = Mapping[str, Field]
-"""The results there are, by name."""
+"""Fields by name."""
 
 
 class PieceWriter:
-    """Writes the results of one process as pieces.
+    """Write the results of one process as pieces.
 
     Parameters
     ----------
     folder
-        Of the pieces; it exists.
+        Existing folder for the pieces.
     process
         Number of the process.
     layout
-        The results there are; the rows come with them.
+        Fields of the results; `ROWS` is added.
     run
-        The run that they belong to.
+        Id of the run.
     """
 
     def __init__(self, folder: Path, process: int, layout: Layout, run: str) -> None:
         self.folder, self.run = folder, run
         self.layout = {ROWS: Field("int64"), **layout}
         self.stem, self.n_pieces = f"piece-{process:05}-{secrets.token_hex(4)}", 0
-        self.waiting: dict[str, list[np.ndarray]] = {name: [] for name in self.layout}
+        self.buffer: dict[str, list[np.ndarray]] = {name: [] for name in self.layout}
         self.n_bytes, self.last_flush = 0, time.monotonic()
         self.failure: Exception | None = None
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
-        """Take the results of a batch, by name of the field.
+        """Buffer the results of a batch, by field name, and flush if due.
 
         Raises
         ------
         OutputError
-            If a piece cannot be written, now or earlier.
+            If writing a piece fails, or failed before.
         """
         if self.failure is not None:
             raise self.failure
         try:
             arrays = {name: np.ascontiguousarray(values[name], field.dtype) for name, field in self.layout.items()}
             _check_lengths(arrays, self.layout)
-        except Exception as error:  # such as a lack of memory: batches that come later must not take its place
+        except Exception as error:  # such as MemoryError; later batches must not be stored in its place
             self.failure = error
             raise
         for name, array in arrays.items():
-            self.waiting[name].append(array)
+            self.buffer[name].append(array)
             self.n_bytes += array.nbytes
-        if self.n_bytes > BYTES_AT_RISK or time.monotonic() - self.last_flush > SECONDS_AT_RISK:
+        if self.n_bytes > FLUSH_BYTES or time.monotonic() - self.last_flush > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits as a piece, and see it safely on disk.
+        """Write the buffered results as a piece and sync it to disk.
 
         Raises
         ------
         OutputError
-            If it cannot be written, now or earlier; earlier pieces stay.
+            If writing a piece fails, or failed before; earlier pieces stay.
         """
         if self.failure is not None:
             raise self.failure
-        if self.waiting[ROWS]:
+        if self.buffer[ROWS]:
             path = self.folder / f"{self.stem}-{self.n_pieces:06}.safetensors"
             try:
-                write_sealed(path, self.waiting, {RUN: self.run})
+                write_sealed(path, self.buffer, {RUN: self.run})
             except OutputError as error:
-                self.failure = cannot_keep(self.folder, error)
+                self.failure = cannot_write_results(self.folder, error)
                 raise self.failure from error
-            except Exception as error:  # such as a lack of memory
+            except Exception as error:  # such as MemoryError
                 self.failure = error
                 raise
             finally:
-                self.waiting = {name: [] for name in self.layout}
+                self.buffer = {name: [] for name in self.layout}
             self.n_pieces += 1
         self.n_bytes, self.last_flush = 0, time.monotonic()
 
@@ -150,74 +149,74 @@ def _check_lengths(arrays: Mapping[str, np.ndarray], layout: Layout) -> None:
         raise AssertionError(f"results of {n_rows} cells and {n_genes} genes have lengths {lengths}")
 
 
-def cannot_keep(folder: Path, error: OutputError) -> OutputError:
-    """What to say where results cannot be written."""
+def cannot_write_results(folder: Path, error: OutputError) -> OutputError:
+    """Create the error for results that cannot be written."""
     return OutputError(
-        f"{folder}: results cannot be written ({cause_of(error)}); what is there is kept: "
-        "make room, then run the same command with --resume"
+        f"{folder}: results cannot be written ({_reason(error)}); results so far are kept; "
+        "free up space, then rerun the same command with --resume"
     )
 
 
-def cause_of(error: OutputError) -> str:
-    """Why the operating system would not write, in its words."""
+def _reason(error: OutputError) -> str:
+    """Return the operating system's reason for a failed write."""
     cause = error.__cause__
     return str((isinstance(cause, OSError) and cause.strerror) or error)
 
 
-def kept_pieces(folder: Path, run: str) -> list[SealedFile]:
-    """Pieces of this run, each verified; others are told of and deleted, if they can be.
+def verified_pieces(folder: Path, run: str) -> list[SealedFile]:
+    """Return the verified pieces of this run; log and delete damaged pieces and those of other runs.
 
     Raises
     ------
     OutputError
-        If one cannot be read, which does not say that it is damaged.
+        If a piece cannot be read, which does not mean that it is damaged.
     """
     files = []
     for path in sorted(folder.glob(PIECES)):
         try:
-            file = open_of_run(path, run)
+            file = open_for_run(path, run)
             file.verify()
             files.append(file)
         except DamagedError as error:
-            drop(path, str(error))
+            discard(path, str(error))
     return files
 
 
 def open_pieces(folder: Path) -> list[SealedFile]:
-    """All pieces, unverified: enough to count what is there."""
+    """Return all pieces without verifying them."""
     return [SealedFile(path) for path in sorted(folder.glob(PIECES))]
 
 
-def open_of_run(path: Path, run: str) -> SealedFile:
-    """Open what a run has kept; DamagedError if it is of another run."""
+def open_for_run(path: Path, run: str) -> SealedFile:
+    """Open a sealed file; raise DamagedError if it belongs to another run."""
     file = SealedFile(path)
     if file.metadata.get(RUN) != run:
-        raise DamagedError(f"{path}: of another run")
+        raise DamagedError(f"{path}: belongs to another run")
     return file
 
 
-def drop(path: Path, problem: str) -> None:
-    """Say that a file is not used, and why, and delete it, if that is possible."""
-    logger.warning("%s; its results are computed again", problem)
+def discard(path: Path, problem: str) -> None:
+    """Log why a file is not used, and delete it if possible."""
+    logger.warning("%s; its results are recomputed", problem)
     remove(path)
 
 
 class Pieces:
-    """Reads pieces as one table, in the order of rows.
+    """Read pieces as one table, sorted by row.
 
     Parameters
     ----------
     files
-        The pieces; see `kept_pieces`.
+        The pieces; see `verified_pieces`.
     layout
-        The results there are.
+        Fields of the results.
 
     Attributes
     ----------
     rows
-        Rows that are there, ascending, each once.
+        Unique row numbers, ascending.
     n_genes
-        Genes of each of them with a record of their own (rows,).
+        Number of per-gene records of each row (rows,).
     """
 
     def __init__(self, files: Sequence[SealedFile], layout: Layout) -> None:
@@ -236,23 +235,23 @@ class Pieces:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all results."""
+        """Size of all results in bytes."""
         n_genes = int(self.n_genes.sum())
         fields = self.layout.values()
         return sum(field.record_bytes * (n_genes if field.per_gene else len(self.rows)) for field in fields)
 
     def is_done(self, n_rows: int) -> np.ndarray:
-        """Mask (n_rows,) of the rows that are there."""
+        """Mask (n_rows,) of the rows that have results."""
         done = np.zeros(n_rows, bool)
         done[self.rows] = True
         return done
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Records of the rows from `start` to before `stop`, in order, for a field that each cell has once."""
+        """Read a per-cell field of the rows in [start, stop), in order."""
         return self._gather(name, self.piece[start:stop], self.place[start:stop])
 
     def read_genes(self, name: str, start: int, stop: int) -> np.ndarray:
-        """The same for a field that each gene of a cell has: cell after cell."""
+        """Read a per-gene field of the rows in [start, stop), concatenated cell by cell."""
         lengths = self.n_genes[start:stop]
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         places = np.repeat(self.first_gene[start:stop], lengths) + within
@@ -268,7 +267,7 @@ class Pieces:
 
 
 def _read_records(file: SealedFile, name: str, places: np.ndarray, values: np.ndarray, into: np.ndarray) -> None:
-    """Put records at `places`, which lie close together for the most part, into `values`: few contiguous reads."""
+    """Read the records at `places` into `values`, merging nearby records into contiguous reads."""
     order = np.argsort(places)
     cuts = 1 + np.flatnonzero(np.diff(places[order]) > _GAP)
     for start, stop in pairwise([0, *cuts, len(places)]):

@@ -1,7 +1,7 @@
-"""Sealed files: arrays, or JSON, with a checksum over everything; read back as they were written, or not at all.
+"""Sealed files: arrays or JSON with a checksum over the whole content, so that damage is always detected.
 
-Arrays are stored in the safetensors format, which any of its readers opens. They are written and read here because
-large ones must neither be copied in memory to be written nor mapped to be read in parts.
+Arrays are stored in the safetensors format, readable by any of its readers. This implementation writes large arrays
+without copying them and reads parts without memory-mapping.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from transcriptformer.errors import DamagedError, OutputError, one_line
 from transcriptformer.storage.atomic import atomic_write
 
 Arrays = Mapping[str, np.ndarray | Sequence[np.ndarray]]
-"""Arrays by name; a sequence is written as one array, its items one below the other."""
+"""Arrays by name; sequences are concatenated along the first axis."""
 
 _DTYPES = {
     "BOOL": np.dtype("?"),
@@ -32,15 +32,15 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _NO_SEAL = "0" * 64
 _SEAL, _METADATA = "sha256", "__metadata__"
-_MOST_HEADER = 2**20
+_MAX_HEADER = 2**20
 _CHUNK = 2**20
 
 
-_NOT_AS_WRITTEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+_FORMAT_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
-class Stored(NamedTuple):
-    """Where an array lies in a sealed file."""
+class StoredArray(NamedTuple):
+    """Type, shape and offset of an array in a sealed file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -48,22 +48,22 @@ class Stored(NamedTuple):
 
     @property
     def n_items(self) -> int:
-        """Numbers in it."""
+        """Number of items."""
         return math.prod(self.shape)
 
     @property
     def n_bytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return self.n_items * self.dtype.itemsize
 
 
 def write_sealed(path: Path, arrays: Arrays, metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays of booleans, uint8, int32, int64, float32 or float64; the file is whole or not there.
+    """Atomically write arrays of bool, uint8, int32, int64, float32 or float64.
 
     Raises
     ------
     OutputError
-        If it cannot be written.
+        If the file cannot be written.
     """
     parts = {name: [a] if isinstance(a, np.ndarray) else list(a) for name, a in arrays.items()}
     header: dict[str, Any] = {_METADATA: {**(metadata or {}), _SEAL: _NO_SEAL}}
@@ -93,7 +93,7 @@ def _blocks(text: bytes, parts: Mapping[str, Sequence[np.ndarray]]) -> Iterator[
 
 
 class SealedFile:
-    """A sealed file, opened for reading; `verify` compares its checksum.
+    """A sealed file, open for reading; `verify` checks its checksum.
 
     Parameters
     ----------
@@ -103,14 +103,14 @@ class SealedFile:
     Attributes
     ----------
     metadata
-        What was said when it was written.
+        Metadata given to `write_sealed`.
     arrays
-        Where each array lies.
+        Type, shape and offset of each array.
 
     Raises
     ------
     DamagedError
-        If it is missing or not a sealed file.
+        If the file is missing or not a sealed file.
     OutputError
         If it cannot be read.
     """
@@ -119,22 +119,22 @@ class SealedFile:
         self.path = path
         with _reading(path), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            self._header = file.read(length) if length <= _MOST_HEADER else b""
+            self._header = file.read(length) if length <= _MAX_HEADER else b""
             self.size = os.fstat(file.fileno()).st_size
             header = json.loads(self._header)
             self.metadata: dict[str, str] = header.pop(_METADATA)
             self._seal = self.metadata.pop(_SEAL).encode()
             self.arrays = {name: self._stored(8 + length, **array) for name, array in header.items()}
 
-    def _stored(self, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
+    def _stored(self, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredArray:
         first, last = data_offsets
-        stored = Stored(_DTYPES[dtype], tuple(map(int, shape)), start + first)
+        stored = StoredArray(_DTYPES[dtype], tuple(map(int, shape)), start + first)
         if stored.n_bytes != last - first or not start <= stored.offset <= start + last <= self.size:
-            raise ValueError("an array lies outside of it")
+            raise ValueError("array outside the file")
         return stored
 
     def verify(self) -> None:
-        """Read all of it and raise DamagedError where a single bit differs from what was written."""
+        """Read the whole file and raise DamagedError if its checksum is wrong."""
         digest = self._digest()
         with _reading(self.path), self.path.open("rb") as file:
             file.seek(8 + len(self._header))
@@ -143,7 +143,7 @@ class SealedFile:
         self._compare(digest)
 
     def read(self, name: str) -> np.ndarray:
-        """A whole array.
+        """Read a whole array.
 
         Raises
         ------
@@ -157,7 +157,7 @@ class SealedFile:
             return np.fromfile(self.path, array.dtype, array.n_items, offset=array.offset).reshape(array.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of an array from `start` to before `stop`; errors as for `read`."""
+        """Read the rows in [start, stop) of an array; raises the errors of `read`."""
         array = self.arrays[name]
         width = array.n_items // max(1, array.shape[0])
         offset = array.offset + start * width * array.dtype.itemsize
@@ -166,12 +166,12 @@ class SealedFile:
             return values.reshape(stop - start, *array.shape[1:])
 
     def read_verified(self) -> dict[str, np.ndarray]:
-        """All arrays, if what is read is as it was written, even where the file is replaced meanwhile.
+        """Read all arrays and verify the bytes just read, even if the file is replaced meanwhile.
 
         Raises
         ------
         DamagedError
-            If it is not.
+            If the checksum is wrong.
         OutputError
             If the file cannot be read.
         """
@@ -192,11 +192,11 @@ class SealedFile:
 
     def _compare(self, digest: Any) -> None:
         if digest.hexdigest().encode() != self._seal:
-            raise damaged(self.path)
+            raise _damaged(self.path)
 
 
 def read_sealed(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a sealed file, verified.
+    """Read and verify all arrays of a sealed file.
 
     Raises
     ------
@@ -207,7 +207,7 @@ def read_sealed(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON with a checksum; the file is whole or not there.
+    """Atomically write JSON with a checksum.
 
     Raises
     ------
@@ -219,12 +219,12 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def sealed_json(values: Any) -> str:
-    """JSON with a checksum, as `read_json` takes it."""
+    """Serialize values to JSON with a checksum, for `read_json`."""
     return json.dumps({_SEAL: _json_seal(values), "values": values}, indent=1)
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+    """Read and verify a file from `write_json`.
 
     Raises
     ------
@@ -235,7 +235,7 @@ def read_json(path: Path) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
         values, seal = content["values"], content[_SEAL]
     if seal != _json_seal(values):
-        raise damaged(path)
+        raise _damaged(path)
     return values
 
 
@@ -249,12 +249,12 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DamagedError(f"{path}: missing") from error
-    except OSError as error:  # which says nothing of what the file holds
+    except OSError as error:  # does not mean that the content is damaged
         raise OutputError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from error
-    except _NOT_AS_WRITTEN as error:
-        raise damaged(path) from error
+    except _FORMAT_ERRORS as error:
+        raise _damaged(path) from error
 
 
-def damaged(path: Path) -> DamagedError:
-    """What to say of a file that is not as it was written."""
+def _damaged(path: Path) -> DamagedError:
+    """Create the error for a file with unexpected content."""
     return DamagedError(f"{path}: truncated, damaged or written by another version")

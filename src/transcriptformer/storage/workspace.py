@@ -1,4 +1,4 @@
-"""The folder beside a result in which a run keeps what it has, until the result is whole; and whether it may go on."""
+"""Folder for the intermediate results of a run, next to its output, and checks that a run may resume from it."""
 
 import json
 import logging
@@ -13,24 +13,24 @@ import numpy as np
 from transcriptformer.errors import DamagedError, OutputError, UsageError
 from transcriptformer.storage.atomic import remove, sync_folder, temporary_path, writing
 from transcriptformer.storage.lock import RunLock
-from transcriptformer.storage.results import cannot_keep
+from transcriptformer.storage.results import cannot_write_results
 from transcriptformer.storage.sealed import read_json, read_sealed, write_json, write_sealed
 
 logger = logging.getLogger(__name__)
 
 
 class Workspace:
-    """`<result>.parts`, with `run.json`, which says what is computed there, and whatever that run keeps.
+    """Folder `<result>.parts` with the intermediate results of a run, which `run.json` identifies.
 
     Parameters
     ----------
     output
-        The result to be.
+        Path of the final result.
 
     Attributes
     ----------
     lock
-        Taken before anything is looked at or changed here; it lies beside the folder, which comes and goes.
+        Held for all access to the folder; its file is next to the folder, which may be deleted.
     """
 
     def __init__(self, output: Path) -> None:
@@ -40,19 +40,19 @@ class Workspace:
 
     @contextmanager
     def locked(self, resume: bool) -> Iterator[None]:
-        """Keep other runs out, then look: without `resume`, an earlier run must not have left anything.
+        """Hold the lock; without `resume`, refuse results of an earlier run.
 
         Raises
         ------
         UsageError
-            If another run is at work here, or an earlier one left something.
+            If another run holds the lock, or an earlier run left results.
         """
         self.lock.acquire(self.folder)
         try:
             if self.exists and not resume:
                 raise UsageError(
-                    f"{self.folder}: holds what an earlier run has computed; add --resume to go on with it, or delete "
-                    "that folder to begin anew"
+                    f"{self.folder}: contains results of an earlier run; add --resume to continue it, or delete the "
+                    "folder to start over"
                 )
             yield
         finally:
@@ -60,32 +60,32 @@ class Workspace:
 
     @property
     def exists(self) -> bool:
-        """Whether an earlier run left something to go on with."""
+        """Whether an earlier run left results."""
         return self._run_json.is_file()
 
-    def continues(self, identity: Mapping[str, Any]) -> bool:
-        """Whether an earlier run of the same left something to continue.
+    def can_resume(self, identity: Mapping[str, Any]) -> bool:
+        """Whether an earlier run with the same identity left results to resume from.
 
         Raises
         ------
         UsageError
-            If what is here is of other inputs, another checkpoint or other settings, or nothing says of what.
+            If the results have other inputs, another checkpoint or other settings, or `run.json` is missing.
         DamagedError
-            If what says so is damaged.
+            If `run.json` is damaged.
         """
         if self.exists:
-            check_same(self._run()["identity"], identity, self.folder)
+            check_same_run(self._run()["identity"], identity, self.folder)
             return True
         if any(self.folder.glob("p*-*.safetensors")):
             raise UsageError(
-                f"{self.folder}: holds results of an earlier run, but {self._run_json.name}, which says of what, is "
-                "missing; delete that folder to begin anew"
+                f"{self.folder}: contains results of an earlier run, but {self._run_json.name} is missing; delete the "
+                "folder to start over"
             )
         return False
 
     @contextmanager
     def create(self, identity: Mapping[str, Any]) -> Iterator[None]:
-        """Begin anew; what is to be known of the run from the start is written within."""
+        """Create an empty folder, and write `run.json` at the end of the block."""
         try:
             with writing(self.folder):
                 remove(self.folder)
@@ -95,34 +95,34 @@ class Workspace:
             yield
             write_json(self._run_json, {"id": secrets.token_hex(16), "identity": identity})
         except OutputError as error:
-            raise cannot_keep(self.folder, error) from error
+            raise cannot_write_results(self.folder, error) from error
 
     @property
     def run_id(self) -> str:
-        """Random id of the run that the folder was made for."""
+        """Random id of the run."""
         return str(self._run()["id"])
 
-    def note_done(self, is_done: np.ndarray) -> None:
-        """Note which of the kept cells (cells,) need not be computed: the same for all processes of a run."""
+    def write_done_mask(self, is_done: np.ndarray) -> None:
+        """Write the mask (kept cells,) of finished cells, shared by all processes of the run."""
         try:
             write_sealed(self.folder / "done.safetensors", {"done": is_done})
         except OutputError as error:
-            raise cannot_keep(self.folder, error) from error
+            raise cannot_write_results(self.folder, error) from error
 
-    def done(self) -> np.ndarray:
-        """What was noted: a mask (kept cells,)."""
+    def read_done_mask(self) -> np.ndarray:
+        """Read the mask (kept cells,) of finished cells."""
         return read_sealed(self.folder / "done.safetensors")["done"]
 
     def remove(self) -> None:
-        """Delete it all; the result is whole."""
-        leaving = temporary_path(self.folder)
-        remove(leaving)
+        """Delete the folder."""
+        renamed = temporary_path(self.folder)
+        remove(renamed)
         with suppress(OSError):
-            self.folder.rename(leaving)  # at once: a kill must not leave a part of it
-        remove(leaving)
+            self.folder.rename(renamed)  # atomic: a kill must not leave a partial folder
+        remove(renamed)
         remove(self.folder)
         if self.folder.exists():
-            logger.warning("%s: cannot be deleted; it is not needed any more", self.folder)
+            logger.warning("%s: cannot be deleted; it is no longer needed", self.folder)
 
     @property
     def _run_json(self) -> Path:
@@ -132,38 +132,38 @@ class Workspace:
         try:
             return read_json(self._run_json)
         except DamagedError as error:
-            raise DamagedError(f"{error}; delete {self.folder} to begin anew") from error
+            raise DamagedError(f"{error}; delete {self.folder} to start over") from error
 
 
-def check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
-    """Raise UsageError where the run that a folder holds is not the one that is to go on."""
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
+    """Raise UsageError if the identity of the run in a folder differs from the new one."""
     changes = list(differences(old, new))
     if changes:
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise UsageError(
-            f"--resume: {folder} holds another run; changed: {'; '.join(changes[:5])}{more}; undo the change, "
-            "or delete that folder to begin anew"
+            f"--resume: {folder} contains a different run; changed: {'; '.join(changes[:5])}{more}; undo the change, "
+            "or delete the folder to start over"
         )
 
 
-def is_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether two identities are of the same run."""
+def is_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two identities are equal."""
     return next(differences(old, new), None) is None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """What changed, in words."""
-    before, after = (dict(flat(json.loads(json.dumps(identity)))) for identity in (old, new))
+    """Describe each difference between two identities."""
+    before, after = (dict(flatten(json.loads(json.dumps(identity)))) for identity in (old, new))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             yield f"{key} was {before.get(key)}, is {after.get(key)}"
 
 
-def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values with their dotted paths."""
+def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over nested values and their dotted paths."""
     items: Any = values.items() if isinstance(values, Mapping) else enumerate(values)
     for key, value in items:
         if isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping)):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -1,4 +1,4 @@
-"""Cells in, a checkpoint out: `fit(load_train_config(options))`."""
+"""Training: `fit(load_train_config(options))` trains a model and writes a checkpoint."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ __all__ = ["fit", "load_train_config"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fit":  # PyTorch comes with it, and is not needed to check settings
+    if name == "fit":  # imports PyTorch, which is not needed to validate settings
         return import_module("transcriptformer.training.run").fit
     if name == "load_train_config":
         return import_module("transcriptformer.training.config").load_train_config

@@ -1,4 +1,4 @@
-"""What a model that knows no context would reach: how often each gene occurs, and how high its count is."""
+"""The frequency baseline: the loss of a model without context, from gene frequencies and mean counts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,30 +17,30 @@ from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.storage.sealed import read_json, read_sealed, write_json, write_sealed
 
 SMOOTHING = 0.5
-"""Added to how often each token occurs, for what was not seen is not impossible."""
+"""Pseudocount of each token."""
 
-MOST_OF_SOFTCAP = 0.95
-"""Logits begin within this share of the soft cap."""
+MAX_SHARE_OF_SOFTCAP = 0.95
+"""Initial logits are clipped to this share of the soft cap."""
 
 
 @dataclass(frozen=True)
 class GeneStatistics:
-    """What some cells say about each token on its own.
+    """Frequency and mean count of each token.
 
     Attributes
     ----------
     occurrences
-        Cells that express it (tokens,), float64.
+        Number of cells that express the token (tokens,), float64.
     rates
-        Mean of its counts in these cells (tokens,), float64; 1 where there are none.
+        Mean count in these cells (tokens,), float64; 1 if there are none.
     """
 
     occurrences: np.ndarray
     rates: np.ndarray
 
     @classmethod
-    def of(cls, parts: Iterable[Tokens], n_tokens: int) -> "GeneStatistics":
-        """Count the tokens of `parts`."""
+    def from_tokens(cls, parts: Iterable[Tokens], n_tokens: int) -> "GeneStatistics":
+        """Compute the statistics of cells."""
         occurrences, totals = np.zeros(n_tokens), np.zeros(n_tokens)
         for tokens in parts:
             occurrences += np.bincount(tokens.genes, minlength=n_tokens)
@@ -49,48 +49,48 @@ class GeneStatistics:
 
     @property
     def log_frequencies(self) -> np.ndarray:
-        """Logarithm of the share of each token (tokens,)."""
+        """Log frequency of each token (tokens,)."""
         smoothed = self.occurrences + SMOOTHING
         return np.log(smoothed / smoothed.sum())
 
     def save(self, path: Path) -> None:
-        """Write to a sealed file."""
+        """Write a sealed file."""
         write_sealed(path, {"occurrences": self.occurrences, "rates": self.rates})
 
     @classmethod
     def load(cls, path: Path) -> "GeneStatistics":
-        """Read what `save` wrote; DamagedError where it is not as it was."""
+        """Read what `save` wrote; raise DamagedError if it has changed."""
         return cls(**read_sealed(path))
 
 
 class Baseline(NamedTuple):
-    """Negative log-likelihoods per gene that need no model.
+    """Negative log-likelihoods per gene, without a model.
 
     Attributes
     ----------
     gene_nll
-        Each gene is drawn by its frequency, whatever came before.
+        Genes are drawn by frequency.
     count_nll
-        Each count is drawn by its gene's rate, or by that rate's share in the cell's total, whichever fits better.
+        Counts are predicted by the mean count of the gene, or by its share of the cell's total, whichever is better.
     """
 
     gene_nll: float
     count_nll: float
 
     def save(self, path: Path) -> None:
-        """Write to a JSON file."""
+        """Write a JSON file."""
         write_json(path, self._asdict())
 
     @classmethod
     def load(cls, path: Path) -> "Baseline":
-        """Read what `save` wrote; DamagedError where it is not as it was."""
+        """Read what `save` wrote; raise DamagedError if it has changed."""
         return cls(**read_json(path))
 
 
 def measure_baseline(
     statistics: GeneStatistics, batches: Iterable[Batch], pad: int, model: ModelConfig, loss: LossConfig, clip: float
 ) -> Baseline:
-    """Likelihoods of other cells under `statistics`, by the formulas that the model is judged by."""
+    """Measure the baseline on held-out cells, with the same losses as the model."""
     log_frequencies = torch.from_numpy(statistics.log_frequencies).float()
     rates = torch.from_numpy(statistics.rates).float()
     sums = np.zeros(3)
@@ -115,10 +115,9 @@ def measure_baseline(
 
 @torch.no_grad()
 def start_from_frequencies(model: TranscriptFormer, statistics: GeneStatistics) -> None:
-    """Let the heads of a new model begin with what `statistics` say.
+    """Initialize the heads of a new model from `statistics`.
 
-    The gene head begins with how often a gene occurs; the count head, where its link function allows it, with how high
-    its count is.
+    The gene head predicts gene frequencies and, if its link function allows it, the count head mean counts.
     """
     head: Any
     if model.gene_id_head is not None:
@@ -126,8 +125,8 @@ def start_from_frequencies(model: TranscriptFormer, statistics: GeneStatistics) 
         logits = torch.from_numpy(statistics.log_frequencies)
         logits = logits - (logits.max() + logits.min()) / 2
         if cap > 0:
-            most = MOST_OF_SOFTCAP
-            logits = cap * torch.atanh((logits / cap).clamp(-most, most))
+            limit = MAX_SHARE_OF_SOFTCAP
+            logits = cap * torch.atanh((logits / cap).clamp(-limit, limit))
         head.bias.copy_(logits)
         head.weight.zero_()
     if model.config.mu_link_fn in ("softmax", "exp"):

@@ -1,4 +1,4 @@
-"""What the Trainer is watched by: the state of training is saved as it goes on, and its end is seen to."""
+"""A Trainer callback that saves the training state, logs metrics and stops the run."""
 
 import logging
 import math
@@ -16,22 +16,22 @@ from transcriptformer.training.metrics import MetricsFile
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, float], None]
-"""Called with how many steps are done, how many there are, and the loss of the latest."""
+"""Called with the number of steps done, the total, and the loss of the latest step."""
 
 
 class Saving(pl.Callback):
-    """Saves the latest state every so many steps and after every validation, and the weights of the best validation.
+    """Saves the state periodically and after every validation, and the weights of the best validation.
 
     Parameters
     ----------
     folder
-        Where.
+        Output folder of the run.
     training
-        How often, and after how many validations without a better loss to stop.
+        Intervals of saving and logging, and the patience of early stopping.
     metrics
-        Figures of every so many steps, and of every validation.
+        File for the metrics.
     watchdog
-        Leaves the handling of signals to the end of a step.
+        Defers signals to the end of a step.
     on_step
         Called in the first process after every step.
     """
@@ -50,17 +50,17 @@ class Saving(pl.Callback):
         self.is_done = False
         self.n_steps, self.validate_every, self.saved_step = 0, 0, 0
 
-    def expect(self, n_steps: int, validate_every: int) -> None:
-        """Say how many steps there are, and after how many of them a validation comes."""
+    def configure(self, n_steps: int, validate_every: int) -> None:
+        """Set the number of steps, and of steps between validations."""
         self.n_steps, self.validate_every = n_steps, validate_every
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
+        """Return the state that a resumed run needs."""
         state = {name: getattr(self, name) for name in ("best_loss", "best_step", "n_worse", "is_done")}
         return {**state, "metrics": self.metrics.text}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what `state_dict` told."""
+        """Restore what `state_dict` returned."""
         state = dict(state_dict)
         self.metrics.text = state.pop("metrics")
         for name, value in state.items():
@@ -69,13 +69,13 @@ class Saving(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         if trainer.global_step:
             if trainer.is_global_zero and self.best_step:
-                trainer.strategy.checkpoint_io.load_checkpoint(self.folder.best)  # now, not when it is needed
-            logger.info("going on from step %d of %d", trainer.global_step, self.n_steps)
+                trainer.strategy.checkpoint_io.load_checkpoint(self.folder.best)  # fails early if it is damaged
+            logger.info("resuming from step %d of %d", trainer.global_step, self.n_steps)
             self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             self.metrics.begin()
         trainer.should_stop = self.is_done
-        self.watchdog.take_signals()  # Lightning's handler speaks to the other processes, which may be gone
+        self.watchdog.install_handlers()  # Lightning's handler talks to other processes, which may be gone
         self.watchdog.is_deferred = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
@@ -88,19 +88,19 @@ class Saving(pl.Callback):
     ) -> None:
         step = trainer.global_step
         if trainer.is_global_zero and step % self.training.log_every == 0:
-            self._log(trainer, is_validation=False)  # before the state is saved, which holds the line
+            self._log(trainer, is_validation=False)  # before saving, because the state includes the metrics
         if self.on_step is not None and trainer.is_global_zero:
             self.on_step(step, self.n_steps, float(trainer.callback_metrics["loss"]))
         if step % self.validate_every == 0 or step == self.n_steps:
-            return  # a validation comes, without which this step is not complete
-        ends = self._ends(trainer)
-        if ends or step % self.training.save_every == 0:
+            return  # saved after the validation, which is part of this step
+        is_terminated = self._is_terminated(trainer)
+        if is_terminated or step % self.training.save_every == 0:
             self._save(trainer)
-        if ends:
+        if is_terminated:
             self.watchdog.end()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After a validation, and what it has led to."""
+        """Log the validation, save the state, and stop if the run is done."""
         loss = trainer.callback_metrics.get("validation_loss")
         if trainer.is_global_zero and loss is not None:
             self._log(trainer, is_validation=True)
@@ -113,24 +113,24 @@ class Saving(pl.Callback):
         is_patient = self.training.patience is None or self.n_worse < self.training.patience
         self.is_done = trainer.should_stop = trainer.global_step >= self.n_steps or not is_patient
         self._save(trainer)
-        if self._ends(trainer):
+        if self._is_terminated(trainer):
             self.watchdog.end()
 
-    def what_is_kept(self) -> str | None:
-        """Say what a run that ends early leaves behind."""
+    def describe_kept(self) -> str | None:
+        """Describe the saved state of an interrupted run."""
         if self.saved_step == 0:
             return None
         return f"the state of step {self.saved_step} is kept in {self.folder.path}; {RESUME}"
 
     def _log(self, trainer: pl.Trainer, is_validation: bool) -> None:
-        figures = trainer.callback_metrics.items()
-        chosen = {n: v for n, v in figures if n == "epoch" or n.startswith("validation_") == is_validation}
+        metrics = trainer.callback_metrics.items()
+        chosen = {n: v for n, v in metrics if n == "epoch" or n.startswith("validation_") == is_validation}
         self.metrics.append(trainer.global_step, chosen)
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.folder.last)
         self.saved_step = trainer.global_step
 
-    def _ends(self, trainer: pl.Trainer) -> bool:
-        """Whether a signal ends one of the processes, as a scheduler sends it some seconds before it kills."""
+    def _is_terminated(self, trainer: pl.Trainer) -> bool:
+        """Whether any process has received a signal, such as a scheduler sends some seconds before it kills."""
         return trainer.strategy.reduce_boolean_decision(self.watchdog.received is not None, all=False)

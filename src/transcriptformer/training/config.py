@@ -1,8 +1,8 @@
-"""What can be set for `transcriptformer train`: `model`, which goes into the checkpoint's config.json, and `training`.
+"""Configuration of `transcriptformer train`: `model`, which is saved in the checkpoint's config.json, and `training`.
 
-Values are layered, later ones winning: the defaults below, `conf/train_config.yaml`, a recipe (`--config`), options,
-overrides. A checkpoint that is trained on brings its architecture, losses, vocabularies and treatment of counts, in
-place of what the YAML says of a model from scratch.
+Later layers override earlier ones: the defaults below, `conf/train_config.yaml`, a recipe (`--config`), options,
+overrides. A checkpoint to start from replaces the architecture, losses, vocabularies and preprocessing of counts in the
+YAML file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from transcriptformer.checkpoint.published import faults_of, read_checkpoint_config
+from transcriptformer.checkpoint.published import config_json_errors, read_checkpoint_config
 from transcriptformer.config import (
-    MOST_INT,
+    MAX_INT,
     ComputeConfig,
     TrainedModel,
     conf_dir,
@@ -30,111 +30,109 @@ from transcriptformer.config import (
 from transcriptformer.errors import UsageError, one_line
 
 MEAN = "mean"
-"""What a new value of a metadata column starts from, if not from another value: the mean of those that are known."""
+"""Starts a new value of a metadata column from the mean of the known values."""
 
-
-MOST_WEIGHT = 1e6
-"""Greatest weight of a loss or of a file."""
+MAX_WEIGHT = 1e6
+"""Maximum weight of a loss or a file."""
 
 _RANGES = {
     "max_epochs (--max-epochs)": (1, 10**6),
-    "max_steps (--max-steps)": (1, MOST_INT),
-    "patience (--patience)": (1, MOST_INT),
-    "batch_size (--batch-size)": (1, MOST_INT),
-    "tokens_per_batch": (1, MOST_INT),
+    "max_steps (--max-steps)": (1, MAX_INT),
+    "patience (--patience)": (1, MAX_INT),
+    "batch_size (--batch-size)": (1, MAX_INT),
+    "tokens_per_batch": (1, MAX_INT),
     "final_learning_rate_share": (0, 1),
     "warmup_share": (0, 1),
     "weight_decay": (0, 1e3),
     "clip_gradients": (0, 1e30),
-    "gene_loss_weight": (0, MOST_WEIGHT),
-    "count_loss_weight": (0, MOST_WEIGHT),
-    "label_loss_weight": (0, MOST_WEIGHT),
+    "gene_loss_weight": (0, MAX_WEIGHT),
+    "count_loss_weight": (0, MAX_WEIGHT),
+    "label_loss_weight": (0, MAX_WEIGHT),
     "lora_rank (--lora-rank)": (0, 2**16),
     "lora_alpha": (0, 1e6),
     "seed (--seed)": (0, 2**63 - 1),
     "streams": (1, 2**16),
     "block_size": (1, 2**24),
     "blocks_to_mix": (1, 2**16),
-    "validate_every": (1, MOST_INT),
-    "save_every": (1, MOST_INT),
-    "log_every": (1, MOST_INT),
+    "validate_every": (1, MAX_INT),
+    "save_every": (1, MAX_INT),
+    "log_every": (1, MAX_INT),
 }
 
 
 @dataclass
 class TrainingConfig(ComputeConfig):
-    """A run of `transcriptformer train` (`training`)."""
+    """Settings of `transcriptformer train` (`training`)."""
 
     data_files: list[str] = field(default_factory=list)
-    """h5ad files or zarr stores with raw counts; a name may hold the wildcards * and **."""
+    """h5ad files or zarr stores with raw counts; names may contain the wildcards * and **."""
     data_weights: list[float] = field(default_factory=list)
-    """Passes over each of `data_files` in an epoch, which may be fractions; empty: one over every file."""
+    """Passes over each of `data_files` per epoch, possibly fractional; empty: one over every file."""
     validation_files: list[str] = field(default_factory=list)
-    """Files whose cells are validated on, and not learned from."""
+    """Files of held-out cells for validation."""
     validation_fraction: float = 0.1
-    """Share of the cells of `data_files` that is validated on where there are no `validation_files`; 0: none."""
+    """Share of the cells of `data_files` held out for validation if there are no `validation_files`; 0: none."""
     checkpoint_path: str | None = None
-    """Folder of the checkpoint that training starts from; None: from scratch."""
+    """Folder of the checkpoint to start from; None: train from scratch."""
     protein_embeddings: list[str] = field(default_factory=list)
-    """Protein-embedding files whose genes are the vocabulary, from scratch."""
+    """Protein-embedding files, whose genes are the vocabulary of a model from scratch."""
     new_aux_values: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Values to append to the vocabulary of a metadata column, and the known value that each starts from, or `mean`."""
+    """Values to append to the vocabulary of a metadata column, and the known value each starts from, or `mean`."""
     label_column: str | None = None
-    """Column of `obs` with the labels, such as cell types, that a head learns to tell from the cell embedding."""
+    """`obs` column with labels, such as cell types, that a head learns to predict from the cell embedding."""
     freeze: list[str] | None = None
-    """Modules that are not trained, such as transformer_encoder.encoder_layers.0; None: none of them, or, with LoRA,
-    all that were there before."""
+    """Modules to freeze, such as transformer_encoder.encoder_layers.0; None: none (LoRA: all pretrained ones)."""
     lora_rank: int = 0
-    """Rank of the updates that are learned for attention and feed-forward instead of their weights; 0: no LoRA."""
+    """Rank of the LoRA updates of attention and feed-forward weights; 0: no LoRA."""
     lora_alpha: float = 16.0
-    """The updates are scaled by lora_alpha / lora_rank."""
+    """LoRA updates are scaled by lora_alpha / lora_rank."""
     output_path: str = "./training_results"
-    """Folder of what comes out."""
+    """Output folder."""
     max_epochs: int = 10
-    """Passes over the training cells."""
+    """Maximum passes over the training cells."""
     max_steps: int | None = None
-    """Most steps of the optimizer, if fewer than `max_epochs` take."""
+    """Maximum optimizer steps; None: no limit besides `max_epochs`."""
     patience: int | None = None
-    """Stop after this many validations in a row without a better loss; None: never."""
+    """Stop after this many consecutive validations without improvement; None: no early stopping."""
     batch_size: int = 64
-    """Cells in a step of the optimizer, of all processes together."""
+    """Cells per optimizer step, over all processes."""
     tokens_per_batch: int | None = None
-    """Most positions that a process computes at a time; a step of more is accumulated. None: as suits the device."""
+    """Maximum positions per batch; gradients of larger steps are accumulated. None: depends on the device."""
     learning_rate: float = 3e-4
-    """At its highest."""
+    """Peak learning rate."""
     final_learning_rate_share: float = 0.1
-    """Share of it that is left at the end, after a cosine."""
+    """Final learning rate after cosine decay, as a share of the peak."""
     warmup_share: float = 0.05
-    """Share of the steps in which the learning rate rises linearly from 0."""
+    """Share of the steps used for linear warm-up."""
     weight_decay: float = 0.1
-    """AdamW's; it spares norms, biases and embeddings."""
+    """AdamW weight decay; not applied to norms, biases and embeddings."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW's two."""
+    """AdamW betas."""
     clip_gradients: float = 1.0
-    """Gradients whose norm is above this are scaled down to it; 0: never."""
+    """Maximum gradient norm; 0: no clipping."""
     gene_loss_weight: float | None = None
-    """Weight of the genes' cross-entropy; None: model.loss_config.gene_id_loss_weight (where 0 means: no gene head)."""
+    """Weight of the gene cross-entropy; None: model.loss_config.gene_id_loss_weight (where 0 means no gene head)."""
     count_loss_weight: float = 1.0
-    """Weight of the counts' negative log-likelihood."""
+    """Weight of the negative log-likelihood of the counts."""
     label_loss_weight: float = 1.0
-    """Weight of the labels' cross-entropy."""
+    """Weight of the label cross-entropy."""
     start_from_frequencies: bool = True
-    """From scratch, begin with heads that say how often each gene occurs, and how high."""
+    """Initialize the heads of a model from scratch with gene frequencies and mean counts."""
     attention: str = "auto"
-    """blockwise: long cells in blocks; flex: compiled, on a GPU; plain; or auto: flex on a GPU, elsewhere blockwise."""
+    """blockwise: long cells in blocks; flex: compiled, on a GPU; plain; or auto: flex on a GPU, blockwise elsewhere."""
     seed: int = 0
-    """Of weights, order, dropout and the choice of validation cells."""
+    """Seed of weights, order, dropout and the choice of validation cells."""
     streams: int = 8
-    """Parts of the shuffled cells that are read side by side; as long as processes and their workers are no more than
-    these, they do not change the order."""
+    """Contiguous parts of the shuffled cells that are read in parallel. The order does not depend on processes and
+    workers unless there are more of them than streams."""
     block_size: int = 128
-    """Consecutive cells that are read at once."""
+    """Consecutive cells read together."""
     blocks_to_mix: int = 16
-    """Blocks of a stream that are in memory and shuffled with each other."""
+    """Blocks per stream that are held in memory and shuffled together."""
     validate_every: int | None = None
     """Steps between validations; None: once per epoch."""
     save_every: int = 500
-    """Steps between saving what a killed run goes on from."""
+    """Steps between saves of the training state."""
     log_every: int = 10
     """Steps between lines in metrics.csv."""
 
@@ -145,40 +143,42 @@ class TrainingConfig(ComputeConfig):
             key + "data_weights",
             f"{len(self.data_weights)} weights for {len(self.data_files)} data_files",
         )
-        is_weight = all(0 < weight <= MOST_WEIGHT for weight in self.data_weights)
-        require(is_weight, key + "data_weights", f"must be more than 0, at most {MOST_WEIGHT:g}")
-        require(0 <= self.validation_fraction < 1, key + "validation_fraction", "must be from 0 to less than 1")
+        is_weight = all(0 < weight <= MAX_WEIGHT for weight in self.data_weights)
+        require(is_weight, key + "data_weights", f"must be above 0 and at most {MAX_WEIGHT:g}")
+        require(0 <= self.validation_fraction < 1, key + "validation_fraction", "must be at least 0 and below 1")
         require_ranges(self, key, _RANGES)
         require_positive(self, key, {"learning_rate (--learning-rate)": 1e30})
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), key + "betas", "must be two, below 1")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), key + "betas", "must be two numbers in [0, 1)"
+        )
         self.require_computable(key)
         require_one_of(self.attention, ("auto", "blockwise", "flex", "plain"), key + "attention")
         require(
             self.checkpoint_path is None or not self.protein_embeddings,
             key + "protein_embeddings (--protein-embedding)",
-            "is for training from scratch; a checkpoint (--checkpoint-path) brings its own",
+            "is for training from scratch only; remove it, because --checkpoint-path includes protein embeddings",
         )
         require(
             self.patience is None or self.has_validation,
             key + "patience (--patience)",
-            "needs cells to validate on: training.validation_fraction, or validation_files",
+            "requires validation: set training.validation_fraction or training.validation_files",
         )
         for name in ("lora_rank", "new_aux_values"):
             require(
                 not getattr(self, name) or self.checkpoint_path is not None,
                 key + name,
-                "speaks of a checkpoint to start from: it needs --checkpoint-path",
+                "requires --checkpoint-path",
             )
 
     @property
     def has_validation(self) -> bool:
-        """Whether some cells are kept to validate on."""
+        """Whether cells are held out for validation."""
         return bool(self.validation_files) or self.validation_fraction > 0
 
 
 @dataclass
 class TrainConfig:
-    """The whole configuration of `transcriptformer train`."""
+    """The complete configuration of `transcriptformer train`."""
 
     model: TrainedModel
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -188,19 +188,19 @@ class TrainConfig:
         require(
             has_gene_head or not training.gene_loss_weight,
             "training.gene_loss_weight",
-            "needs a gene head, which a model.loss_config.gene_id_loss_weight above 0 brings",
+            "requires a gene head: set model.loss_config.gene_id_loss_weight above 0",
         )
-        require(max(self.gene_loss_weight, *self.other_loss_weights) > 0, "training", "all weights of losses are 0")
+        require(max(self.gene_loss_weight, *self.other_loss_weights) > 0, "training", "all loss weights are 0")
 
     @property
     def gene_loss_weight(self) -> float:
-        """What the genes' loss counts for."""
+        """Weight of the gene loss."""
         weight = self.training.gene_loss_weight
         return self.model.loss_config.gene_id_loss_weight if weight is None else weight
 
     @property
     def other_loss_weights(self) -> tuple[float, float]:
-        """What the losses of counts and of labels count for."""
+        """Weights of the count and label losses."""
         training = self.training
         return training.count_loss_weight, training.label_loss_weight if training.label_column else 0.0
 
@@ -208,24 +208,24 @@ class TrainConfig:
 def load_train_config(
     options: Mapping[str, object] | None = None, overrides: Sequence[str] = (), recipe: Path | None = None
 ) -> TrainConfig:
-    """Layer defaults, YAML, checkpoint, recipe, options and overrides into one checked configuration.
+    """Merge defaults, YAML, checkpoint, recipe, options and overrides into one validated configuration.
 
     Parameters
     ----------
     options
-        Dotted path → value; None means "not given".
+        Values by dotted path; None means "not given".
     overrides
         `dotted.path=value` in Hydra's grammar, applied last.
     recipe
-        A YAML file of the form of `conf/train_config.yaml`, with any part of its keys.
+        A YAML file with any subset of the keys of `conf/train_config.yaml`.
 
     Raises
     ------
     UsageError
-        If an option, an override or the recipe has an unknown key, a wrong type or an impossible value, or nothing is
-        there to start from or to learn from.
+        If an option, an override or the recipe has an unknown key, a wrong type or an invalid value, or if training
+        files or a starting point are missing.
     CheckpointError
-        If the checkpoint's `config.json` cannot be used.
+        If the checkpoint's `config.json` is invalid.
     """
     options = options or {}
     own = _read_recipe(recipe) if recipe else OmegaConf.create()
@@ -242,7 +242,7 @@ def load_train_config(
         folder = Path(str(start))
         if not folder.is_dir():
             raise UsageError(f"--checkpoint-path {folder}: no such folder")
-        with faults_of(folder / "config.json"):
+        with config_json_errors(folder / "config.json"):
             config = OmegaConf.merge(OmegaConf.structured(TrainConfig), _without_model(defaults), _trained(folder))
             trained = OmegaConf.to_object(config)
     try:
@@ -261,29 +261,27 @@ def _read_recipe(path: Path) -> Any:
     try:
         recipe = OmegaConf.load(path)
         if not isinstance(recipe, DictConfig) or not all(isinstance(recipe[key], DictConfig) for key in recipe):
-            raise UsageError(
-                f"--config {path}: not of the form of conf/train_config.yaml, with parts model and training"
-            )
+            raise UsageError(f"--config {path}: must have the sections of conf/train_config.yaml, model and training")
         return recipe
     except FileNotFoundError:
         raise UsageError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise UsageError(f"--config {path}: not readable as YAML ({one_line(error)})") from error
+        raise UsageError(f"--config {path}: not valid YAML ({one_line(error)})") from error
 
 
 _VOCABULARIES = ("aux_cols", "esm2_mappings", "special_tokens", "gene_pad_token", "aux_pad_token")
 _COUNTS = ("clip_counts", "normalize_to_scale", "sort_genes")
-"""Settings of data that a model is trained for. Which cells, and where files hold what, is asked anew."""
+"""Preprocessing that a checkpoint sets; filters and the layout of files do not carry over from it."""
 
 
 def _without_model(defaults: DictConfig) -> DictConfig:
-    """The YAML without what it says of a model from scratch; not even where a checkpoint says nothing does it hold."""
+    """Drop what only applies to a model from scratch, even if a checkpoint leaves it unset."""
     model = {"data_config": {key: v for key, v in defaults.model.data_config.items() if key not in _VOCABULARIES}}
     return OmegaConf.create({"model": model, "training": defaults.training})
 
 
 def _trained(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says it was trained for."""
+    """Read the sections that a checkpoint sets."""
     sections = read_checkpoint_config(folder)["model"]
     data = {key: value for key, value in sections["data_config"].items() if key in (*_VOCABULARIES, *_COUNTS)}
     if data.get("sort_genes"):
@@ -292,37 +290,37 @@ def _trained(folder: Path) -> dict[str, Any]:
 
 
 def _check_vocabularies(config: TrainConfig, trained: Any) -> None:
-    """Raise UsageError where a recipe, an option or an override would replace a vocabulary of the checkpoint."""
+    """Raise UsageError if a recipe, an option or an override would replace a vocabulary of the checkpoint."""
     for name in _VOCABULARIES:
-        wanted, there = (getattr(of.model.data_config, name) for of in (config, trained))
+        given, expected = (getattr(source.model.data_config, name) for source in (config, trained))
         require(
-            wanted == there,
+            given == expected,
             f"model.data_config.{name}",
-            f"is {wanted}, but the checkpoint was trained with {there}; leave it out",
+            f"is {given}, but the checkpoint was trained with {expected}; remove it",
         )
 
 
 def _complete(config: TrainConfig) -> TrainConfig:
-    """Fill in what follows from other values, and see that there is something to do."""
+    """Derive values from others, and require training files and a starting point."""
     training, data = config.training, config.model.data_config
-    require(bool(training.data_files), "training.data_files (--data-file)", "there is no file to learn from")
+    require(bool(training.data_files), "training.data_files (--data-file)", "no training files")
     if training.checkpoint_path is None:
         require(
             bool(training.protein_embeddings),
             "training.protein_embeddings (--protein-embedding)",
-            "there is nothing to start from: give the genes' protein embeddings, or a checkpoint (--checkpoint-path)",
+            "training requires protein embeddings, or a checkpoint to start from (--checkpoint-path)",
         )
         data.esm2_mappings = [Path(file).name for file in training.protein_embeddings]
         require(
             len(set(data.esm2_mappings)) == len(data.esm2_mappings),
             "training.protein_embeddings (--protein-embedding)",
-            f"two files bear one name: {', '.join(data.esm2_mappings)}",
+            f"file names are not unique: {', '.join(data.esm2_mappings)}",
         )
         config.model.model_config.aux_len = len(data.aux_cols)
     unknown = [column for column in training.new_aux_values if column not in data.aux_cols]
     require(
         not unknown,
         "training.new_aux_values (--new-assay)",
-        f"the checkpoint has no vocabulary for {', '.join(unknown)}; it has: {', '.join(data.aux_cols) or 'none'}",
+        f"the checkpoint has no vocabulary for {', '.join(unknown)}; it has {', '.join(data.aux_cols) or 'none'}",
     )
     return config

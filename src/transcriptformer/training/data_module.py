@@ -1,4 +1,4 @@
-"""The cells of a training run, served to the Trainer: prepared once, dealt out to processes, step by step."""
+"""The LightningDataModule of training, which serves each process its share of every step."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -20,34 +20,34 @@ from transcriptformer.training.stream import StepLoader, TrainingDataset
 
 logger = logging.getLogger(__name__)
 
-CELLS_FOR_STATISTICS = 2**15
-"""How often genes occur, and how high, is learned from no more cells than this."""
+MAX_STATISTICS_CELLS = 2**15
+"""Maximum number of training cells for gene frequencies and mean counts."""
 
-BATCHES_FOR_BASELINE = 2**12
-"""And told of the cells of no more batches than this."""
+MAX_BASELINE_BATCHES = 2**12
+"""Maximum number of validation batches on which the baseline is measured."""
 
 
 class TrainingData(pl.LightningDataModule):
-    """Serves one process.
+    """Training steps and validation batches of one process.
 
     Parameters
     ----------
     corpus, readers
-        The cells, and the same aligned with the vocabularies.
+        The cells, and their readers aligned with the vocabularies.
     config
-        How to train.
+        Settings of the run.
     limits
-        Of what is computed at a time.
+        Limits of a batch.
     pad, n_tokens
-        Token after a cell's last gene, and how many tokens there are.
+        Padding token, and number of tokens.
     folder
-        Where what is known of the cells is kept.
+        Folder for the survey of the cells and the baseline.
     n_processes
-        Processes of the run.
+        Number of processes of the run.
     begin
-        Called in the first process before anything is read.
+        Called in the first process before counts are read.
     on_ready
-        Called in every process when cells and steps are known.
+        Called in every process once cells and steps are known.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TrainingData(pl.LightningDataModule):
         self.n_streams = count_streams(config, n_processes)
 
     def prepare_data(self) -> None:
-        """Read every cell once and measure the baseline, unless an earlier run has; in one process only."""
+        """Read every cell once and measure the baseline, unless an earlier run did; called in the first process."""
         self.begin()
         if self._is_prepared():
             return
@@ -79,18 +79,18 @@ class TrainingData(pl.LightningDataModule):
         survey = survey_cells(self.readers, data)
         split = Split(self.corpus, survey)
         epochs = split.epochs(self.n_streams)
-        statistics = GeneStatistics.of((block.tokens for block in self._some_cells(epochs)), self.n_tokens)
+        statistics = GeneStatistics.from_tokens((block.tokens for block in self._first_cells(epochs)), self.n_tokens)
         model, loss = self.config.model.model_config, self.config.model.loss_config
-        batches = islice(self._validation_batches(split, 0, 1), BATCHES_FOR_BASELINE)
+        batches = islice(self._validation_batches(split, 0, 1), MAX_BASELINE_BATCHES)
         baseline = measure_baseline(statistics, batches, self.pad, model, loss, data.clip_counts)
         survey.save(self.folder.survey)
         statistics.save(self.folder.statistics)
         baseline.save(self.folder.baseline)
 
     def _is_prepared(self) -> bool:
-        """Whether an earlier run has left what is to be known of the cells, undamaged."""
-        kept = (self.folder.survey, self.folder.statistics, self.folder.baseline)
-        if not any(path.exists() for path in kept):
+        """Whether an earlier run has saved the survey, the statistics and the baseline, undamaged."""
+        saved = (self.folder.survey, self.folder.statistics, self.folder.baseline)
+        if not any(path.exists() for path in saved):
             return False
         try:
             Survey.load(self.folder.survey)
@@ -102,7 +102,7 @@ class TrainingData(pl.LightningDataModule):
         return True
 
     def setup(self, stage: str) -> None:
-        """Find out which cells there are and how many steps; in every process."""
+        """Load the survey and compute the number of steps; called in every process."""
         if self.is_ready:
             return
         self.is_ready = True
@@ -116,17 +116,17 @@ class TrainingData(pl.LightningDataModule):
         self.validate_every = training.validate_every or self.epochs.n_steps(0)
         self.on_ready(self)
 
-    def train_dataloader(self) -> "Round":
-        """Steps until the next validation."""
-        return Round(self)
+    def train_dataloader(self) -> "StepsUntilValidation":
+        """Return the steps until the next validation."""
+        return StepsUntilValidation(self)
 
     def val_dataloader(self) -> BatchLoader:
-        """Batches of the cells that are validated on."""
+        """Return the validation batches of this process."""
         assert self.trainer is not None
         return self._validation_batches(self.split, self.trainer.global_rank, self.trainer.world_size)
 
     def steps(self, start: int) -> StepLoader:
-        """The steps of this process from `start` to the next validation, or to the end."""
+        """Return the steps of this process from `start` to the next validation or the end of training."""
         assert self.trainer is not None
         stop = min((start // self.validate_every + 1) * self.validate_every, self.n_steps)
         process, n_processes = self.trainer.global_rank, self.trainer.world_size
@@ -140,9 +140,9 @@ class TrainingData(pl.LightningDataModule):
             pin_memory=self._is_on_gpu,
         )
 
-    def _some_cells(self, epochs: Epochs) -> Iterator[Any]:
-        """The first cells of the first epoch."""
-        n_steps = min(epochs.n_steps(0), -(-CELLS_FOR_STATISTICS // epochs.batch_size))
+    def _first_cells(self, epochs: Epochs) -> Iterator[Any]:
+        """Yield the first cells of the first epoch."""
+        n_steps = min(epochs.n_steps(0), -(-MAX_STATISTICS_CELLS // epochs.batch_size))
         return islice(TrainingDataset(self.readers, epochs, range(n_steps)), n_steps)
 
     def _validation_batches(self, split: Split, process: int, n_processes: int) -> BatchLoader:
@@ -162,7 +162,7 @@ class TrainingData(pl.LightningDataModule):
 
 
 def count_streams(config: TrainConfig, n_processes: int) -> int:
-    """Streams of a run: as many as are asked for, but no more than cells in a step, and one for each worker at least.
+    """Return the number of streams: `training.streams`, at most one per cell of a step, at least one per worker.
 
     Raises
     ------
@@ -173,17 +173,17 @@ def count_streams(config: TrainConfig, n_processes: int) -> int:
     n_shards = n_processes * n_workers
     if n_shards > training.batch_size:
         raise UsageError(
-            f"training.batch_size={training.batch_size} cells are fewer than {n_processes} processes with "
-            f"{n_workers} workers each, every one of which has a share in a step"
+            f"training.batch_size={training.batch_size} is less than {n_processes} processes x {n_workers} workers, "
+            "each of which needs a cell per step; raise the batch size or lower n_data_workers"
         )
     n_streams = max(min(training.streams, training.batch_size), n_shards)
     if n_streams > training.streams:
-        logger.info("training.streams is raised to %d: one for each worker of each process", n_streams)
+        logger.info("training.streams raised to %d, one per worker of each process", n_streams)
     return n_streams
 
 
-class Round:
-    """The steps from where the Trainer is to the next validation; the Trainer takes it for an epoch."""
+class StepsUntilValidation:
+    """The steps from the current one to the next validation, which the Trainer treats as an epoch."""
 
     def __init__(self, data: TrainingData) -> None:
         self.data = data

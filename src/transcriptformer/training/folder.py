@@ -1,4 +1,4 @@
-"""The folder of a training run: what comes out, and what a killed run goes on from."""
+"""The output folder of a training run, and the state that a resumed run continues from."""
 
 import logging
 import zipfile
@@ -13,15 +13,15 @@ from transcriptformer.errors import CheckpointError, DamagedError, OutputError, 
 from transcriptformer.storage.atomic import atomic_write, make_folder, writing
 from transcriptformer.storage.lock import RunLock
 from transcriptformer.storage.sealed import read_json, write_json
-from transcriptformer.storage.workspace import check_same
+from transcriptformer.storage.workspace import check_same_run
 
 logger = logging.getLogger(__name__)
 
-BEGIN_ANEW = "name another folder by --output-path to begin anew"
+START_OVER = "choose another --output-path to start over"
 
 
 class TrainingFolder:
-    """Names what lies in the folder.
+    """The files of a training run, and their lock.
 
     Parameters
     ----------
@@ -41,48 +41,48 @@ class TrainingFolder:
 
     @property
     def is_complete(self) -> bool:
-        """Whether a run has come to its end here."""
+        """Whether the folder holds a finished run."""
         return (self.checkpoint / "config.json").is_file()
 
     def lock(self) -> None:
-        """Make the folder and keep other runs out until `end`.
+        """Create the folder and lock it against other runs until `unlock`.
 
         Raises
         ------
         UsageError
-            If another run is at work there.
+            If another run holds the lock.
         OutputError
-            If it cannot be written to.
+            If the folder cannot be written to.
         """
         with writing(self.path):
             make_folder(self.state)
         self._lock.acquire(self.path)
 
     def begin(self, identity: Mapping[str, Any], config_yaml: str, resume: bool) -> None:
-        """See that the folder, which is locked, holds this very run, or begin it.
+        """Start a run in the locked folder, or check that it can be resumed.
 
-        A run that has not saved anything yet, such as one that was refused its input, is begun anew.
+        A run without any saved state, such as one whose input was refused, starts over.
 
         Raises
         ------
         UsageError
-            If it holds another run, or one that is not to be resumed.
+            If the folder holds another run, or `resume` is false and it holds any run.
         OutputError
-            If it cannot be written to.
+            If the folder cannot be written to.
         """
         if self.last.is_file() or self.is_complete:
             if not resume:
                 raise UsageError(
-                    f"--output-path {self.path}: holds an earlier run; add --resume to go on with it, or name another "
+                    f"--output-path {self.path}: holds an earlier run; add --resume to continue it, or choose another "
                     "folder"
                 )
             try:
-                check_same(read_json(self.run), identity, self.path)
+                check_same_run(read_json(self.run), identity, self.path)
             except DamagedError as error:
-                raise DamagedError(f"{error}; {BEGIN_ANEW}") from error
+                raise DamagedError(f"{error}; {START_OVER}") from error
             return
         if resume and self.run.is_file():
-            logger.warning("%s: missing; training begins anew", self.last)
+            logger.warning("%s: missing; training starts over", self.last)
         with writing(self.path):
             for old in (self.survey, self.statistics, self.baseline, self.best):
                 old.unlink(missing_ok=True)
@@ -90,46 +90,46 @@ class TrainingFolder:
             temporary.write_text(config_yaml, encoding="utf-8")
         write_json(self.run, identity)
 
-    def end(self) -> None:
-        """Let other runs in."""
+    def unlock(self) -> None:
+        """Release the lock."""
         self._lock.release()
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Saves the state of training such that the last good one stays until the next is whole."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Saves the training state atomically: the last state is kept until the next one is complete."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write under a temporary name, then move.
+        """Write a temporary file, then rename it.
 
         Raises
         ------
         OutputError
-            If there is no room.
+            If the disk is full.
         """
         final = Path(path)
         try:
             with atomic_write(final) as temporary:
                 torch.save(checkpoint, temporary)
-        except (OutputError, RuntimeError) as error:  # PyTorch's writer has an error of its own for a full disk
-            kept = f"; {final} is still that of an earlier step" if final.exists() else ""
+        except (OutputError, RuntimeError) as error:  # PyTorch raises RuntimeError when the disk is full
+            kept = f"; {final} still holds the state of an earlier step" if final.exists() else ""
             raise OutputError(
-                f"{final}: cannot be written ({one_line(error)}){kept}; make room, then go on with --resume"
+                f"{final}: cannot be written ({one_line(error)}){kept}; free disk space, then rerun with --resume"
             ) from error
 
     def load_checkpoint(self, path: Any, *unused: Any, **options: Any) -> dict[str, Any]:
-        """Read what was saved; nothing in it is executed.
+        """Load a state without executing code from it.
 
         Raises
         ------
         CheckpointError
-            If it is damaged.
+            If the file is missing or damaged.
         """
         try:
-            with zipfile.ZipFile(path) as file:  # PyTorch does not compare the checksums
+            with zipfile.ZipFile(path) as file:  # PyTorch does not verify the checksums
                 damaged = file.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(damaged)
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # the reader raises whatever a damaged file leads it to
+        except Exception as error:  # a damaged file may raise any exception
             how = "truncated or damaged" if Path(path).exists() else "missing"
-            raise CheckpointError(f"{path}: {how}; {BEGIN_ANEW}") from error
+            raise CheckpointError(f"{path}: {how}; {START_OVER}") from error

@@ -1,4 +1,4 @@
-"""What training reports: a line in metrics.csv for every so many steps and every validation, and a picture of it."""
+"""Training and validation metrics: metrics.csv and a plot of the losses."""
 
 import csv
 import io
@@ -21,14 +21,14 @@ COLUMNS = (
     *_MEASURED,
     *(f"validation_{name}" for name in _MEASURED),
 )
-"""Of metrics.csv. Losses are in nats, per gene or per cell with a label; `seconds` from the latest start."""
+"""Columns of metrics.csv. Losses are in nats, per gene or per labeled cell; `seconds` count from the latest start."""
 
 
 class MetricsFile:
-    """Appends to a CSV file, which can be read at any time.
+    """Appends metrics to a CSV file.
 
-    The saved state of training holds all lines up to its step (`text`), from which a resumed run makes the file anew: a
-    write that fails or is cut off cannot lose or tear any of them.
+    The saved training state includes all lines up to its step (`text`). A resumed run rewrites the file from them, so
+    a failed or partial write loses nothing.
 
     Parameters
     ----------
@@ -46,14 +46,14 @@ class MetricsFile:
         self.started = time.monotonic()
 
     def begin(self) -> None:
-        """Write the header and the lines that there are."""
+        """Write the header and the existing lines."""
         with atomic_write(self.path) as temporary:
             temporary.write_bytes((",".join(COLUMNS) + "\r\n" + self.text).encode())
         self.started = time.monotonic()
 
-    def append(self, step: int, figures: Mapping[str, float | Tensor]) -> None:
-        """Append a line with the figures that have a column."""
-        values = {name: f"{float(value):.7g}" for name, value in figures.items() if name in COLUMNS}
+    def append(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Append a line with the metrics that have a column."""
+        values = {name: f"{float(value):.7g}" for name, value in metrics.items() if name in COLUMNS}
         line = io.StringIO(newline="")
         row = {**values, "step": step, "seconds": round(time.monotonic() - self.started, 3)}
         csv.DictWriter(line, COLUMNS).writerow(row)
@@ -63,7 +63,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Read the complete lines of a metrics file; there are none where it is missing or something else."""
+    """Read the complete lines of a metrics file; return none if it is missing or not a metrics file."""
     content = path.read_bytes() if path.exists() else b""
     lines = content.decode(errors="replace").splitlines(keepends=True)
     if not lines or lines[0].strip() != ",".join(COLUMNS):
@@ -71,15 +71,15 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
-def plot_losses(metrics: Path, picture: Path, baseline: float | None) -> None:
-    """Draw the losses over the steps.
+def plot_losses(metrics: Path, plot: Path, baseline: float | None) -> None:
+    """Plot the losses over the steps.
 
     Parameters
     ----------
-    metrics, picture
-        What to read and what to write.
+    metrics, plot
+        Metrics file to read, and PNG file to write.
     baseline
-        The loss without a model, for a line across.
+        Loss of the frequency baseline, drawn as a horizontal line; None: no line.
     """
     table = pd.read_csv(metrics)
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
@@ -90,8 +90,8 @@ def plot_losses(metrics: Path, picture: Path, baseline: float | None) -> None:
             if len(rows):
                 axes.plot(rows["step"], rows[column], style, label=label, markersize=3, linewidth=1)
         if baseline is not None and math.isfinite(baseline):
-            axes.axhline(baseline, linestyle="--", linewidth=1, color="gray", label="genes and counts by frequency")
+            axes.axhline(baseline, linestyle="--", linewidth=1, color="gray", label="frequency baseline")
         axes.set(xlabel="step", ylabel="loss (nats)")
         axes.legend(frameon=False)
-        with atomic_write(picture) as temporary:
+        with atomic_write(plot) as temporary:
             figure.savefig(temporary, dpi=150, format="png")

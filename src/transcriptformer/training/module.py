@@ -1,4 +1,4 @@
-"""Training steps, validation and the optimizer, as a LightningModule."""
+"""Training step, validation and optimizer, as a LightningModule."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from transcriptformer.data.batches import Batch
 from transcriptformer.errors import TrainingError
-from transcriptformer.model.attention.flex import choose_training_attention
+from transcriptformer.model.attention.choose import choose_attention
 from transcriptformer.model.label_head import NO_LABEL, LabelHead
 from transcriptformer.model.layers import Linear
 from transcriptformer.model.transcriptformer import TranscriptFormer
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 class Sums(NamedTuple):
-    """Losses added up over cells, and what to divide them by.
+    """Losses summed over cells, and their denominators.
 
     Attributes
     ----------
     gene_nll, count_nll
-        Over genes.
+        Sums over genes.
     label_loss
-        Over cells with a label.
-    n_genes, n_labels, n_right
-        Genes, cells with a label, and those of them whose label is told right.
+        Sum over labeled cells.
+    n_genes, n_labels, n_correct
+        Number of genes, of labeled cells, and of correctly predicted labels.
     """
 
     gene_nll: Tensor
@@ -45,24 +45,24 @@ class Sums(NamedTuple):
     label_loss: Tensor
     n_genes: Tensor
     n_labels: Tensor
-    n_right: Tensor
+    n_correct: Tensor
 
     @classmethod
-    def of(cls, *sums: Self) -> Self:
-        """The sum of several."""
+    def total(cls, *sums: Self) -> Self:
+        """Add several together."""
         return cls(*(torch.stack(values).sum(0) for values in zip(*sums, strict=True)))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What each loss counts for; one that counts nothing is not computed."""
+    """Weights of the losses; a loss with weight 0 is not computed."""
 
     gene: float
     count: float
     label: float
 
     def loss(self, sums: Sums) -> Tensor:
-        """The means over genes and over cells with a label, weighted and added."""
+        """Return the weighted sum of the means over genes and over labeled cells."""
         total = sums.gene_nll.new_zeros(())
         if self.gene or self.count:
             total = total + (self.gene * sums.gene_nll + self.count * sums.count_nll) / sums.n_genes
@@ -72,19 +72,19 @@ class Weights:
 
 
 class TrainingModule(pl.LightningModule):
-    """A model that learns.
+    """Trains a model and, optionally, a label head.
 
-    Every gene counts the same, and every cell with a label does: a step divides by how many there are in all of its
-    batches, on all processes.
+    Every gene has the same weight, and so has every labeled cell: the losses of a step are divided by their number in
+    all batches of all processes.
 
     Parameters
     ----------
     model
-        In training mode; parameters that do not require gradients stay as they are.
+        Model in training mode; parameters that do not require gradients are frozen.
     label_head
-        For labels, if they are to be learned.
+        Label head, or None if no labels are learned.
     config
-        How to train.
+        Settings of the run.
     """
 
     def __init__(self, model: TranscriptFormer, label_head: LabelHead | None, config: TrainConfig) -> None:
@@ -99,23 +99,23 @@ class TrainingModule(pl.LightningModule):
         self.describe: Callable[[np.ndarray], str] = str
         self.validated: list[Sums] = []
 
-    def expect(
+    def configure(
         self,
         n_steps: int,
         steps_per_epoch: int,
         labels: Mapping[str, np.ndarray],
         describe: Callable[[np.ndarray], str],
     ) -> None:
-        """Say how many steps there will be, the labels of training and validation cells, and how to name the former.
+        """Set what is known once the cells have been read.
 
         Parameters
         ----------
         n_steps, steps_per_epoch
-            In all, and in the first epoch.
+            Number of steps in total, and in the first epoch.
         labels
-            By `training` and `validation`, an array (cells,) to be looked into by a batch's rows; `NO_LABEL`: none.
+            Arrays (cells,) under `training` and `validation`, indexed by the rows of a batch; `NO_LABEL`: unlabeled.
         describe
-            Rows of training cells, in words.
+            Formats rows of training cells for error messages.
         """
         self.n_steps, self.steps_per_epoch = n_steps, steps_per_epoch
         self.labels, self.describe = dict(labels), describe
@@ -123,44 +123,42 @@ class TrainingModule(pl.LightningModule):
     def on_fit_start(self) -> None:  # noqa: D102
         training, config = self.config.training, self.config.model.model_config
         dtype = compute_dtype(training.precision, self.device)
-        self.model.transformer_encoder.attention = choose_training_attention(
-            training.attention, self.device, dtype, config
-        )
+        self.model.transformer_encoder.attention = choose_attention(training.attention, self.device, dtype, config)
 
     def training_step(self, step: list[Batch], batch_idx: int) -> None:
-        """One step of the optimizer, batch by batch."""
+        """Accumulate the gradients of all batches of a step, then update the weights."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
         assert isinstance(schedule, LambdaLR)
         self._seed_dropout()
         learning_rate = schedule.get_last_lr()[0]
-        n_genes, n_labels = self._over_processes(torch.stack([self._denominators(batch) for batch in step]).sum(0))
+        n_genes, n_labels = self._reduce(torch.stack([self._denominators(batch) for batch in step]).sum(0))
         sums = []
         for i, batch in enumerate(step, start=1):
             of_batch = self.losses(batch, "training")
             share = of_batch._replace(n_genes=n_genes, n_labels=n_labels)
-            with self._exchanging_gradients(i == len(step)):
+            with self._gradient_sync(i == len(step)):
                 self.manual_backward(self.weights.loss(share) * self.trainer.world_size)  # DDP averages gradients
             sums.append(Sums(*(value.detach() for value in of_batch)))
-        self._check(sums, step)
-        total = self._reduced(Sums.of(*sums))
+        self._check_finite(sums, step)
+        total = self._reduce_sums(Sums.total(*sums))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        how = {"learning_rate": learning_rate, "gradient_norm": self.gradient_norm, "genes": n_genes.float()}
-        self.log_dict({**self._named(total, ""), **how, **self._place()})
+        step_metrics = {"learning_rate": learning_rate, "gradient_norm": self.gradient_norm, "genes": n_genes.float()}
+        self.log_dict({**self._metrics(total, ""), **step_metrics, **self._progress()})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Limit the norm of the gradients, which are free of the factor that fp16 needs by now."""
-        most = self.config.training.clip_gradients or math.inf
-        self.gradient_norm = nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], most)
+        """Clip the gradients, which Lightning has already unscaled."""
+        max_norm = self.config.training.clip_gradients or math.inf
+        self.gradient_norm = nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], max_norm)
 
     def losses(self, batch: Batch, kind: str) -> Sums:
-        """Losses over a batch's genes and its cells with a label, with gradients; 0 where one counts nothing."""
+        """Sum the losses over the genes and labeled cells of a batch; a loss with weight 0 is 0."""
         zero = torch.zeros((), device=batch.gene_tokens.device)
         is_gene = batch.gene_tokens != self.model.pad
         n_genes = is_gene.sum(1)  # (B,)
-        gene_nll = count_nll = label_loss = n_right = zero
+        gene_nll = count_nll = label_loss = n_correct = zero
         if self.weights.gene or self.weights.count:
             encoded = self.model(batch.gene_tokens, batch.gene_counts, batch.aux_tokens)
             if self.weights.gene:
@@ -174,26 +172,26 @@ class TrainingModule(pl.LightningModule):
             encoded = self.model(batch.gene_tokens, batch.gene_counts, batch.aux_tokens, bias_on_diagonal=True)
             logits = self.label_head(self.model.cell_embedding(encoded))  # (B, labels)
             label_loss = F.cross_entropy(logits, label, ignore_index=NO_LABEL, reduction="sum")
-            n_labels, n_right = (label != NO_LABEL).sum(), (logits.argmax(1) == label).sum()
-        return Sums(gene_nll, count_nll, label_loss, n_genes.sum(), n_labels, n_right)
+            n_labels, n_correct = (label != NO_LABEL).sum(), (logits.argmax(1) == label).sum()
+        return Sums(gene_nll, count_nll, label_loss, n_genes.sum(), n_labels, n_correct)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add up the losses of a batch."""
+        """Compute the losses of a batch."""
         self.validated.append(self.losses(batch, "validation"))
 
     def on_validation_epoch_end(self) -> None:
         """Log the losses over all validation cells."""
-        nothing = Sums(*torch.zeros(len(Sums._fields), device=self.device))
-        total = self._reduced(Sums.of(nothing, *self.validated))
+        zero = Sums(*torch.zeros(len(Sums._fields), device=self.device))
+        total = self._reduce_sums(Sums.total(zero, *self.validated))
         self.validated = []
         if not bool(self.weights.loss(total).isfinite()):
             raise TrainingError(
-                f"step {self.global_step}: the validation loss is not a number; lower the learning rate"
+                f"step {self.global_step}: the validation loss is not finite; lower training.learning_rate"
             )
-        self.log_dict({**self._named(total, "validation_"), **self._place()})
+        self.log_dict({**self._metrics(total, "validation_"), **self._progress()})
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up and a cosine; weight decay only for the matrices of linear layers."""
+        """AdamW with linear warm-up and cosine decay; weight decay applies to the matrices of linear layers only."""
         training = self.config.training
         decayed = [p for p in self._matrices() if p.requires_grad]
         ids = {id(p) for p in decayed}
@@ -204,79 +202,79 @@ class TrainingModule(pl.LightningModule):
         ]
         first, second = training.betas
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(first, second))
-        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, self._share_of_learning_rate)}
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, self._learning_rate_factor)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen: it is where it came from."""
+        """Drop frozen weights, which are loaded from the checkpoint or the files the run starts from."""
         learned = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in learned}
 
-    def _share_of_learning_rate(self, step: int) -> float:
+    def _learning_rate_factor(self, step: int) -> float:
         training = self.config.training
         n_warmup = math.ceil(training.warmup_share * self.n_steps)
         if step < n_warmup:
             return (step + 1) / n_warmup
-        way = (step - n_warmup) / max(1, self.n_steps - n_warmup)
+        progress = (step - n_warmup) / max(1, self.n_steps - n_warmup)
         final = training.final_learning_rate_share
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, way)))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def _matrices(self) -> list[nn.Parameter]:
         linear = [module for module in self.modules() if isinstance(module, Linear)]
         return [p for module in linear for p in module.parameters(recurse=False) if p.ndim == 2]
 
     def _denominators(self, batch: Batch) -> Tensor:
-        """Genes and cells with a label in a batch (2,)."""
+        """Count the genes and labeled cells of a batch (2,)."""
         n_genes = (batch.gene_tokens != self.model.pad).sum()
         n_labels = (self.labels["training"][batch.rows.cpu().numpy()] != NO_LABEL).sum() if self.weights.label else 0
         return torch.stack([n_genes, n_genes.new_tensor(n_labels)])
 
-    def _place(self) -> dict[str, float]:
-        """What Lightning takes for the step of logged values, and passes over the cells."""
+    def _progress(self) -> dict[str, float]:
+        """Return the step, which Lightning uses for logged values, and the fractional epoch."""
         return {"step": float(self.global_step), "epoch": self.global_step / self.steps_per_epoch}
 
     def _seed_dropout(self) -> None:
-        """By step and process, so that a run that was resumed goes on in the same way."""
+        """Seed by step and process, so that a resumed run draws the same dropout masks."""
         place = [self.config.training.seed, self.global_step, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
-    def _exchanging_gradients(self, is_last: bool) -> AbstractContextManager[None]:
-        """Processes exchange gradients once in a step, for the numbers of their batches may differ."""
+    def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
+        """Synchronize gradients once per step, because processes may have different numbers of batches."""
         model = self.trainer.strategy.model
         return model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext()
 
-    def _over_processes(self, values: Tensor, operation: str = "sum") -> Tensor:
+    def _reduce(self, values: Tensor, operation: str = "sum") -> Tensor:
         return self.trainer.strategy.reduce(values, reduce_op=operation)
 
-    def _reduced(self, sums: Sums) -> Sums:
-        return Sums(*self._over_processes(torch.stack([value.float() for value in sums])))
+    def _reduce_sums(self, sums: Sums) -> Sums:
+        return Sums(*self._reduce(torch.stack([value.float() for value in sums])))
 
-    def _check(self, sums: list[Sums], step: list[Batch]) -> None:
-        """Stop, on all processes alike, where a loss is not a number, before the weights take harm."""
+    def _check_finite(self, sums: list[Sums], step: list[Batch]) -> None:
+        """Raise TrainingError on all processes if any loss is not finite, before the weights are updated."""
         is_bad = (~torch.stack([self.weights.loss(of_batch) for of_batch in sums]).isfinite()).tolist()
-        mine = self.global_rank if any(is_bad) else self.trainer.world_size
-        culprit = int(self._over_processes(torch.tensor(mine, device=self.device), "min"))
-        if culprit == self.trainer.world_size:
+        own_rank = self.global_rank if any(is_bad) else self.trainer.world_size
+        failed_rank = int(self._reduce(torch.tensor(own_rank, device=self.device), "min"))
+        if failed_rank == self.trainer.world_size:
             return
         rows = [batch.rows.cpu().numpy() for batch, bad in zip(step, is_bad, strict=True) if bad]
         cells = self.describe(np.concatenate(rows)) if rows else ""
-        cells = self.trainer.strategy.broadcast(cells, src=culprit)
+        cells = self.trainer.strategy.broadcast(cells, src=failed_rank)
         raise TrainingError(
-            f"step {self.global_step + 1}: the loss is not a number, in a batch of {cells}; what was saved before it "
-            "stays; see whether counts are what they should be, or lower training.learning_rate"
+            f"step {self.global_step + 1}: the loss is not finite in a batch of {cells}; check the counts, or lower "
+            "training.learning_rate; earlier saved states are kept"
         )
 
-    def _named(self, sums: Sums, prefix: str) -> dict[str, Tensor]:
-        named = {"loss": self.weights.loss(sums)}
+    def _metrics(self, sums: Sums, prefix: str) -> dict[str, Tensor]:
+        metrics = {"loss": self.weights.loss(sums)}
         if self.weights.gene:
-            named["gene_nll"] = sums.gene_nll / sums.n_genes
+            metrics["gene_nll"] = sums.gene_nll / sums.n_genes
         if self.weights.count:
-            named["count_nll"] = sums.count_nll / sums.n_genes
+            metrics["count_nll"] = sums.count_nll / sums.n_genes
         if self.weights.label:
             n_labels = sums.n_labels.clamp(min=1)
-            named |= {"label_loss": sums.label_loss / n_labels, "label_accuracy": sums.n_right / n_labels}
-        return {prefix + name: value for name, value in named.items()}
+            metrics |= {"label_loss": sums.label_loss / n_labels, "label_accuracy": sums.n_correct / n_labels}
+        return {prefix + name: value for name, value in metrics.items()}
 
 
 def _sum_of_means(means: Tensor, n: Tensor) -> Tensor:
-    """The sum of what has been averaged per cell over `n` genes (B,)."""
+    """Sum losses that are averages over the `n` genes of each cell (B,)."""
     return (means * n).sum()

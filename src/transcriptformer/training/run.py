@@ -1,4 +1,4 @@
-"""Cells in, a checkpoint out."""
+"""Train a model on cells and write a checkpoint."""
 
 import logging
 from collections.abc import Mapping
@@ -22,16 +22,16 @@ from transcriptformer.model.lora import merged_state_dict
 from transcriptformer.runtime.device import choose_device, compute_dtype
 from transcriptformer.runtime.memory import is_out_of_memory, keep_freed_memory
 from transcriptformer.runtime.processes import plan_processes
-from transcriptformer.runtime.signals import Ended, tell
+from transcriptformer.runtime.signals import TerminatedError, report_kept
 from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning
-from transcriptformer.storage.workspace import flat
+from transcriptformer.storage.workspace import flatten
 from transcriptformer.training.baseline import Baseline, start_from_frequencies
 from transcriptformer.training.batch_size import training_limits
 from transcriptformer.training.callbacks import OnStep, Saving
 from transcriptformer.training.config import TrainConfig
 from transcriptformer.training.corpus import Corpus
 from transcriptformer.training.data_module import TrainingData, count_streams
-from transcriptformer.training.folder import TrainingFolder, WholeFiles
+from transcriptformer.training.folder import AtomicCheckpointIO, TrainingFolder
 from transcriptformer.training.metrics import MetricsFile, plot_losses, read_metrics
 from transcriptformer.training.module import TrainingModule, Weights
 from transcriptformer.training.start import StartingPoint, count_parameters, prepare
@@ -44,7 +44,7 @@ LIGHTNING_PRECISION: dict[torch.dtype, Any] = {
     torch.float16: "16-mixed",
 }
 
-_FREE_TO_CHANGE = {
+_MAY_CHANGE_ON_RESUME = {
     "model.data_config.n_data_workers",
     *(
         f"training.{name}"
@@ -55,65 +55,64 @@ _FREE_TO_CHANGE = {
         )
     ),
 }
-"""Settings that say how to compute, not what; a run may go on with others. (Files are compared by what is in them.)"""
+"""Settings that may change on resume, because they do not affect the result. (Files are compared by content.)"""
 
 
 class Trained(NamedTuple):
-    """What training has come to.
+    """The outcome of a training run.
 
     Attributes
     ----------
     checkpoint
         Folder in the published layout.
     n_steps
-        Steps after which the weights in it were taken.
+        Step of the weights in the checkpoint.
     validation
-        Its figures in the validation then, by name; empty where there was none.
+        Validation metrics at that step, by name; empty without validation.
     baseline
-        The loss of genes and counts by frequency alone, weighted like the model's.
+        Validation loss of the frequency baseline, weighted like the model's; None without validation.
     baseline_parts
-        The two losses that it is made of.
+        The two losses of the baseline; None without validation.
     """
 
     checkpoint: Path
     n_steps: int
     validation: dict[str, float]
-    baseline: float
-    baseline_parts: Baseline
+    baseline: float | None
+    baseline_parts: Baseline | None
 
     def describe(self) -> str:
-        """The same in words, a few lines."""
+        """Summarize the outcome in a few lines."""
         lines = [f"{self.checkpoint}: weights of step {self.n_steps}"]
         if self.validation:
-            lines.append(f"validation loss {_told(self.validation, 'validation_')}")
-        parts = self.baseline_parts
-        lines.append(
-            f"by frequency alone {self.baseline:.3f} (genes {parts.gene_nll:.3f}, counts {parts.count_nll:.3f})"
-        )
+            lines.append(f"validation loss {_format_losses(self.validation, 'validation_')}")
+        if self.baseline is not None and self.baseline_parts is not None:
+            losses = {"loss": self.baseline, **self.baseline_parts._asdict()}
+            lines.append(f"frequency baseline {_format_losses(losses, '')}")
         if "validation_label_accuracy" in self.validation:
-            lines.append(f"labels told right {100 * self.validation['validation_label_accuracy']:.1f} %")
+            lines.append(f"label accuracy {100 * self.validation['validation_label_accuracy']:.1f} %")
         return "\n".join(lines)
 
 
-def _told(figures: Mapping[str, float], prefix: str) -> str:
-    """A loss and the parts it is made of."""
+def _format_losses(metrics: Mapping[str, float], prefix: str) -> str:
+    """Format a loss and its parts."""
     names = (("gene_nll", "genes"), ("count_nll", "counts"), ("label_loss", "labels"))
-    parts = [f"{word} {figures[prefix + name]:.3f}" for name, word in names if prefix + name in figures]
-    return f"{figures[prefix + 'loss']:.3f} ({', '.join(parts)})"
+    parts = [f"{word} {metrics[prefix + name]:.3f}" for name, word in names if prefix + name in metrics]
+    return f"{metrics[prefix + 'loss']:.3f} ({', '.join(parts)})"
 
 
 def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
-    """What `transcriptformer train` does: learn from cells and write a checkpoint, in one or several processes.
+    """Train a model and write a checkpoint, in one or several processes.
 
     Returns
     -------
-    What came out; None in a process that leaves the writing to another one.
+    The outcome, or None in processes other than the first.
 
     Raises
     ------
     TranscriptFormerError
-        If a file, the starting point or a setting cannot be used, a loss is not a number, or the disk is full; what was
-        saved until then stays and `resume` goes on from it.
+        If a file, the checkpoint to start from or a setting is invalid, a loss is not finite, or the disk is full. The
+        last saved state is kept, and `resume` continues from it.
     """
     training = config.training
     device = choose_device(training.device)
@@ -125,15 +124,15 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
     saving = Saving(folder, training, MetricsFile(folder.metrics), watchdog, on_step)
     options = processes.trainer_options(watchdog, backend="nccl" if device.type == "cuda" else "gloo")
     trainer = _trainer(config, device, options, folder, saving)
-    if not trainer.is_global_zero:  # one process tells what all of them find
+    if not trainer.is_global_zero:  # all processes would log the same
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     with watchdog, closing(Corpus(training, config.model.data_config)) as corpus:
         try:
             start = prepare(config, corpus)
-            n_learned, n_weights = count_parameters(start.model, start.label_head)
-            logger.info("%s of %s weights are learned", f"{n_learned:,}", f"{n_weights:,}")
-            if n_learned == 0:
-                raise TrainingError("training.freeze: everything is frozen, there is nothing to learn")
+            n_trainable, n_weights = count_parameters(start.model, start.label_head)
+            logger.info("%s of %s weights are trainable", f"{n_trainable:,}", f"{n_weights:,}")
+            if n_trainable == 0:
+                raise TrainingError("training.freeze: all weights are frozen; freeze fewer modules")
             module = TrainingModule(start.model, start.label_head, config)
             identity = _identify(config, corpus, count_streams(config, processes.total))
             yaml = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
@@ -143,28 +142,28 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
             if training.resume and folder.is_complete:
                 if trainer.is_global_zero:
                     begin()
-                logger.info("%s is complete already", folder.path)
+                logger.info("%s is already complete", folder.path)
             else:
                 protein_dim = start.model.gene_embeddings.embedding.embedding_dim
-                limits = training_limits(config, device, protein_dim, n_learned, n_weights, processes.per_node)
+                limits = training_limits(config, device, protein_dim, n_trainable, n_weights, processes.per_node)
                 readers = corpus.readers(start.gene_vocab, start.aux_vocabs, config.model.model_config.seq_len)
-                pad, n_tokens, ready = (
+                pad, n_tokens, on_ready = (
                     start.gene_vocab.pad,
                     len(start.gene_vocab),
-                    _Ready(start, config, module, saving),
+                    _OnReady(start, config, module, saving),
                 )
                 data = TrainingData(
-                    corpus, readers, config, limits, pad, n_tokens, folder, processes.total, begin, ready
+                    corpus, readers, config, limits, pad, n_tokens, folder, processes.total, begin, on_ready
                 )
-                watchdog.care_for(processes.launch())
+                watchdog.watch_children(processes.launch())
                 _run(trainer, module, data, folder.last if training.resume and folder.last.is_file() else None)
             return _finish(config, folder, start, module) if trainer.is_global_zero else None
-        except (KeyboardInterrupt, Ended) as error:
-            tell(error, saving.what_is_kept())
+        except (KeyboardInterrupt, TerminatedError) as error:
+            report_kept(error, saving.describe_kept())
             raise
         finally:
             if trainer.is_global_zero:
-                folder.end()
+                folder.unlock()
 
 
 def _trainer(
@@ -179,7 +178,7 @@ def _trainer(
     with quiet_lightning():
         return pl.Trainer(
             accelerator=device.type,
-            **{**options, "plugins": [*options.get("plugins", []), WholeFiles()]},
+            **{**options, "plugins": [*options.get("plugins", []), AtomicCheckpointIO()]},
             precision=LIGHTNING_PRECISION[compute_dtype(training.precision, device)],
             max_epochs=-1,
             limit_val_batches=None if training.has_validation else 0,
@@ -193,23 +192,23 @@ def _trainer(
         )
 
 
-class _Ready:
-    """Tells all that wait for it what the first look at the cells has shown."""
+class _OnReady:
+    """Configures the model, the module and the callback once cells and steps are known."""
 
     def __init__(self, start: StartingPoint, config: TrainConfig, module: TrainingModule, saving: Saving) -> None:
         self.start, self.config, self.module, self.saving = start, config, module, saving
 
     def __call__(self, data: TrainingData) -> None:
         split, labels = data.split, self.start.labels
-        of_rows = {"training": labels, "validation": labels[split.is_validated]} if len(labels) else {}
-        self.module.expect(data.n_steps, data.epochs.n_steps(0), of_rows, split.describe)
-        self.saving.expect(data.n_steps, data.validate_every)
+        of_rows = {"training": labels, "validation": labels[split.is_validation]} if len(labels) else {}
+        self.module.configure(data.n_steps, data.epochs.n_steps(0), of_rows, split.describe)
+        self.saving.configure(data.n_steps, data.validate_every)
         training = self.config.training
         if training.checkpoint_path is None and training.start_from_frequencies:
             start_from_frequencies(self.start.model, data.statistics)
         logger.info(
-            "%d cells are learned from, %d validated on; %d steps, %d in an epoch",
-            *(split.is_learned.sum(), split.is_validated.sum(), data.n_steps, data.epochs.n_steps(0)),
+            "%d training and %d validation cells; %d steps, %d per epoch",
+            *(split.is_training.sum(), split.is_validation.sum(), data.n_steps, data.epochs.n_steps(0)),
         )
 
 
@@ -220,17 +219,15 @@ def _run(trainer: pl.Trainer, module: TrainingModule, data: TrainingData, state:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingError(
-            f"out of memory: lower training.tokens_per_batch, which is {data.limits.max_tokens}"
-        ) from error
+        raise TrainingError(f"out of memory: lower training.tokens_per_batch (now {data.limits.max_tokens})") from error
 
 
 def _finish(config: TrainConfig, folder: TrainingFolder, start: StartingPoint, module: TrainingModule) -> Trained:
-    """Write the checkpoint with the weights of the best validation, and the picture; say what it has come to."""
-    state = WholeFiles().load_checkpoint(folder.best)
-    baseline = Baseline.load(folder.baseline)
+    """Write the checkpoint with the weights of the best validation, and the plot of the losses."""
+    state = AtomicCheckpointIO().load_checkpoint(folder.best)
     weights = Weights(config.gene_loss_weight, *config.other_loss_weights)
-    loss = weights.gene * baseline.gene_nll + weights.count * baseline.count_nll
+    baseline = Baseline.load(folder.baseline) if config.training.has_validation else None
+    loss = weights.gene * baseline.gene_nll + weights.count * baseline.count_nll if baseline else None
     if not folder.is_complete:
         plot_losses(folder.metrics, folder.plot, loss if weights.label == 0 else None)
         module.load_state_dict(state["state_dict"], strict=False)
@@ -238,16 +235,16 @@ def _finish(config: TrainConfig, folder: TrainingFolder, start: StartingPoint, m
         write_checkpoint(folder.checkpoint, config.model, start.gene_files, start.aux_vocabs, merged, start.label_head)
     step = int(state["global_step"])
     rows = [row for row in read_metrics(folder.metrics) if int(row["step"]) == step and row["validation_loss"]]
-    figures = (
+    validation = (
         {name: float(value) for name, value in rows[-1].items() if name.startswith("validation_") and value}
         if rows
         else {}
     )
-    return Trained(folder.checkpoint, step, figures, loss, baseline)
+    return Trained(folder.checkpoint, step, validation, loss, baseline)
 
 
 def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, Any]:
-    """What decides about the numbers of a run: settings, files, starting point, and the order of the cells."""
+    """Return everything that determines the result of a run: settings, files, starting point, order of the cells."""
     training = config.training
     start = [Path(file) for file in training.protein_embeddings]
     if training.checkpoint_path is not None:
@@ -256,7 +253,7 @@ def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, 
         vocabularies = [*data.esm2_mappings, *(f"{column}_vocab.json" for column in data.aux_cols)]
         start += [folder / "model_weights.pt", *folder.glob(LABEL_HEAD), *(folder / "vocabs" / v for v in vocabularies)]
     return {
-        "settings": {key: value for key, value in flat(asdict(config)) if key not in _FREE_TO_CHANGE},
+        "settings": {key: value for key, value in flatten(asdict(config)) if key not in _MAY_CHANGE_ON_RESUME},
         "streams": n_streams,
         "cells": [identify(source.name) for source in corpus.sources],
         "start": [identify_file(file) for file in start],

@@ -1,4 +1,4 @@
-"""What training starts from: a model from scratch or a checkpoint, what is new in it, and what stays frozen."""
+"""Build the model to train, from scratch or from a checkpoint: new vocabulary entries, LoRA and frozen modules."""
 
 import difflib
 import logging
@@ -22,24 +22,25 @@ from transcriptformer.vocab import AuxVocab, GeneVocab, make_aux_vocab, make_gen
 
 logger = logging.getLogger(__name__)
 
-NEW_AUX_DEVIATION = 0.02
-"""Standard deviation of the embeddings that values of metadata begin with, from scratch."""
+NEW_AUX_STD = 0.02
+"""Standard deviation of the initial embeddings of metadata values, from scratch."""
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A model that is ready to learn.
+    """A model that is ready to be trained.
 
     Attributes
     ----------
     model, label_head
-        In training mode; what is frozen requires no gradients. `label_head` is None where no labels are learned.
+        Modules in training mode; frozen parameters require no gradients. `label_head` is None if no labels are
+        learned.
     gene_vocab, aux_vocabs
-        Its vocabularies.
+        Vocabularies of the model.
     gene_files
         Protein-embedding files of the vocabulary.
     labels
-        Label of every cell of the corpus (cells,), int64; none where no labels are learned.
+        Label of every cell of the corpus (cells,), int64; empty if no labels are learned.
     """
 
     model: TranscriptFormer
@@ -51,12 +52,12 @@ class StartingPoint:
 
 
 def prepare(config: TrainConfig, corpus: Corpus) -> StartingPoint:
-    """Build the model that a configuration asks for; the same seed makes the same weights.
+    """Build the model of a configuration, with weights that depend on the seed only.
 
     Raises
     ------
     TranscriptFormerError
-        If a checkpoint, a protein-embedding file or a name cannot be used.
+        If the checkpoint, a protein-embedding file or a name is invalid.
     """
     training = config.training
     torch.manual_seed(training.seed)
@@ -69,7 +70,7 @@ def prepare(config: TrainConfig, corpus: Corpus) -> StartingPoint:
         known_head = read_label_head(folder, config.model.model_config.embed_dim)
     labels, label_head = np.zeros(0, np.int64), None
     if known_head is not None and training.label_column is None:
-        logger.warning("the checkpoint's head for %r is left behind: no --label-column is given", known_head.column)
+        logger.warning("the checkpoint's label head for %r is dropped: no --label-column", known_head.column)
     if training.label_column is not None:
         if known_head is not None and known_head.column == training.label_column:
             label_head = known_head
@@ -98,7 +99,7 @@ def _from_scratch(config: TrainConfig, corpus: Corpus) -> _Start:
         special = torch.randn(len(gene_vocab.special_tokens), rows.shape[1]) * float(rows.std())
         model.gene_embeddings.embedding.weight.copy_(torch.cat([special, torch.from_numpy(rows)]))
         for embedding in model.aux_embeddings.values():
-            embedding.weight.normal_(std=NEW_AUX_DEVIATION)  # type: ignore[operator]
+            embedding.weight.normal_(std=NEW_AUX_STD)  # type: ignore[operator]
         model.mu.gene_embedding.weight.zero_()
     return model, gene_vocab, aux_vocabs, files
 
@@ -109,7 +110,7 @@ def _from_checkpoint(config: TrainConfig, folder: Path) -> _Start:
     weights = read_weights(path)
     model = new_model(config.model, gene_vocab, aux_vocabs, weights, path)
     check_values(path)
-    # Copied where they change; the file is only mapped.
+    # The file is memory-mapped, and the weights change.
     model.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name != "gene_embeddings.embedding.weight")
@@ -121,24 +122,24 @@ def _from_checkpoint(config: TrainConfig, folder: Path) -> _Start:
 
 
 def add_aux_values(model: TranscriptFormer, vocab: AuxVocab, values: Mapping[str, str]) -> AuxVocab:
-    """Append `values` to a vocabulary, each with the embedding of the known value it is said to be like, or `mean`.
+    """Append `values` to a vocabulary, each mapped to the known value whose embedding it starts from, or `mean`.
 
     Raises
     ------
     UsageError
-        If a value is known already, or the one it is to be like is not.
+        If a value is already in the vocabulary, or the value to start from is not.
     """
     embedding = model.aux_embeddings[vocab.column].weight.detach()  # type: ignore[operator]
     known = [i for value, i in vocab.ids.items() if i != vocab.unknown]
     ids, rows = dict(vocab.ids), [embedding]
     for value, like in values.items():
         if value in vocab.ids:
-            raise UsageError(f"--new-assay {value}: the checkpoint's vocabulary of {vocab.column} has it already")
+            raise UsageError(f"--new-assay {value}: already in the checkpoint's vocabulary of {vocab.column}")
         if like != MEAN and like not in vocab.ids:
             close = difflib.get_close_matches(like, vocab.ids, n=1, cutoff=0)
             raise UsageError(
-                f"--new-assay {value}={like}: the checkpoint's vocabulary of {vocab.column} does not have {like!r}; "
-                f"did you mean {close[0]!r}? {MEAN} starts from the mean of all"
+                f"--new-assay {value}={like}: {like!r} is not in the checkpoint's vocabulary of {vocab.column}; "
+                f"did you mean {close[0]!r}? Use {MEAN} to start from the mean of all"
             )
         row = embedding[known].mean(0) if like == MEAN and known else embedding[vocab.ids.get(like, vocab.unknown)]
         ids[value] = max(ids.values()) + 1
@@ -149,20 +150,24 @@ def add_aux_values(model: TranscriptFormer, vocab: AuxVocab, values: Mapping[str
 
 
 def freeze(model: TranscriptFormer, config: TrainConfig) -> None:
-    """Take from training what is named, what no loss depends on, and, with LoRA, all but what is new.
+    """Freeze the named modules, heads whose loss has weight 0 and, with LoRA, all pretrained modules.
 
     Raises
     ------
     UsageError
-        If there is no module of a name.
+        If a module does not exist.
     """
     training, modules = config.training, dict(model.named_modules())
-    names = list(training.freeze if training.freeze is not None else _old_modules(training.lora_rank > 0, config))
+    names = list(
+        training.freeze if training.freeze is not None else _pretrained_modules(training.lora_rank > 0, config)
+    )
     for name in names:
         if not name or name not in modules:
             close = difflib.get_close_matches(name, modules, n=1, cutoff=0)
-            parts = ", ".join(name for name, _ in model.named_children())
-            raise UsageError(f"--freeze {name}: no such module; did you mean {close[0]}? The largest are {parts}")
+            top_level = ", ".join(name for name, _ in model.named_children())
+            raise UsageError(
+                f"--freeze {name}: no such module; did you mean {close[0]}? Top-level modules: {top_level}"
+            )
         modules[name].requires_grad_(False)
     count_loss, _ = config.other_loss_weights
     if count_loss == 0:
@@ -175,15 +180,15 @@ def freeze(model: TranscriptFormer, config: TrainConfig) -> None:
             module.lora_b.requires_grad_(True)
 
 
-def _old_modules(with_lora: bool, config: TrainConfig) -> Sequence[str]:
+def _pretrained_modules(with_lora: bool, config: TrainConfig) -> Sequence[str]:
     if not with_lora:
         return []
     has_gene_head = config.model.loss_config.gene_id_loss_weight > 0
-    old = ["gene_embeddings", "transformer_encoder", "mu", *(["gene_id_head"] if has_gene_head else [])]
-    return old if config.training.new_aux_values else [*old, "aux_embeddings"]
+    modules = ["gene_embeddings", "transformer_encoder", "mu", *(["gene_id_head"] if has_gene_head else [])]
+    return modules if config.training.new_aux_values else [*modules, "aux_embeddings"]
 
 
 def count_parameters(*modules: nn.Module | None) -> tuple[int, int]:
-    """How many numbers are learned, and how many there are."""
+    """Return the number of trainable parameters and of all parameters."""
     parameters = [p for module in modules if module is not None for p in module.parameters()]
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

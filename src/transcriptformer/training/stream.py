@@ -1,4 +1,4 @@
-"""The cells of a training run as a stream of steps, each a list of batches of cells of like length."""
+"""The training cells as a stream of steps, each a list of batches of cells of similar length."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -6,32 +6,32 @@ from itertools import pairwise
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
-from transcriptformer.data.batches import Batch, BatchLimits, as_is, batches_of
+from transcriptformer.data.batches import Batch, BatchLimits, identity, make_batches
 from transcriptformer.data.prefetch import prefetch
 from transcriptformer.data.reader import CellBlock, CellReader
 from transcriptformer.data.tokenize import Tokens
 from transcriptformer.data.workers import shard_of_worker, start_workers
 from transcriptformer.training.order import Epochs, Piece
 
-STEPS_AHEAD = 4
-"""Steps that are made ready while one is computed."""
+PREFETCHED_STEPS = 4
+"""Number of steps that are prepared in advance."""
 
 
 class TrainingDataset(IterableDataset[CellBlock]):
-    """What one process of several takes from the shuffled cells, step by step, for as many steps as there are.
+    """One process's share of the shuffled cells, step by step.
 
-    A worker serves some of the process's streams; what the workers yield in turn makes up a step.
+    Each worker serves some of the streams of its process. A step consists of one item from each worker.
 
     Parameters
     ----------
     readers
-        The sources.
+        Readers of the sources.
     epochs
-        The order of their cells.
+        Order of the cells.
     steps
-        Which steps to serve.
+        Steps to yield.
     process, n_processes
-        Which process this is.
+        Index of this process, and number of processes.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TrainingDataset(IterableDataset[CellBlock]):
             epoch, first_step = epoch + 1, 0
 
     def _steps(self, epoch: int, stream: int, first_step: int) -> Iterator[CellBlock]:
-        """The cells of one stream, step by step."""
+        """Yield the cells of one stream, step by step."""
         number, begin, window = -1, 0, None
         for start, stop in pairwise(self.epochs.cells_of_steps(epoch, stream)[first_step:].tolist()):
             parts = []
@@ -78,7 +78,7 @@ class TrainingDataset(IterableDataset[CellBlock]):
 
 
 def join(parts: Sequence[CellBlock]) -> CellBlock:
-    """Cells of several blocks, one after the other."""
+    """Concatenate blocks of cells."""
     if len(parts) == 1:
         return parts[0]
     tokens = Tokens.join([part.tokens for part in parts])
@@ -86,27 +86,27 @@ def join(parts: Sequence[CellBlock]) -> CellBlock:
 
 
 def take(block: CellBlock, cells: np.ndarray) -> CellBlock:
-    """Some cells of a block (cells,), in that order."""
+    """Select cells of a block by index (cells,)."""
     return CellBlock(block.rows[cells], block.tokens.take(cells), block.aux_tokens[cells])
 
 
 class StepLoader:
-    """The steps of a dataset, each as the batches it is computed in; a thread makes them ahead.
+    """Splits the steps of a dataset into batches; a background thread prepares the next steps.
 
     Parameters
     ----------
     dataset
-        Where the cells come from.
+        Cells of each step.
     limits
-        Of a batch.
+        Limits of a batch.
     pad
-        Token after a cell's last gene.
+        Padding token.
     seq_len
-        Most positions of a cell.
+        Maximum positions per cell.
     n_workers
-        Processes that read; 0: this one does.
+        Number of reader processes; 0: read in this process.
     pin_memory
-        Put batches where a GPU can fetch them by itself.
+        Copy batches to pinned memory, for faster transfer to a GPU.
     """
 
     def __init__(
@@ -121,15 +121,15 @@ class StepLoader:
         self.limits, self.pad, self.seq_len, self.pin_memory = limits, pad, seq_len, pin_memory
         self.n_parts = max(1, n_workers)
         self.parts: DataLoader[CellBlock] = DataLoader(
-            dataset, batch_size=None, collate_fn=as_is, num_workers=n_workers
+            dataset, batch_size=None, collate_fn=identity, num_workers=n_workers
         )
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        parts = start_workers(self.parts)  # here, for it may start processes, which a thread should not
-        return prefetch(self._steps(parts), STEPS_AHEAD)
+        parts = start_workers(self.parts)  # may start processes, which the prefetch thread must not
+        return prefetch(self._steps(parts), PREFETCHED_STEPS)
 
     def _steps(self, parts: Iterator[CellBlock]) -> Iterator[list[Batch]]:
         for first in parts:
             step = join([first, *(next(parts) for _ in range(self.n_parts - 1))])
-            batches = batches_of(step, self.limits, self.pad, self.seq_len)
+            batches = make_batches(step, self.limits, self.pad, self.seq_len)
             yield [batch.pinned() if self.pin_memory else batch for batch in batches]

@@ -1,10 +1,10 @@
-"""The attention that is trained through: its gradients are those of the definition."""
+"""Gradients of the blockwise attention are those of the definition."""
 
 import pytest
 import torch
 
-from transcriptformer.model.attention.blockwise import trainable_attention
-from transcriptformer.model.attention.definition import Attention, blockwise_attention, plain_attention
+from transcriptformer.model.attention.blockwise import blockwise_attention
+from transcriptformer.model.attention.definition import Attention, ScoreMod, plain_attention
 
 
 def gradients(
@@ -16,7 +16,7 @@ def gradients(
         x.requires_grad_()
     key_bias, key_allowed = 3 * torch.rand(2, length), torch.rand(2, length) > 0.2
     key_allowed[0, 0] = False  # a query without any key
-    output = attention(q, k, v, key_bias, key_allowed, softcap, on_diagonal)
+    output = attention(q, k, v, ScoreMod(key_bias, key_allowed, softcap, on_diagonal))
     return [output, *torch.autograd.grad(output, (q, k, v), torch.randn(output.shape).to(dtype))]
 
 
@@ -24,7 +24,7 @@ def gradients(
 @pytest.mark.parametrize("softcap", [0.0, 10.0])
 @pytest.mark.parametrize("length", [1, 5, 300])
 def test_results_and_gradients_equal_the_definition(length: int, softcap: float, on_diagonal: bool) -> None:
-    ours = gradients(trainable_attention, length, softcap, on_diagonal, torch.float32)
+    ours = gradients(blockwise_attention, length, softcap, on_diagonal, torch.float32)
     plain = gradients(plain_attention, length, softcap, on_diagonal, torch.float32)
     assert len(ours) == 4
     for a, b in zip(ours, plain, strict=True):
@@ -34,16 +34,8 @@ def test_results_and_gradients_equal_the_definition(length: int, softcap: float,
 
 
 def test_half_precision_comes_near() -> None:
-    ours = gradients(trainable_attention, 300, 10.0, False, torch.bfloat16)
+    ours = gradients(blockwise_attention, 300, 10.0, False, torch.bfloat16)
     exact = gradients(plain_attention, 300, 10.0, False, torch.float32)
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == torch.bfloat16
         assert (a.float() - b).norm() < 0.03 * b.norm()
-
-
-def test_without_gradients_it_is_the_blockwise_attention() -> None:
-    q = torch.randn(1, 2, 9, 4)
-    bias, allowed = torch.zeros(1, 9), torch.ones(1, 9, dtype=torch.bool)
-    torch.testing.assert_close(
-        trainable_attention(q, q, q, bias, allowed, 10.0, True), blockwise_attention(q, q, q, bias, allowed, 10.0, True)
-    )

@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transcriptformer.model.attention.blockwise import MAX_SCORES, QUERY_BLOCK, blockwise_attention
 from transcriptformer.model.attention.definition import (
-    QUERY_BLOCK,
-    SCORES_AT_ONCE,
     Attention,
-    blockwise_attention,
+    ScoreMod,
     count_bias,
     plain_attention,
     visible_keys,
@@ -63,7 +62,7 @@ def test_three_positions_by_hand(attention: Attention, on_diagonal: bool, softca
     second = softmax_by_hand(cap(2 * 0.5 + 0.1), cap(2 * 1.5 + 0.7 * own))
     third = softmax_by_hand(cap(-0.5 + 0.1), cap(-1.5 + 0.7), cap(-1.0 + 0.3 * own))
     expected = [sum(w * x for w, x in zip(weights, (1, 10, 100), strict=False)) for weights in (first, second, third)]
-    result = attention(q, k, v, bias, torch.ones(1, 3, dtype=torch.bool), softcap, on_diagonal)
+    result = attention(q, k, v, ScoreMod(bias, torch.ones(1, 3, dtype=torch.bool), softcap, on_diagonal))
     torch.testing.assert_close(result.flatten(), torch.tensor(expected))
 
 
@@ -72,7 +71,7 @@ def test_three_positions_by_hand(attention: Attention, on_diagonal: bool, softca
 def test_a_query_without_keys_gives_zero(attention: Attention, softcap: float) -> None:
     q = k = v = torch.ones(2, 1, 3, 4)
     allowed = torch.tensor([[False, False, True], [False, False, False]])
-    result = attention(q, k, v, torch.zeros(2, 3), allowed, softcap, True)
+    result = attention(q, k, v, ScoreMod(torch.zeros(2, 3), allowed, softcap, True))
     expected = torch.zeros(2, 1, 3, 4)
     expected[0, 0, 2] = 1
     torch.testing.assert_close(result, expected)
@@ -81,7 +80,8 @@ def test_a_query_without_keys_gives_zero(attention: Attention, softcap: float) -
 @each_path
 def test_huge_scores_stay_finite(attention: Attention) -> None:
     q = torch.full((1, 1, 2, 4), 1e18)
-    result = attention(q, q, torch.ones(1, 1, 2, 4), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), 10.0, True)
+    mod = ScoreMod(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), 10.0, True)
+    result = attention(q, q, torch.ones(1, 1, 2, 4), mod)
     torch.testing.assert_close(result, torch.ones(1, 1, 2, 4))
 
 
@@ -92,22 +92,22 @@ def test_huge_scores_stay_finite(attention: Attention) -> None:
     softcap=st.sampled_from([0.0, 10.0]),
     on_diagonal=st.booleans(),
 )
-def test_attention_in_blocks_is_the_same(seed: int, length: int, softcap: float, on_diagonal: bool) -> None:
+def test_blockwise_attention_equals_the_definition(seed: int, length: int, softcap: float, on_diagonal: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (3 * torch.randn(2, 3, length, 8, generator=generator) for _ in range(3))
     bias = count_bias(30 * torch.rand(2, length, generator=generator), 1e-6)
     allowed = torch.rand(2, length, generator=generator) < 0.7
-    plain, in_blocks = (path(q, k, v, bias, allowed, softcap, on_diagonal) for path in PATHS.values())
+    plain, in_blocks = (path(q, k, v, ScoreMod(bias, allowed, softcap, on_diagonal)) for path in PATHS.values())
     assert (in_blocks - plain).norm() <= 1e-5 * plain.norm()
 
 
-def test_however_few_scores_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_scores_may_be_computed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(3, 2, 3, QUERY_BLOCK + 9, 8, generator=torch.Generator().manual_seed(0))
     bias, allowed = torch.zeros(2, q.shape[2]), torch.ones(2, q.shape[2], dtype=torch.bool)
-    expected = plain_attention(q, k, v, bias, allowed, 10.0, True)
-    for scores_at_once in (1, 3 * QUERY_BLOCK**2):
-        monkeypatch.setitem(SCORES_AT_ONCE, "cpu", scores_at_once)
-        torch.testing.assert_close(blockwise_attention(q, k, v, bias, allowed, 10.0, True), expected)
+    expected = plain_attention(q, k, v, ScoreMod(bias, allowed, 10.0, True))
+    for max_scores in (1, 3 * QUERY_BLOCK**2):
+        monkeypatch.setitem(MAX_SCORES, "cpu", max_scores)
+        torch.testing.assert_close(blockwise_attention(q, k, v, ScoreMod(bias, allowed, 10.0, True)), expected)
 
 
 def test_bfloat16_is_near_float32() -> None:
@@ -115,7 +115,7 @@ def test_bfloat16_is_near_float32() -> None:
     q, k, v = (torch.randn(2, 3, 150, 16, generator=generator) for _ in range(3))
     bias, allowed = count_bias(30 * torch.rand(2, 150, generator=generator), 1e-6), torch.ones(2, 150, dtype=torch.bool)
     for path in PATHS.values():
-        exact = path(q, k, v, bias, allowed, 10.0, True)
-        rounded = path(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias, allowed, 10.0, True)
+        exact = path(q, k, v, ScoreMod(bias, allowed, 10.0, True))
+        rounded = path(q.bfloat16(), k.bfloat16(), v.bfloat16(), ScoreMod(bias, allowed, 10.0, True))
         assert rounded.dtype == torch.bfloat16
         assert (rounded.float() - exact).norm() / exact.norm() < 2e-2

@@ -1,35 +1,28 @@
-"""Attention in blocks with gradients, for training: nothing of the size of all scores is kept or made."""
+"""The attention in blocks of queries whose scores stay in the cache, with gradients; all scores are never in memory."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transcriptformer.model.attention.definition import (
-    LEAST_TOTAL,
-    QUERY_BLOCK,
-    SCORE_LIMIT,
-    SCORES_AT_ONCE,
-    blockwise_attention,
-    hiding,
-    per_head,
-    slices,
-)
+from transcriptformer.model.attention.definition import SCORE_LIMIT, ScoreMod
+
+QUERY_BLOCK = 256
+"""Queries per block."""
+
+MAX_SCORES = {"cpu": 2**21, "mps": 2**25, "cuda": 2**27}
+"""Scores computed at a time, by device; those of one block of one head always are."""
+
+MIN_TOTAL = 1e-30
+"""Replaces a sum of weights that is 0, by which they are divided."""
 
 
-def trainable_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor,
-    key_allowed: Tensor,
-    softcap: float,
-    bias_on_diagonal: bool,
-) -> Tensor:
-    """The same as `plain_attention`, with the same parameters and result."""
-    if not needs_gradients(q, k, v):
-        return blockwise_attention(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)
-    return _Blockwise.apply(q, k, v, key_bias, key_allowed, softcap, bias_on_diagonal)  # type: ignore[no-untyped-call]
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
+    """Compute what `plain_attention` defines, with matrix products in the type of `q`."""
+    if needs_gradients(q, k, v):
+        return _Blockwise.apply(q, k, v, *mod)  # type: ignore[no-untyped-call]
+    return _forward(q, k, v, mod)
 
 
 def needs_gradients(*tensors: Tensor) -> bool:
@@ -39,71 +32,103 @@ def needs_gradients(*tensors: Tensor) -> bool:
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = blockwise_attention(*inputs)
-        *tensors, ctx.softcap, ctx.bias_on_diagonal = inputs
-        ctx.save_for_backward(*tensors, output)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *mod: Any) -> Tensor:
+        output = _forward(q, k, v, ScoreMod(*mod))
+        key_bias, key_allowed, *ctx.options = mod
+        ctx.save_for_backward(q, k, v, key_bias, key_allowed, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         q, k, v, key_bias, key_allowed, output = ctx.saved_tensors
-        inputs = q, k, v, key_bias, key_allowed, ctx.softcap, ctx.bias_on_diagonal
-        gradients = attention_gradients(gradient, output, *inputs)
-        return *gradients, None, None, None, None
+        mod = ScoreMod(key_bias, key_allowed, *ctx.options)
+        return *attention_gradients(gradient, output, q, k, v, mod), None, None, None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
+    cells, heads, length, head_dim = q.shape
+    cap = mod.softcap if mod.softcap > 0 else 1.0  # scores are computed as s / cap, which spares a pass over them
+    q = (q / (head_dim**0.5 * cap)).flatten(0, 1)  # (B·H, T, d)
+    k = k.contiguous().mT.contiguous().flatten(0, 1)  # (B·H, d, T); in two steps, each of which is a fast copy
+    v = v.contiguous().flatten(0, 1)  # (B·H, T, d)
+    bias, mask = _per_head(mod.key_bias.float() / cap, heads), _per_head(mod.key_mask, heads)  # (B·H, 1, T)
+    output = torch.empty_like(v)
+    for chunk, start, end in _blocks(cells * heads, length, q.device):
+        scores = torch.bmm(q[chunk, start:end], k[chunk, :, :end]).float()  # (chunk, block, end)
+        own_block = scores[..., start:]  # (chunk, block, block)
+        scores += bias[chunk, :, :end]
+        if not mod.bias_on_diagonal:
+            own_block.diagonal(dim1=-2, dim2=-1).sub_(bias[chunk, 0, start:end])
+        if mod.softcap > 0:
+            # Capped scores cannot overflow: no maximum has to be subtracted, and later keys can be removed afterwards.
+            scores.tanh_()
+            torch.add(mask[chunk, :, :end], scores, alpha=cap, out=scores)
+        else:
+            scores += mask[chunk, :, :end]
+            own_block.masked_fill_(torch.ones_like(own_block[0], dtype=torch.bool).triu_(1), -torch.inf)
+            scores -= scores.amax(-1, keepdim=True).clamp_(min=-SCORE_LIMIT)
+        weights = scores.exp_()
+        own_block.tril_()
+        weights /= weights.sum(-1, keepdim=True).clamp_(min=MIN_TOTAL)
+        output[chunk, start:end] = torch.bmm(weights.to(v.dtype), v[chunk, :end])
+    return output.view(cells, heads, length, head_dim)
 
 
 def attention_gradients(
-    gradient: Tensor,
-    output: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor,
-    key_allowed: Tensor,
-    softcap: float,
-    bias_on_diagonal: bool,
+    gradient: Tensor, output: Tensor, q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v (B, H, T, d) from that of the result, block by block of queries.
+    """Gradients of q, k and v (B, H, T, d) from that of the output, block by block.
 
-    With weights w = softmax(s), s = cap · tanh(x), x = (q · k / √d + bias) / cap, and the result o = w v:
+    With weights w = softmax(s), s = cap · tanh(x), x = (q · k / √d + bias) / cap, and the output o = w v:
     dv = wᵀ do; dw = do vᵀ; ds = w (dw − do · o); and ds / d(q · k / √d) = 1 − tanh²(x).
     """
     cells, heads, length, head_dim = q.shape
-    cap = softcap if softcap > 0 else 1.0
+    cap = mod.softcap if mod.softcap > 0 else 1.0
     dtype, scale = q.dtype, 1 / head_dim**0.5
     gradient = gradient.to(dtype)
     sums = (gradient.float() * output.float()).sum(-1).flatten(0, 1)[..., None]  # do · o, (B·H, T, 1)
     q, k, v, gradient = (x.contiguous().flatten(0, 1) for x in (q, k, v, gradient))  # (B·H, T, d)
     scaled_q, k_turned, v_turned = q * (scale / cap), k.mT.contiguous(), v.mT.contiguous()
-    bias, hidden = per_head(key_bias.float() / cap, heads), per_head(hiding(key_allowed), heads)  # (B·H, 1, T)
+    bias, mask = _per_head(mod.key_bias.float() / cap, heads), _per_head(mod.key_mask, heads)  # (B·H, 1, T)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        for few in slices(cells * heads, SCORES_AT_ONCE[q.device.type] // ((end - start) * end)):
-            here = few, slice(start, end)
-            x = torch.bmm(scaled_q[here], k_turned[few, :, :end]).float()  # (few, block, end)
-            x += bias[few, :, :end]
-            if not bias_on_diagonal:
-                x[..., start:].diagonal(dim1=-2, dim2=-1).sub_(bias[few, 0, start:end])
-            if softcap > 0:
-                x.tanh_()
-                weights = torch.add(hidden[few, :, :end], x, alpha=cap).exp_()
-            else:
-                weights = x + hidden[few, :, :end]
-                behind = torch.ones_like(weights[0, :, start:], dtype=torch.bool).triu_(1)
-                weights[..., start:].masked_fill_(behind, -torch.inf)
-                weights = weights.sub_(weights.amax(-1, keepdim=True).clamp_(min=-SCORE_LIMIT)).exp_()
-            weights[..., start:].tril_()
-            weights /= weights.sum(-1, keepdim=True).clamp_(min=LEAST_TOTAL)
-            dv[few, :end] += torch.bmm(weights.mT.to(dtype), gradient[here])
-            ds = torch.bmm(gradient[here], v_turned[few, :, :end]).float()
-            ds = ds.sub_(sums[here]).mul_(weights)
-            if softcap > 0:
-                ds = ds.mul_(x.square_().neg_().add_(1))
-            ds = ds.mul_(scale).to(dtype)
-            dq[here] = torch.bmm(ds, k[few, :end])
-            dk[few, :end] += torch.bmm(ds.mT, q[here])
+    for chunk, start, end in _blocks(cells * heads, length, q.device):
+        here = chunk, slice(start, end)
+        x = torch.bmm(scaled_q[here], k_turned[chunk, :, :end]).float()  # (chunk, block, end)
+        x += bias[chunk, :, :end]
+        if not mod.bias_on_diagonal:
+            x[..., start:].diagonal(dim1=-2, dim2=-1).sub_(bias[chunk, 0, start:end])
+        if mod.softcap > 0:
+            x.tanh_()
+            weights = torch.add(mask[chunk, :, :end], x, alpha=cap).exp_()
+        else:
+            weights = x + mask[chunk, :, :end]
+            later = torch.ones_like(weights[0, :, start:], dtype=torch.bool).triu_(1)
+            weights[..., start:].masked_fill_(later, -torch.inf)
+            weights = weights.sub_(weights.amax(-1, keepdim=True).clamp_(min=-SCORE_LIMIT)).exp_()
+        weights[..., start:].tril_()
+        weights /= weights.sum(-1, keepdim=True).clamp_(min=MIN_TOTAL)
+        dv[chunk, :end] += torch.bmm(weights.mT.to(dtype), gradient[here])
+        ds = torch.bmm(gradient[here], v_turned[chunk, :, :end]).float()
+        ds = ds.sub_(sums[here]).mul_(weights)
+        if mod.softcap > 0:
+            ds = ds.mul_(x.square_().neg_().add_(1))
+        ds = ds.mul_(scale).to(dtype)
+        dq[here] = torch.bmm(ds, k[chunk, :end])
+        dk[chunk, :end] += torch.bmm(ds.mT, q[here])
     shape = cells, heads, length, head_dim
     return dq.view(shape), dk.to(dtype).view(shape), dv.to(v.dtype).view(shape)
+
+
+def _blocks(n_heads: int, length: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:
+    """Chunks of the heads of all cells, and first and last query, of what is computed at a time."""
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        size = max(1, MAX_SCORES[device.type] // ((end - start) * end))
+        for first in range(0, n_heads, size):
+            yield slice(first, first + size), start, end
+
+
+def _per_head(values: Tensor, heads: int) -> Tensor:
+    """A row for each head of each cell: (B, T) → (B·H, 1, T)."""
+    return values.repeat_interleave(heads, dim=0)[:, None]
