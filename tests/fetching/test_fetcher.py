@@ -1,6 +1,7 @@
 """Downloads are complete and verified, and fetched once, whatever the server and network do."""
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -350,4 +351,4 @@ def test_exclusive_lock_waits_for_the_other_run(tmp_path: Path, caplog: pytest.L
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    assert "in use by another run; waiting" in caplog.text
+    assert re.search(r"in use by another run \(process \d+ on .*\); waiting", caplog.text)

@@ -22,11 +22,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-import filelock
 import tenacity
 
 from transcriptformer.errors import DownloadError, OutputError
-from transcriptformer.storage.atomic import atomic_write, make_folder, remove, temporary_path
+from transcriptformer.storage.atomic import atomic_write, make_folder, move_file, remove, temporary_path
+from transcriptformer.storage.lock import RunLock
 from transcriptformer.storage.sealed import read_json, sealed_json
 
 logger = logging.getLogger(__name__)
@@ -346,7 +346,7 @@ class PartialFile:
 
     def finish(self) -> None:
         """Rename the complete file to its target."""
-        self.path.replace(self.target)
+        move_file(self.path, self.target)
         remove_part(self.target)
 
     def discard(self) -> None:
@@ -512,12 +512,8 @@ def exclusive_lock(lock: Path) -> Iterator[None]:
     """Hold a lock file exclusively, waiting for other runs to release it."""
     with translated_write_errors(lock):
         make_folder(lock.parent)
-        holder = filelock.FileLock(lock)
-        try:
-            holder.acquire(timeout=0)
-        except filelock.Timeout:
-            logger.info("%s: in use by another run; waiting for it to finish", lock.parent)
-            holder.acquire()
+        holder = RunLock(lock)
+        holder.wait(lock.parent)
     try:
         yield
     finally:

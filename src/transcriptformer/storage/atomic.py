@@ -50,11 +50,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
-            sync(temporary)
-            temporary.replace(path)
-            sync_folder(path.parent)
+            move_file(temporary, path)
     finally:
         remove(temporary)
+
+
+def move_file(source: Path, path: Path) -> None:
+    """Sync a file, move it to `path` on the same file system, and sync that folder; OSError if one of these fails."""
+    sync(source)
+    source.replace(path)
+    sync_folder(path.parent)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,9 +48,29 @@ class RunLock:
         OutputError
             If the lock file cannot be written.
         """
+        self._hold(place, self._refuse_other)
+
+    def wait(self, place: Path) -> None:
+        """Lock `place` as `acquire` does, but wait for another run to finish.
+
+        Raises
+        ------
+        OutputError
+            If the lock file cannot be written.
+        """
+        self._hold(place, self._await_other)
+
+    def release(self) -> None:
+        """Release the lock and delete its file."""
+        if self._lock.is_locked:
+            with suppress(OSError):  # Windows deletes no open file
+                self.path.unlink(missing_ok=True)  # before the release: filelock retries if its file was deleted
+            self._lock.release()
+
+    def _hold(self, place: Path, take: Callable[[Path], None]) -> None:
         with writing(self.path):
             try:
-                self._acquire(place)
+                take(place)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
@@ -59,14 +80,7 @@ class RunLock:
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             self.path.write_text(json.dumps(holder), encoding="utf-8")
 
-    def release(self) -> None:
-        """Release the lock and delete its file."""
-        if self._lock.is_locked:
-            with suppress(OSError):  # Windows deletes no open file
-                self.path.unlink(missing_ok=True)  # before the release: filelock retries if its file was deleted
-            self._lock.release()
-
-    def _acquire(self, place: Path) -> None:
+    def _refuse_other(self, place: Path) -> None:
         until = time.monotonic() + LOCK_TIMEOUT
         while True:
             try:
@@ -79,6 +93,13 @@ class RunLock:
                         f"{place}: in use by another run{_describe(holder)}; wait for it to finish"
                     ) from None
             time.sleep(0.2)
+
+    def _await_other(self, place: Path) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.info("%s: in use by another run%s; waiting for it to finish", place, _describe(self._holder()))
+            self._lock.acquire()
 
     def _holder(self) -> dict[str, object]:
         """Read the description of the process that holds the lock; empty if not yet written."""
