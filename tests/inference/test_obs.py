@@ -333,8 +333,14 @@ def test_a_cell_without_a_name_is_an_error(tmp_path: Path) -> None:
         inference([write(tmp_path / "cells.h5ad", change)], tmp_path / "out")
 
 
-@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
-@pytest.mark.parametrize("index_name", ["codes", "categories", "any"])
+@pytest.mark.parametrize(
+    ("index_name", "ending"),
+    [
+        ("codes", "zarr"),
+        *((name, "h5ad") for name in ("codes", "categories", "any")),
+        *(pytest.param(name, "zarr", marks=pytest.mark.slow) for name in ("categories", "any")),
+    ],
+)
 def test_columns_may_have_any_name(index_name: str, ending: str, tmp_path: Path) -> None:
     adata = cells()
     for name in {"categories", "codes", "values", "mask", "index", "obs", "a b", "é", ".hidden"} - {index_name}:

@@ -140,6 +140,7 @@ def test_invalid_new_values_are_refused(
         fit(config_of(tmp_path / "run", cells, start=CHECKPOINT, new_aux_values=new))
 
 
+@pytest.mark.slow
 def test_labels_are_learned_and_predicted_at_inference(cells: Path, tmp_path: Path) -> None:
     """In memory and through a file, with probabilities, and only if requested."""
     settings = {"gene_loss_weight": 0.0, "count_loss_weight": 0.0, "max_epochs": 50, "learning_rate": 0.01}

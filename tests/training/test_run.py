@@ -147,7 +147,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cells: Path, tmp_path: Path, 
     assert_same_run(tmp_path / "interrupted", tmp_path / "uninterrupted")
 
 
-@pytest.mark.parametrize("interrupted_at", [15, *(pytest.param(n, marks=pytest.mark.slow) for n in (11, 21))])
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupted_at", [11, 15, 21])
 def test_a_resumed_run_stops_as_early_as_an_uninterrupted_one(cells: Path, tmp_path: Path, interrupted_at: int) -> None:
     settings: dict[str, Any] = {"max_epochs": 20, "patience": 2, "learning_rate": 0.03, "save_every": 2}
     fit(config_of(tmp_path / "uninterrupted", cells, **settings))
