@@ -17,7 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from tests.commands import assert_same, read_result, run_command
+from tests.commands import assert_same, finish, inference_command, read_result, run_command, start
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
 from transcriptformer.checkpoint.published import load_config
@@ -303,12 +303,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", folder], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("no permission to mount a disk")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+def resize(disk: Path, kilobytes: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", disk], check=True)
+
+
+def kilobytes_of(folder: Path) -> int:
+    return sum(path.stat().st_blocks for path in folder.rglob("*")) // 2
 
 
 @pytest.mark.slow
@@ -317,7 +325,14 @@ def test_a_run_ended_by_a_full_disk_resumes_with_more_space(
     many_cells: tuple[list[object], anndata.AnnData, float], small_disk: Path
 ) -> None:
     options, expected, _ = many_cells
-    full = run_command(*options, "--output-path", small_disk)
+    process = start(inference_command(*options, "--output-path", small_disk))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(small_disk.glob("*.parts/piece-*")):
+        time.sleep(0.05)
+    process.terminate()
+    assert finish(process, kill_after=30).returncode == 143
+    resize(small_disk, kilobytes_of(small_disk) + 24)
+    full = run_command(*options, "--output-path", small_disk, "--resume")
     assert full.returncode == 1
     assert "Traceback" not in full.stderr
     errors = [line for line in full.stderr.splitlines() if line.startswith("ERROR: ")]
@@ -325,7 +340,7 @@ def test_a_run_ended_by_a_full_disk_resumes_with_more_space(
     assert re.search(r"embeddings\.h5ad\.parts: results cannot be written \(No space left on device\)", errors[0])
     assert re.search(rf"INFO: \d+ of {MANY_CELLS} cells are kept", full.stderr)
     assert [path.name for path in small_disk.iterdir()] == ["embeddings.h5ad.parts"]
-    subprocess.run(["mount", "-o", "remount,size=5m", small_disk], check=True)
+    resize(small_disk, 5000)
     done = run_command(*options, "--output-path", small_disk, "--resume")
     assert done.returncode == 0, done.stderr
     assert re.search(r"\d+ cells are already done", done.stderr)

@@ -10,6 +10,7 @@ import torch
 from transcriptformer.errors import TrainingError
 from transcriptformer.runtime.signals import TerminatedError
 from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning
+from transcriptformer.runtime.watchdog import ProcessEndedError
 
 
 class Model(pl.LightningModule):
@@ -37,20 +38,30 @@ class Interrupted:
         return iter([])
 
 
-@pytest.mark.parametrize(
-    "error",
-    [KeyboardInterrupt(), TerminatedError(signal.SIGTERM), TrainingError("no")],
-    ids=lambda error: type(error).__name__,
-)
-def test_what_interrupts_the_start_of_an_epoch_is_what_is_raised(error: BaseException) -> None:
-    before = signal.getsignal(signal.SIGINT)
+def fit(error: BaseException) -> None:
     with quiet_lightning():
         trainer = pl.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
         )
+    before = signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(type(error)) as raised, plain_lightning(trainer):
+        with plain_lightning(trainer):
             trainer.fit(Model(), Interrupted(error))
-        assert raised.value is error or isinstance(error, KeyboardInterrupt)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_worker_that_is_killed_at_the_start_of_an_epoch_is_named() -> None:
+    with pytest.raises(ProcessEndedError, match=r"data worker \(process 7\) was killed"):
+        fit(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), TerminatedError(signal.SIGTERM), TrainingError("no"), RuntimeError("odd")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_interrupts_the_start_of_an_epoch_is_what_is_raised(error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised:
+        fit(error)
+    assert raised.value is error or isinstance(error, KeyboardInterrupt)

@@ -18,6 +18,10 @@ _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exi
 """PyTorch's messages about dead data workers."""
 
 
+_TEARDOWN_FAILED = "Please call `iter(combined_loader)` first"
+"""Lightning's message if an epoch was interrupted before its batches were there."""
+
+
 @contextmanager
 def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
     """Run a Trainer quietly and restore the errors that Lightning and PyTorch wrap.
@@ -32,32 +36,29 @@ def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
     try:
         with quiet_lightning():
             yield
-    except SystemExit as error:  # Lightning turns Ctrl-C into it, which would end a notebook's kernel
-        if type(error) is SystemExit and trainer.interrupted:
+    except BaseException as raised:
+        error = _before_teardown(raised)
+        if type(error) is SystemExit and trainer.interrupted:  # Ctrl-C, which would end a notebook's kernel
             raise KeyboardInterrupt from None
-        raise
-    except TranscriptFormerError as error:
-        # Drop the worker's traceback, which precedes the message.
-        name = f"{type(error).__name__}: "
-        if str(error).startswith("Caught ") and name in str(error):
-            raise type(error)(str(error).rpartition(name)[2].strip()) from None
-        raise
-    except RuntimeError as error:
-        if (first := _interruption(error)) is not None:
-            raise first from None
-        if lost := _LOST_WORKER.search(str(error)):
-            raise ProcessEndedError(lost_worker_message(lost[1])) from error
-        if isinstance(error, torch.distributed.DistError) or any(backend in str(error) for backend in ("gloo", "NCCL")):
-            raise ProcessEndedError(f"another process of this run has ended; see its output; {RESUME}") from error
-        raise
+        if isinstance(error, TranscriptFormerError):
+            # Drop the worker's traceback, which precedes the message.
+            name = f"{type(error).__name__}: "
+            if str(error).startswith("Caught ") and name in str(error):
+                raise type(error)(str(error).rpartition(name)[2].strip()) from None
+        elif isinstance(error, RuntimeError):
+            if lost := _LOST_WORKER.search(str(error)):
+                raise ProcessEndedError(lost_worker_message(lost[1])) from error
+            is_connection = any(backend in str(error) for backend in ("gloo", "NCCL"))
+            if is_connection or isinstance(error, torch.distributed.DistError):
+                raise ProcessEndedError(f"another process of this run has ended; see its output; {RESUME}") from error
+        raise error from None
 
 
-def _interruption(error: BaseException) -> BaseException | None:
-    """What interrupted the Trainer, where its teardown failed after that and hid it."""
-    before = error.__context__
-    while before is not None and not isinstance(before, KeyboardInterrupt | SystemExit | TranscriptFormerError):
-        before = before.__context__
-    return before
+def _before_teardown(error: BaseException) -> BaseException:
+    """The error that ended the Trainer, where its teardown has failed after that and hidden it."""
+    while _TEARDOWN_FAILED in str(error) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 @contextmanager
