@@ -59,6 +59,8 @@ class _NeverFailing(io.RawIOBase):
         The first exception.
     """
 
+    _descriptor = -1  # Python closes the object even if it cannot be opened
+
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self.failure: BaseException | None = None
@@ -119,6 +121,8 @@ class _NeverFailing(io.RawIOBase):
         """Close the file; further calls have no effect."""
         if not self.closed:
             super().close()
+            if self._descriptor < 0:
+                return
             try:
                 os.close(self._descriptor)
             except OSError as error:  # some file systems report an exceeded quota only on close
