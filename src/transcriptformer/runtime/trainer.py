@@ -51,7 +51,9 @@ def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
             is_connection = any(backend in str(error) for backend in ("gloo", "NCCL"))
             if is_connection or isinstance(error, torch.distributed.DistError):
                 raise ProcessEndedError(f"another process of this run has ended; see its output; {RESUME}") from error
-        raise error from None
+        if error is raised:
+            raise
+        raise error from error.__cause__  # and not from what has hidden it
 
 
 def _before_teardown(error: BaseException) -> BaseException:
