@@ -21,7 +21,9 @@ class NewHdf5(h5py.File):  # type: ignore[misc]  # h5py has no types
     """An HDF5 file open for writing."""
 
     def __init__(self, path: Path, raise_signals: Callable[[], None]) -> None:
-        self._raw, self._raise_signals = _NeverFailing(path), raise_signals
+        # Opened here, because Python closes a file object even if its constructor has failed.
+        self._raw = _NeverFailing(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))
+        self._raise_signals = raise_signals
         super().__init__(self._raw, "w")
 
     def check(self) -> None:
@@ -59,10 +61,8 @@ class _NeverFailing(io.RawIOBase):
         The first exception.
     """
 
-    _descriptor = -1  # Python closes the object even if it cannot be opened
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
         self.failure: BaseException | None = None
         self._position, self._size = 0, 0
         self._kept: list[tuple[int, bytes]] = []
@@ -121,8 +121,6 @@ class _NeverFailing(io.RawIOBase):
         """Close the file; further calls have no effect."""
         if not self.closed:
             super().close()
-            if self._descriptor < 0:
-                return
             try:
                 os.close(self._descriptor)
             except OSError as error:  # some file systems report an exceeded quota only on close
