@@ -1,6 +1,7 @@
 """The files of `vocabs/`: protein embeddings, whose order defines the gene vocabulary, and metadata vocabularies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -26,17 +27,24 @@ def read_gene_ids(path: Path, allow_external: bool = False) -> list[str]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: vocabulary file missing")
-    try:
+    with _reading(path, "a dataset 'keys' of gene ids"):
         check_hdf5(path, ("keys",), allow_external)
         with h5py.File(path) as file:
             keys = file["keys"][:]
         return [key.decode() if isinstance(key, bytes) else str(key) for key in keys]
+
+
+@contextmanager
+def _reading(path: Path, content: str) -> Iterator[None]:
+    """Raise errors in reading a protein-embedding file, which should have that content, as CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
     except DataError as error:
         raise CheckpointError(str(error)) from error
     except Exception as error:  # on damaged data, h5py may raise anything
-        raise CheckpointError(
-            f"{path}: not a protein-embedding file with a dataset 'keys' of gene ids ({one_line(error)})"
-        ) from error
+        raise CheckpointError(f"{path}: not a protein-embedding file with {content} ({one_line(error)})") from error
 
 
 def read_gene_vocab(
@@ -60,28 +68,19 @@ def read_protein_embeddings(paths: Sequence[Path], allow_external: bool = False)
     width = None
     for path in paths:
         genes, guard = read_gene_ids(path, allow_external), Guard(str(path), allow_external)
-        try:
-            with h5py.File(path) as file:
-                arrays = guard.open(file, "arrays")
-                for gene in genes:
-                    if gene in rows:
-                        continue
-                    dataset = guard.open(arrays, gene)
-                    guard.check(dataset, f"arrays/{gene}")
-                    rows[gene] = row = dataset[:].astype(np.float32)
-                    width = width or row.shape
-                    if row.shape != width or row.ndim != 1:
-                        raise CheckpointError(f"{path}: the embedding of {gene} has shape {row.shape}, not {width}")
-                    if not np.isfinite(row).all():
-                        raise CheckpointError(f"{path}: the embedding of {gene} contains NaN or infinite values")
-        except CheckpointError:
-            raise
-        except DataError as error:
-            raise CheckpointError(str(error)) from error
-        except Exception as error:  # on damaged data, h5py may raise anything
-            raise CheckpointError(
-                f"{path}: not a protein-embedding file with a group 'arrays' ({one_line(error)})"
-            ) from error
+        with _reading(path, "a group 'arrays'"), h5py.File(path) as file:
+            arrays = guard.open(file, "arrays")
+            for gene in genes:
+                if gene in rows:
+                    continue
+                dataset = guard.open(arrays, gene)
+                guard.check(dataset, f"arrays/{gene}")
+                rows[gene] = row = dataset[:].astype(np.float32)
+                width = width or row.shape
+                if row.shape != width or row.ndim != 1:
+                    raise CheckpointError(f"{path}: the embedding of {gene} has shape {row.shape}, not {width}")
+                if not np.isfinite(row).all():
+                    raise CheckpointError(f"{path}: the embedding of {gene} contains NaN or infinite values")
     if not rows:
         raise CheckpointError(f"{', '.join(map(str, paths))}: contains no genes")
     return list(rows), np.stack(list(rows.values()))
