@@ -51,7 +51,7 @@ def plain_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, is_gen
 def test_genes_some_at_a_time_have_the_loss_and_gradients_of_all_at_once(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr(losses, "MAX_LOGITS", {"cpu": at_once})
     torch.manual_seed(0)
     head = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 100))
     hidden, targets = torch.randn(3, 20, 8, requires_grad=True), torch.randint(100, (3, 20))

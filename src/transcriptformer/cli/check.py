@@ -90,7 +90,7 @@ def _print_table(report: "Report") -> None:
 
 
 def _rows(report: "Report") -> list[tuple[str, str]]:
-    """Rows of the table: name and value."""
+    """Return the rows of the table, each a name and a value."""
     rows: list[tuple[str, str]] = []
     if report.cells is not None:
         dropped = "" if report.cells_kept in (None, report.cells) else f", {report.cells_kept} after the filters"

@@ -44,7 +44,7 @@ def download(
 
 
 def _describe(folder: Path) -> str:
-    """Describe a downloaded folder, opened as `inference` would open it."""
+    """Describe a downloaded folder, which is loaded as `inference` would load it."""
     from transcriptformer.checkpoint.published import load_config
     from transcriptformer.checkpoint.vocabs import read_gene_ids
 

@@ -1,4 +1,4 @@
-"""`transcriptformer inference`: turns options into a configuration and runs it."""
+"""`transcriptformer inference`: embed cells."""
 
 from pathlib import Path
 from typing import Annotated
@@ -86,7 +86,7 @@ def inference(
 ) -> None:
     """Embed the cells of h5ad files or zarr stores.
 
-    The result is one file (or store) with an embedding per cell, beside the cells' names and metadata.
+    The output is one file or store with an embedding per cell, and the names and metadata of the cells.
     """
     options: dict[str, object] = {
         "model.model_type": model_type,

@@ -1,7 +1,6 @@
 """Options that several commands share.
 
-An option that is not given is None, and the configuration fills it; the default that its help shows is that of the
-configuration.
+Options default to None, which leaves the configuration's default in place; the help shows that default.
 """
 
 from enum import StrEnum
@@ -12,10 +11,7 @@ import typer
 
 
 def option(text: str, *names: str, metavar: str | None = None, default: object = None, **details: Any) -> Any:
-    """A Typer option whose help ends with its default, if it has one.
-
-    Typer itself would show a default that the configuration fills as `(default)`.
-    """
+    """Create a Typer option whose help ends with its default, if any; Typer itself would show None."""
     shown = "" if default is None else f"  [default: {default}]"
     return typer.Option(*names, metavar=metavar, help=text + shown, show_default=False, **details)
 
@@ -29,17 +25,17 @@ class UseRaw(StrEnum):
 
 
 def use_raw_setting(value: UseRaw | None) -> bool | str | None:
-    """Value of the configuration."""
+    """Convert `--use-raw` to its configuration value."""
     return {"true": True, "false": False, "auto": "auto", None: None}[value]
 
 
 def batch_size_setting(value: str | None) -> int | str | None:
-    """Value of the configuration, which refuses what is neither a number nor `auto`."""
+    """Convert `--batch-size` to its configuration value, which is validated there."""
     return int(value) if value is not None and value.isdigit() else value
 
 
 def paths_setting(values: list[Path] | None) -> list[str] | None:
-    """Value of the configuration for an option that may be repeated."""
+    """Convert the paths of a repeatable option to a configuration value."""
     return [str(path) for path in values or []] or None
 
 

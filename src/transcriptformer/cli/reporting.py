@@ -42,14 +42,14 @@ SECONDS_BETWEEN_LINES = 30
 
 
 def printable(text: str) -> str:
-    r"""Escape control characters, line ends and other invisible characters, as in \x1b; names in files may hold any."""
+    r"""Escape control and other invisible characters, such as \x1b, which names in files may contain."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print a text of one or more lines, with `printable` applied to each."""
+    """Print one or more lines of text, each made `printable`."""
     typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
 
 
@@ -63,7 +63,7 @@ class PrintableFormatter(logging.Formatter):
 
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """Log to stderr, and turn errors into one line and an exit code, after the traceback if `debug`.
+    """Log to stderr, and report errors as one line and an exit code, after the traceback if `debug`.
 
     SIGTERM and SIGHUP raise TerminatedError.
     """
@@ -98,7 +98,7 @@ def _in_one_line(error: Exception) -> str:
 
 @contextmanager
 def resumable(option: str = "") -> Iterator[None]:
-    """Say in one line what interrupted a run, what is kept, and how to continue it."""
+    """Report an interruption in one line: the cause, what is kept, and how to continue."""
     try:
         yield
     except (KeyboardInterrupt, TerminatedError) as error:
@@ -158,12 +158,12 @@ class _Bar:
 
 
 class CountProgress(_Bar):
-    """Number embedded, rate and time left.
+    """Progress bar with the number of items, rate and time left.
 
     Parameters
     ----------
     unit
-        What is counted, such as cells.
+        Name of the items, such as cells.
     """
 
     def __init__(self, unit: str) -> None:
@@ -176,7 +176,7 @@ class CountProgress(_Bar):
 
 
 class StepProgress(_Bar):
-    """Training steps, loss and time left."""
+    """Progress bar with training steps, loss and time left."""
 
     def __init__(self) -> None:
         super().__init__("training", MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"), loss="")
@@ -188,7 +188,7 @@ class StepProgress(_Bar):
 
 
 class ByteProgress(_Bar):
-    """Bytes fetched, rate and time left; thread-safe."""
+    """Progress bar with downloaded bytes, rate and time left; thread-safe."""
 
     def __init__(self) -> None:
         super().__init__("downloading", DownloadColumn(), TransferSpeedColumn())
@@ -196,17 +196,17 @@ class ByteProgress(_Bar):
         self._lock = threading.Lock()
 
     def expect(self, n_bytes: int) -> None:
-        """Add to the bytes to fetch."""
+        """Add to the bytes to download."""
         with self._lock:
             self.n_bytes += n_bytes
             self._show()
 
     def resumed(self, n_bytes: int) -> None:
-        """Subtract bytes that an earlier run fetched."""
+        """Subtract bytes that an earlier run downloaded."""
         self.expect(-n_bytes)
 
     def advance(self, n_bytes: int) -> None:
-        """Add to the fetched bytes."""
+        """Add to the downloaded bytes."""
         with self._lock:
             self.n_done += n_bytes
             self._show()

@@ -1,4 +1,4 @@
-"""`transcriptformer train`: turns options into a configuration and runs it."""
+"""`transcriptformer train`: train or fine-tune a model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +75,7 @@ def train(
 ) -> None:
     """Train a model on raw counts, from scratch or from a checkpoint.
 
-    The output folder holds a checkpoint for `inference`, the losses as a table and a plot, and the state of training.
+    The output folder contains a checkpoint for `inference`, a table and a plot of the losses, and the training state.
     """
     options: dict[str, object] = {
         "model.data_config.gene_col_name": gene_col_name,
@@ -119,7 +119,7 @@ def train(
 
 
 def _new_values(assays: list[str]) -> dict[str, dict[str, str]] | None:
-    """Value of the configuration: assays to add, each with the one it starts from."""
+    """Convert `--new-assay` to its configuration value: assays to add, each with the one it starts from."""
     pairs = (assay.partition("=") for assay in assays)
     values = {name.strip(): like.strip() or "mean" for name, _, like in pairs}
     return {"assay": values} if values else None

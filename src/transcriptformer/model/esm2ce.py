@@ -1,4 +1,4 @@
-"""ESM2-CE, the baseline without a transformer: the protein embeddings of a cell's genes as they are."""
+"""ESM2-CE, the baseline without a transformer: a cell is the scaled sum of its genes' protein embeddings."""
 
 import torch
 from torch import Tensor, nn
@@ -6,16 +6,16 @@ from torch.nn import functional as F
 
 
 class Esm2CE(nn.Module):
-    """Looks genes up among the protein embeddings (V, P).
+    """Look up protein embeddings (V, P) and sum them over the genes of a cell.
 
     Parameters
     ----------
     embedding
-        The protein embeddings, special tokens included (V, P).
+        Protein embeddings (V, P), including those of special tokens.
     pad
-        Token after a cell's last gene.
+        Padding token.
     seq_len
-        Gene positions of the transformer beside which it is compared, L.
+        Sequence length of the transformer that this is the baseline of.
     """
 
     def __init__(self, embedding: Tensor, pad: int, seq_len: int) -> None:
@@ -24,11 +24,11 @@ class Esm2CE(nn.Module):
         self.pad, self.seq_len = pad, seq_len
 
     def gene_embedding(self, gene_tokens: Tensor) -> Tensor:
-        """Protein embeddings (…, P) of gene tokens (…)."""
+        """Return the protein embeddings (…, P) of gene tokens (…)."""
         return F.embedding(gene_tokens, self.embedding)
 
     def cell_embedding(self, gene_tokens: Tensor) -> Tensor:
-        """Sum over each cell's genes, divided by `seq_len`: (B, L) → (B, P)."""
+        """Sum the protein embeddings of each cell's genes and divide by `seq_len`: (B, L) → (B, P)."""
         is_gene = (gene_tokens != self.pad).to(self.embedding.dtype)
         summed = F.embedding_bag(gene_tokens, self.embedding, mode="sum", per_sample_weights=is_gene)
         return summed.to(torch.float32) / self.seq_len

@@ -1,6 +1,6 @@
-"""The parts of the model.
+"""Layers of the model, from linear layers to the encoder and the count head.
 
-Names of modules are those of the published weights (`transformer_encoder.encoder_layers.0.…`).
+Attributes are named as in the published weights (`transformer_encoder.encoder_layers.0.…`).
 """
 
 from collections.abc import Callable
@@ -25,26 +25,26 @@ ELEMENTWISE_LINK: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-GENES_AT_ONCE = 4096
-"""Genes whose protein embeddings are brought to the model's width at a time."""
+GENE_CHUNK = 4096
+"""Genes per pass of the gene MLP when a table of all genes is filled."""
 
 
 class Linear(nn.Linear):
-    """A linear layer that takes its input in any type and computes in the type of its weight."""
+    """Linear layer that casts its input to the dtype of its weight."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
-    """A layer norm that takes its input in any type and computes in float32."""
+    """Layer norm in float32, for input of any dtype."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return super().forward(x.float())
 
 
 class MLP(nn.Module):
-    """Linear, ReLU, LayerNorm, dropout, linear; the result is float32."""
+    """Linear, ReLU, LayerNorm, dropout, linear; returns float32."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, dropout: float) -> None:
         super().__init__()
@@ -58,43 +58,42 @@ class MLP(nn.Module):
 
     @property
     def last_weight(self) -> Tensor:
-        """Weight of the last layer (out_dim, hidden_dim)."""
+        """Weight of the last linear layer (out_dim, hidden_dim)."""
         return self.layers[-1].weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last axis of `x` (…, in_dim): (…, out_dim)."""
+        """Map the last axis: (…, in_dim) → (…, out_dim)."""
         return self.layers(x).float()
 
 
 class GeneEmbedding(nn.Module):
-    """Protein embeddings (V, P), frozen, brought to the model's width by an MLP."""
+    """Frozen protein embeddings (V, P), projected to the model's width D by an MLP."""
 
     def __init__(self, n_genes: int, protein_dim: int, embed_dim: int, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(n_genes, protein_dim)
         self.embedding.weight.requires_grad_(False)
         self.mlp = MLP(protein_dim, embed_dim, embed_dim, dropout)
-        self.table: Tensor | None = None  # made by keep_embeddings, with is_known beside it
+        self.table: Tensor | None = None  # (V, D), created with `is_known` (V,) by keep_embeddings
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embeddings (…, D) of gene tokens (…); the MLP runs once per distinct gene."""
+        """Embed gene tokens (…) as (…, D); the MLP runs once per distinct gene."""
         if self.table is None:
             distinct, place = torch.unique(tokens, return_inverse=True)
             return F.embedding(place, self.mlp(self.embedding(distinct)))
-        if self.table.device.type == "cpu":  # elsewhere, asking which genes are missing would make the device wait
+        if self.table.device.type == "cpu":  # on a GPU the table is complete, and this query would synchronize
             self._tabulate(torch.unique(tokens[~self.is_known[tokens]]))
         return F.embedding(tokens, self.table)
 
     def keep_embeddings(self) -> None:
-        """From now on, run the MLP once per gene; its weights must not change any more.
+        """Cache the output of the MLP per gene; its weights must not change afterwards.
 
-        On a GPU that is done at once for all genes, on a CPU for those that come, when they come.
+        On a GPU the cache is filled now, on a CPU at the first occurrence of each gene.
         """
         protein = self.embedding.weight
         if self.table is not None and self.table.device == protein.device:
             return
-        # In the type in which the MLP's last product was rounded: nothing is lost.
-        like = self.mlp.last_weight
+        like = self.mlp.last_weight  # the table has the dtype in which the MLP's output is rounded, so it is exact
         self.table = like.new_empty(len(protein), len(like), device=protein.device)
         self.is_known = torch.zeros(len(protein), dtype=torch.bool, device=protein.device)
         if protein.device.type != "cpu":
@@ -103,13 +102,13 @@ class GeneEmbedding(nn.Module):
     @torch.inference_mode()
     def _tabulate(self, genes: Tensor) -> None:
         assert self.table is not None
-        for some in torch.split(genes, GENES_AT_ONCE):
-            self.table[some] = self.mlp(self.embedding(some)).to(self.table.dtype)
+        for chunk in torch.split(genes, GENE_CHUNK):
+            self.table[chunk] = self.mlp(self.embedding(chunk)).to(self.table.dtype)
         self.is_known[genes] = True
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with the projections q, k, v and out."""
+    """Multi-head attention; `linears` are the projections to queries, keys, values and output."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -118,9 +117,9 @@ class SelfAttention(nn.Module):
         self.linears = nn.ModuleList(Linear(dim, dim, bias=config.attn_bias) for _ in range(4))
 
     def forward(self, x: Tensor, mod: ScoreMod, attention: Attention) -> Tensor:
-        """Let every position attend to earlier ones: (B, T, D) → (B, T, D)."""
+        """Attend from every position to itself and earlier ones: (B, T, D) → (B, T, D)."""
         to_q, to_k, to_v, to_out = self.linears
-        x = x.to(to_q.weight.dtype)  # type: ignore[arg-type]  # once for the three of them
+        x = x.to(to_q.weight.dtype)  # type: ignore[arg-type]  # one cast for three projections
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, D) → (B, H, T, d)
             for project in (to_q, to_k, to_v)
@@ -130,7 +129,7 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward; the residual carries the normed state."""
+    """Transformer block whose residual connections start from the normalized states, not from the block's input."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -144,7 +143,7 @@ class Block(nn.Module):
         self.activation = ACTIVATION[config.activation]
 
     def forward(self, x: Tensor, mod: ScoreMod, attention: Attention) -> Tensor:
-        """One step of the encoder: (B, T, D) → (B, T, D), float32."""
+        """Apply attention and feed-forward: (B, T, D) → (B, T, D), float32."""
         x = self.norm1(x)
         x = x + self.self_attn(x, mod, attention)
         x = self.norm2(x)
@@ -152,7 +151,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of blocks; there is no norm after the last one."""
+    """Stack of blocks, without a final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -160,32 +159,34 @@ class Encoder(nn.Module):
         self.attention: Attention = blockwise_attention
 
     def forward(self, x: Tensor, mod: ScoreMod, layer: int) -> Tensor:
-        """States (B, T, D) after block `layer`, from 0, negative from the end; the blocks after it do not run."""
+        """Return the states (B, T, D) after block `layer`, counted from 0, or from the end if negative."""
         for block in self.encoder_layers[: layer % len(self.encoder_layers) + 1]:
             x = block(x, mod, self.attention)
         return x
 
 
 class CountHead(nn.Module):
-    """Expected count of a gene, from the state that predicts it and the gene itself."""
+    """Predict the expected count of a gene from the state before it and the gene itself."""
 
     def __init__(self, n_genes: int, embed_dim: int, dropout: float, link: str) -> None:
         super().__init__()
-        self.gene_embedding = nn.Embedding(n_genes, 1)  # a bias per gene
+        self.gene_embedding = nn.Embedding(n_genes, 1)  # per-gene bias
         self.mlp = MLP(2 * embed_dim, embed_dim // 2, 1, dropout)
         self.link = link
 
     def forward(
         self, hidden: Tensor, gene_embedding: Tensor, gene_tokens: Tensor, counts: Tensor, is_gene: Tensor
     ) -> Tensor:
-        """Expected counts μ (B, L); 0 where there is no gene.
+        """Return expected counts μ (B, L), 0 at positions without a gene.
 
         Parameters
         ----------
         hidden, gene_embedding
-            (B, L, D)
-        gene_tokens, counts, is_gene
-            (B, L); the softmax link shares out the sum of `counts` over a cell's genes.
+            States and gene embeddings (B, L, D).
+        gene_tokens, is_gene
+            Genes (B, L), and mask of the positions with a gene (B, L).
+        counts
+            Observed counts (B, L); the softmax link distributes their sum over the genes of a cell.
         """
         u = self.mlp(torch.cat([hidden, gene_embedding], dim=-1)) + self.gene_embedding(gene_tokens)  # (B, L, 1)
         mu = apply_link(u.squeeze(-1).float(), self.link, counts, is_gene)
@@ -193,7 +194,7 @@ class CountHead(nn.Module):
 
 
 def apply_link(u: Tensor, link: str, counts: Tensor, is_gene: Tensor) -> Tensor:
-    """Expected counts from the count head's output `u` (B, L), by the link function of that name."""
+    """Map the count head's output `u` (B, L) to expected counts with the named link function."""
     if link == "softmax":
         share = torch.softmax(u.masked_fill(~is_gene, -torch.inf), dim=-1)
         return share * (counts * is_gene).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2021): small updates are learned beside weights that stay as they are."""
+"""Low-rank adaptation (LoRA, Hu et al. 2021): train low-rank updates of frozen weights."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ _A, _B = ".lora_a", ".lora_b"
 
 
 class LoraLinear(Linear):
-    """A linear layer W x + (alpha / rank) · B A x whose A (rank, in) and B (out, rank) are learned; B begins with 0.
+    """Linear layer W x + (alpha / rank) · B A x with trainable A (rank, in) and B (out, rank); B starts at 0.
 
     Parameters
     ----------
     base
-        The layer whose weights it takes over, frozen.
+        Layer whose weight and bias are used, and frozen.
     rank, alpha
-        Of the update.
+        Rank and scale of the update.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
@@ -40,7 +40,7 @@ class LoraLinear(Linear):
 
 
 def add_lora(model: TranscriptFormer, rank: int, alpha: float) -> None:
-    """Put a `LoraLinear` in place of every projection of the attention and of both layers of the feed-forward."""
+    """Replace all attention projections and feed-forward layers by `LoraLinear`."""
     block: Any
     for block in model.transformer_encoder.encoder_layers:
         for i, linear in enumerate(block.self_attn.linears):
@@ -50,7 +50,7 @@ def add_lora(model: TranscriptFormer, rank: int, alpha: float) -> None:
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of the model as if it had no LoRA, the updates added to the weights they belong to."""
+    """Return the state dict of the model without LoRA, with the updates merged into the weights."""
     weights = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):

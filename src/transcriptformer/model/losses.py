@@ -1,4 +1,4 @@
-"""Likelihoods of counts and genes, as functions of tensors. All of them work per position, (B, L)."""
+"""Negative log-likelihoods of counts and genes per position (B, L)."""
 
 from collections.abc import Callable
 
@@ -7,26 +7,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = {"cpu": 2**24, "mps": 2**25, "cuda": 2**27}
-"""Logits that are in memory at a time, by device, unless those of one position are more."""
+MAX_LOGITS = {"cpu": 2**24, "mps": 2**25, "cuda": 2**27}
+"""Maximum number of logits in memory by device; at least those of one position."""
 
 
 def zero_truncated_poisson_nll(
     mu: Tensor, counts: Tensor, eps: float, clip_counts: float, softplus_approx: bool
 ) -> Tensor:
-    """Negative log-likelihood of counts ≥ 1 under a Poisson distribution that cannot be 0.
+    """Negative log-likelihood of counts ≥ 1 under a zero-truncated Poisson distribution, Poisson(μ) given c > 0.
 
     −c·log(μ + eps) + log(exp(μ + eps) − 1) + log(c!), with c clamped to [eps, clip_counts].
 
-    The logarithm log(eˣ − 1) is computed as x + log(1 − e⁻ˣ), which does not overflow.
+    log(eˣ − 1) is computed as x + log(1 − e⁻ˣ), which does not overflow, and clamped to at least 0.
 
     Parameters
     ----------
     mu, counts
         Expected and observed counts (B, L).
     softplus_approx
-        Take log(eˣ − 1) as x − softplus(−x), as the published checkpoints were trained; otherwise exactly. Either is
-        not let below 0.
+        Approximate log(eˣ − 1) by x − softplus(−x), as in the training of the published checkpoints.
     """
     c = counts.clamp(eps, clip_counts)
     x = mu + eps
@@ -37,32 +36,33 @@ def zero_truncated_poisson_nll(
 def gene_cross_entropy(
     to_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, is_gene: Tensor, n_genes: int
 ) -> Tensor:
-    """Cross-entropy (B, L) of the genes' logits against target tokens (B, L), 0 where there is no gene.
+    """Cross-entropy (B, L) of gene logits against target tokens (B, L), 0 at positions without a gene.
 
-    Logits are made for some positions at a time, and once more for their gradients: (B, L, V) is never in memory.
+    Logits are computed in chunks of positions, and recomputed for the gradients, because (B, L, V) does not fit into
+    memory.
 
     Parameters
     ----------
     to_logits
-        From states (N, D) to logits (N, V).
+        Maps states (N, D) to logits (N, V).
     hidden
         States (B, L, D).
     n_genes
         Size of the vocabulary, V.
     """
 
-    def of_some(hidden: Tensor, targets: Tensor) -> Tensor:
+    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(to_logits(hidden).float(), targets, reduction="none")
 
-    at_once = max(1, LOGITS_AT_ONCE[hidden.device.type] // n_genes)
-    some = zip(torch.split(hidden[is_gene], at_once), torch.split(targets[is_gene], at_once), strict=True)
+    size = max(1, MAX_LOGITS[hidden.device.type] // n_genes)
+    chunks = zip(torch.split(hidden[is_gene], size), torch.split(targets[is_gene], size), strict=True)
     if torch.is_grad_enabled():
-        losses = [checkpoint(of_some, *parts, use_reentrant=False) for parts in some]
+        losses = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     else:
-        losses = [of_some(*parts) for parts in some]
+        losses = [of_chunk(*chunk) for chunk in chunks]
     return torch.zeros_like(targets, dtype=torch.float32).masked_scatter(is_gene, torch.cat(losses))
 
 
 def mean_over_genes(values: Tensor, is_gene: Tensor) -> Tensor:
-    """Mean of `values` (B, L) over each cell's genes (B,); NaN where a cell has none."""
+    """Average `values` (B, L) over the genes of each cell (B,); NaN for cells without genes."""
     return values.masked_fill(~is_gene, 0).sum(-1) / is_gene.sum(-1)

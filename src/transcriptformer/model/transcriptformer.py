@@ -1,7 +1,7 @@
-"""TranscriptFormer: an expression-aware causal transformer over genes and their counts, with coupled heads for both.
+"""TranscriptFormer: an expression-aware causal transformer over genes and counts, with a head for each.
 
-Notation: B cells, L gene positions (a batch's own, at most `seq_len`), A auxiliary tokens, T = A + L,
-D width of a state, V gene vocabulary, P width of the protein embeddings.
+Notation: B cells, L gene positions of a batch (at most `seq_len`), A auxiliary tokens, T = A + L, state width D,
+vocabulary size V, protein-embedding width P.
 """
 
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ from transcriptformer.vocab import AuxVocab, GeneVocab
 
 
 class Encoded(NamedTuple):
-    """A batch after the encoder: the state at each position and what that position predicts.
+    """Output of the encoder, aligned with the genes that each position predicts.
 
     Attributes
     ----------
     hidden
-        States (B, L, D); the one at position j has seen the genes before g_j and predicts g_j.
+        States (B, L, D); the state at position j depends on the genes before g_j and predicts g_j.
     is_input
-        Positions whose input is not [PAD] (B, L): [START] and the genes that have been seen.
+        Mask of the positions whose input is not [PAD] (B, L): [START] and all genes but the last.
     is_gene
-        Positions that predict a gene of the cell (B, L).
+        Mask of the positions that predict a gene of the cell (B, L).
     gene_tokens, gene_counts
-        The predicted genes and counts (B, L), as they came.
+        Predicted genes and counts (B, L), as passed to `forward`.
     """
 
     hidden: Tensor
@@ -41,16 +41,16 @@ class Encoded(NamedTuple):
 
 
 class TranscriptFormer(nn.Module):
-    """The model; see `forward` for the encoder, and one method per head.
+    """The model: `forward` runs the encoder, and one method per head computes predictions from its output.
 
     Parameters
     ----------
     config, loss_config
-        The architecture; without weight on the gene loss there is no gene head.
+        Architecture; with a gene loss weight of 0 there is no gene head.
     gene_vocab, aux_vocabs
-        The vocabularies, for their sizes and special tokens.
+        Vocabularies, for their sizes and special tokens.
     protein_dim
-        Width of the protein embeddings, P.
+        Protein-embedding width, P.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TranscriptFormer(nn.Module):
         self.gene_embeddings = GeneEmbedding(n_genes, protein_dim, dim, dropout)
         for name in aux_vocabs:
             if hasattr(nn.ModuleDict(), name):
-                raise UsageError(f"model.data_config.aux_cols: {name!r} has a meaning in PyTorch; rename that column")
+                raise UsageError(f"model.data_config.aux_cols: {name!r} is a name PyTorch reserves; rename the column")
         self.aux_embeddings = nn.ModuleDict({name: nn.Embedding(len(v), dim) for name, v in aux_vocabs.items()})
         self.transformer_encoder = Encoder(config)
         self.mu = CountHead(n_genes, dim, dropout, config.mu_link_fn)
@@ -79,9 +79,9 @@ class TranscriptFormer(nn.Module):
         )
 
     def replace_genes(self, protein_embedding: Tensor) -> None:
-        """Take the genes of another species, special tokens included, by their protein embeddings (V, P).
+        """Replace the vocabulary by another species', given its protein embeddings (V, P), special tokens included.
 
-        What the count head adds for a gene is not known of new ones: 0. The gene head keeps meaning the trained genes.
+        The count head's per-gene biases become 0. The gene head still predicts the trained genes.
         """
         n_genes, protein_dim = protein_embedding.shape
         self.gene_embeddings.embedding = nn.Embedding(n_genes, protein_dim, _weight=protein_embedding, _freeze=True)
@@ -97,19 +97,19 @@ class TranscriptFormer(nn.Module):
         layer: int = -1,
         bias_on_diagonal: bool = False,
     ) -> Encoded:
-        """Run the encoder; no head runs unless its method is called on the result.
+        """Run the encoder, without any head.
 
         Parameters
         ----------
         gene_tokens, gene_counts
-            (B, L); a cell's genes, then [PAD] with count 0. Where L < `seq_len`, the last position is [PAD] in every
-            cell, so that nothing is lost when [START] moves the genes up by one.
+            Genes of each cell, then [PAD] with count 0 (B, L). If L < `seq_len`, the last position must be [PAD] in
+            every cell, because [START] shifts the genes by one.
         aux_tokens
-            (B, A)
+            Auxiliary tokens (B, A).
         layer
-            Block whose output to return, from 0; negative from the end.
+            Block whose output is returned, counted from 0, or from the end if negative.
         bias_on_diagonal
-            True for embeddings and likelihoods; False, the default, while training.
+            Whether a query adds the count bias to its own key: True for embeddings and likelihoods, False for training.
         """
         n_aux = aux_tokens.shape[1]
         tokens = torch.cat([torch.full_like(gene_tokens[:, :1], self.start), gene_tokens[:, :-1]], dim=1)  # (B, L)
@@ -128,37 +128,40 @@ class TranscriptFormer(nn.Module):
         return Encoded(x[:, n_aux:], is_input, gene_tokens != self.pad, gene_tokens, gene_counts)
 
     def cell_embedding(self, encoded: Encoded) -> Tensor:
-        """Sum of the states of [START] and the seen genes, divided by `seq_len` (not by how many they are): (B, D)."""
+        """Sum the states at input positions and divide by `seq_len`, not by the number of positions: (B, D)."""
         return (encoded.hidden * encoded.is_input[..., None]).sum(1) / self.config.seq_len
 
     def expected_counts(self, encoded: Encoded) -> Tensor:
-        """Expected count μ of each gene of the cell (B, L); 0 at other positions."""
+        """Return the expected count μ of each gene (B, L), 0 at positions without a gene."""
         genes = encoded.gene_tokens
         return self.mu(encoded.hidden, self.gene_embeddings(genes), genes, encoded.gene_counts, encoded.is_gene)
 
     def gene_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (…, V) of the gene that each state (…, D) predicts, soft-capped."""
+        """Return soft-capped logits (…, V) of the gene that each state (…, D) predicts."""
         if self.gene_id_head is None:
-            raise ValueError("this model was built without a gene head (gene_id_loss_weight is 0)")
+            raise ValueError("this model has no gene head (gene_id_loss_weight is 0)")
         logits = self.gene_id_head(hidden)
         softcap = self.config.softcap
         return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
 
     def gene_targets(self, encoded: Encoded) -> Tensor:
-        """What the gene logits should point at (B, L): each position's gene, and [END] at position `seq_len`."""
+        """Return the targets of the gene logits (B, L): the gene of each position, and [END] at position `seq_len`."""
         targets = encoded.gene_tokens.clone()
         targets[:, self.config.seq_len - 1 :] = self.end
         return targets
 
     def gene_nll(self, encoded: Encoded) -> Tensor:
-        """Negative log-likelihood of each cell's genes, mean over genes (B,); NaN without genes."""
+        """Return the negative log-likelihood of each cell's genes, averaged over genes (B,); NaN without genes."""
         n_genes = len(self.mu.gene_embedding.weight)
         targets = self.gene_targets(encoded)
         nll = gene_cross_entropy(self.gene_logits, encoded.hidden, targets, encoded.is_gene, n_genes)
         return mean_over_genes(nll, encoded.is_gene)
 
     def count_nll(self, encoded: Encoded, clip_counts: float) -> Tensor:
-        """Negative log-likelihood of each cell's counts given its genes, mean over genes (B,); NaN without genes."""
+        """Return the negative log-likelihood of counts given genes, averaged over each cell's genes (B,).
+
+        It is NaN for cells without genes.
+        """
         targets = encoded.gene_counts.clone()
         targets[:, self.config.seq_len - 1 :] = 1
         nll = zero_truncated_poisson_nll(

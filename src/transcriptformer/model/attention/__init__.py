@@ -1,1 +1,1 @@
-"""Expression-aware causal attention: its definition, and two faster paths that agree with it."""
+"""Expression-aware causal attention: its definition and two faster implementations."""

@@ -1,4 +1,4 @@
-"""The attention in blocks of queries whose scores stay in the cache, with gradients; all scores are never in memory."""
+"""Attention in blocks of queries, whose scores stay in the cache, with gradients; no (T, T) matrix is in memory."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,21 +12,21 @@ QUERY_BLOCK = 256
 """Queries per block."""
 
 MAX_SCORES = {"cpu": 2**21, "mps": 2**25, "cuda": 2**27}
-"""Scores computed at a time, by device; those of one block of one head always are."""
+"""Maximum number of scores in memory by device; at least those of one block of one head."""
 
 MIN_TOTAL = 1e-30
-"""Replaces a sum of weights that is 0, by which they are divided."""
+"""Lower limit of the sum of weights, which is 0 for a query that sees no key."""
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
-    """Compute what `plain_attention` defines, with matrix products in the type of `q`."""
+    """Compute `plain_attention` with matrix products in the dtype of `q`."""
     if needs_gradients(q, k, v):
         return _Blockwise.apply(q, k, v, *mod)  # type: ignore[no-untyped-call]
     return _forward(q, k, v, mod)
 
 
 def needs_gradients(*tensors: Tensor) -> bool:
-    """Whether what is computed from `tensors` now will be differentiated."""
+    """Whether autograd records operations on `tensors`."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -47,9 +47,9 @@ class _Blockwise(torch.autograd.Function):
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
     cells, heads, length, head_dim = q.shape
-    cap = mod.softcap if mod.softcap > 0 else 1.0  # scores are computed as s / cap, which spares a pass over them
+    cap = mod.softcap if mod.softcap > 0 else 1.0  # scaling q and the bias by 1 / cap saves a pass over the scores
     q = (q / (head_dim**0.5 * cap)).flatten(0, 1)  # (B·H, T, d)
-    k = k.contiguous().mT.contiguous().flatten(0, 1)  # (B·H, d, T); in two steps, each of which is a fast copy
+    k = k.contiguous().mT.contiguous().flatten(0, 1)  # (B·H, d, T); two copies are faster than one strided copy
     v = v.contiguous().flatten(0, 1)  # (B·H, T, d)
     bias, mask = _per_head(mod.key_bias.float() / cap, heads), _per_head(mod.key_mask, heads)  # (B·H, 1, T)
     output = torch.empty_like(v)
@@ -60,7 +60,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
         if not mod.bias_on_diagonal:
             own_block.diagonal(dim1=-2, dim2=-1).sub_(bias[chunk, 0, start:end])
         if mod.softcap > 0:
-            # Capped scores cannot overflow: no maximum has to be subtracted, and later keys can be removed afterwards.
+            # Capped scores cannot overflow, so the maximum is not subtracted, and later keys are masked after exp.
             scores.tanh_()
             torch.add(mask[chunk, :, :end], scores, alpha=cap, out=scores)
         else:
@@ -77,7 +77,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
 def attention_gradients(
     gradient: Tensor, output: Tensor, q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v (B, H, T, d) from that of the output, block by block.
+    """Compute the gradients of q, k and v (B, H, T, d) from the gradient of the output, block by block.
 
     With weights w = softmax(s), s = cap · tanh(x), x = (q · k / √d + bias) / cap, and the output o = w v:
     dv = wᵀ do; dw = do vᵀ; ds = w (dw − do · o); and ds / d(q · k / √d) = 1 − tanh²(x).
@@ -121,7 +121,7 @@ def attention_gradients(
 
 
 def _blocks(n_heads: int, length: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:
-    """Chunks of the heads of all cells, and first and last query, of what is computed at a time."""
+    """Yield a slice of the heads of all cells, and the start and stop of a block of queries."""
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
         size = max(1, MAX_SCORES[device.type] // ((end - start) * end))
@@ -130,5 +130,5 @@ def _blocks(n_heads: int, length: int, device: torch.device) -> Iterator[tuple[s
 
 
 def _per_head(values: Tensor, heads: int) -> Tensor:
-    """A row for each head of each cell: (B, T) → (B·H, 1, T)."""
+    """Repeat rows for each head: (B, T) → (B·H, 1, T)."""
     return values.repeat_interleave(heads, dim=0)[:, None]

@@ -1,4 +1,4 @@
-"""The choice of a path of the attention."""
+"""Choice of the attention implementation."""
 
 import logging
 import shutil
@@ -22,9 +22,9 @@ ATTENTION: dict[str, Attention] = {
 }
 
 MIN_SCORES = {"cpu": 2**35, "cuda": 2**39}
-"""Scores of a whole run, of all heads and layers, below which the compiler takes more time than the kernel saves.
+"""Number of scores of a run, over all heads and layers, below which compiling takes longer than the kernel saves.
 
-Measured on a CPU with AMX: in long cells the kernel saves about a nanosecond per score, and takes some ten seconds.
+Measured on a CPU with AMX: compiling takes about ten seconds and saves about a nanosecond per score of long cells.
 """
 
 
@@ -36,20 +36,20 @@ def choose_attention(
     lengths: np.ndarray | None = None,
     capabilities: Mapping[str, object] | None = None,
 ) -> Attention:
-    """The path of that name; `auto` is flex where it is faster, compiles, and the run is long enough, else blockwise.
+    """Return the named implementation; `auto`: flex if it is faster, compiles and the run is long, else blockwise.
 
-    On a CPU, flex is faster in bfloat16 with AMX, which has matrix instructions for it.
+    On a CPU, flex is faster only in bfloat16 with AMX instructions.
 
     Parameters
     ----------
     dtype
-        Type of the matrix products.
+        Dtype of matrix products.
     config
         Architecture of the model.
     lengths
-        Genes of each cell of the run (cells,); None: a training run, which is long enough and needs gradients.
+        Number of genes of each cell of the run (cells,); None: a training run, which is long and needs gradients.
     capabilities
-        What the CPU can do, by name; None: ask PyTorch.
+        CPU features by name; None: query PyTorch.
     """
     if name != "auto":
         return ATTENTION[name]
@@ -71,7 +71,7 @@ def _has_compiler() -> bool:
 
 
 def compiles(device: torch.device, dtype: torch.dtype, config: ModelConfig, trains: bool) -> bool:
-    """Whether the kernel compiles here, with gradients if the model trains; the trial compiles it for all shapes."""
+    """Whether the kernel compiles on this machine, with gradients if `trains`; the result is reused for all shapes."""
     shape = 2, MIN_LENGTH, config.num_heads, config.embed_dim // config.num_heads
     q = torch.ones(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_(trains)  # (B, H, T, d)
     bias = torch.zeros(2, MIN_LENGTH, device=device)
@@ -79,7 +79,7 @@ def compiles(device: torch.device, dtype: torch.dtype, config: ModelConfig, trai
         values = flex_attention(q, q, q, ScoreMod(bias, bias == 0, config.softcap, bias_on_diagonal=not trains))
         if trains:
             values.sum().backward()  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever the compiler's troubles are, the run can do without
-        logger.debug("the attention cannot be compiled here; it runs blockwise: %s", error)
+    except Exception as error:  # the compiler may raise anything, and blockwise attention does not need it
+        logger.debug("cannot compile flex attention, using blockwise: %s", error)
         return False
     return True

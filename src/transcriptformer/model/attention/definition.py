@@ -1,16 +1,14 @@
-"""Expression-aware causal attention: its mask, its score bias and its definition.
+"""Expression-aware causal attention: mask, score bias and definition, which `blockwise` and `flex` compute faster.
 
-`blockwise` and `flex` compute the same faster. All three must agree.
+Notation: B cells, H heads, T positions (auxiliary tokens, then genes), d = D / H.
 
-Notation: B cells, H heads, T positions (auxiliary tokens first, then genes), d = D / H.
+The score of query i and key j is
 
-The score between query i and key j is
-
-    s = qᵢ · kⱼ / √d + log1p(cⱼ + eps)        the bias is left out at i = j during training
+    s = qᵢ · kⱼ / √d + log1p(cⱼ + eps)        without the bias at i = j during training
     s = softcap · tanh(s / softcap)            if softcap > 0
 
-and a query sees the keys j ≤ i that are allowed (neither [PAD] nor an unknown auxiliary token). A query that sees no
-key gives 0.
+A query sees the allowed keys j ≤ i: neither [PAD] nor an unknown auxiliary token. The output of a query that sees no
+key is 0.
 """
 
 from collections.abc import Callable
@@ -20,20 +18,20 @@ import torch
 from torch import Tensor
 
 SCORE_LIMIT = 1e6
-"""Scores are clamped to ± this before the soft cap, so that an overflow stays finite."""
+"""Scores are clamped to ± this value before the soft cap, so that they stay finite."""
 
 
 class ScoreMod(NamedTuple):
-    """What turns q · k / √d into the scores of a batch; the same in every layer.
+    """Modification of the scores q · k / √d of a batch, the same in every layer.
 
     Attributes
     ----------
     key_bias
-        Added to every score of a key (B, T); see `count_bias`.
+        Bias of each key (B, T); see `count_bias`.
     key_allowed
-        Keys that queries may see (B, T); see `visible_keys`.
+        Mask of the keys that queries may see (B, T); see `visible_keys`.
     softcap
-        0: scores are not capped.
+        Soft cap of the scores; 0: none.
     bias_on_diagonal
         Whether a query adds the bias to its own key: True for embeddings, False during training.
     """
@@ -45,24 +43,24 @@ class ScoreMod(NamedTuple):
 
     @property
     def key_mask(self) -> Tensor:
-        """What to add to the capped scores of each key: −∞ where it is not allowed, else 0; (B, T), float32."""
+        """Additive mask of the keys (B, T), float32: 0 if allowed, else −∞."""
         mask = torch.zeros_like(self.key_allowed, dtype=torch.float32)
         return mask.masked_fill_(~self.key_allowed, -torch.inf)
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, ScoreMod], Tensor]
-"""Queries, keys and values (B, H, T, d) → the attention's output (B, H, T, d)."""
+"""Maps queries, keys and values (B, H, T, d) to the output (B, H, T, d)."""
 
 
 def count_bias(counts: Tensor, eps: float) -> Tensor:
-    """Bias of each key from its count: log1p(c + eps), (B, T)."""
+    """Return the bias of each key from its count, log1p(c + eps), (B, T)."""
     return torch.log1p(counts + eps)
 
 
 def visible_keys(key_allowed: Tensor) -> Tensor:
-    """Mask (B, T, T) of the keys each query sees, given which keys are allowed (B, T).
+    """Return the mask (B, T, T) of the keys each query sees, given the allowed keys (B, T).
 
-    For four positions of which the first is an unknown auxiliary token and the last is [PAD]::
+    For four positions, an unknown auxiliary token, two genes and [PAD]::
 
         query ↓ key →   0 1 2 3
                     0   . . . .
@@ -76,7 +74,7 @@ def visible_keys(key_allowed: Tensor) -> Tensor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
-    """The definition: all scores at once, in float32, on any device; (B, H, T, d), in the type of `v`."""
+    """Compute the definition with all scores at once, in float32; returns (B, H, T, d) in the dtype of `v`."""
     scores = q.float() @ k.float().mT / q.shape[-1] ** 0.5  # (B, H, T, T)
     bias = mod.key_bias.float()[:, None, None, :].expand_as(scores)
     if not mod.bias_on_diagonal:
@@ -86,5 +84,5 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
         scores = mod.softcap * torch.tanh(scores.clamp(-SCORE_LIMIT, SCORE_LIMIT) / mod.softcap)
     visible = visible_keys(mod.key_allowed)[:, None]  # (B, 1, T, T)
     weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
-    weights = weights.masked_fill(~visible, 0)  # a query without keys: 0 instead of NaN
+    weights = weights.masked_fill(~visible, 0)  # 0 instead of NaN for queries that see no key
     return (weights @ v.float()).to(v.dtype)

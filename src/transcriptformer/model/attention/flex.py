@@ -1,6 +1,6 @@
-"""The attention as a kernel that PyTorch's FlexAttention compiles.
+"""Attention as a kernel compiled by PyTorch's FlexAttention.
 
-The first call waits some ten seconds for the compiler; shapes are dynamic, so it runs a few times at most.
+The first call takes about ten seconds to compile; shapes are dynamic, so later calls rarely recompile.
 """
 
 from collections.abc import Callable
@@ -15,27 +15,27 @@ from transcriptformer.model.attention.blockwise import blockwise_attention, need
 from transcriptformer.model.attention.definition import ScoreMod
 
 MIN_LENGTH = 384
-"""Positions from which the kernel is faster than `blockwise_attention` on a CPU."""
+"""Minimum number of positions for which the kernel is faster than `blockwise_attention` on a CPU."""
 
 WIDTH_MULTIPLE = 32
-"""Head widths are rounded up to this on a CPU, to suit its matrix instructions."""
+"""Head widths are padded to a multiple of this on a CPU, for its matrix instructions."""
 
 MASKED = 10_000
-"""The negative of this, as a bias, masks a key: no score comes near it, and its exponential is 0."""
+"""A bias of −MASKED masks a key: it is below any score, and its exponential is 0."""
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
-    """Compute what `plain_attention` defines; blockwise where a CPU has no such kernel, or not a faster one."""
+    """Compute `plain_attention` with a compiled kernel; on a CPU blockwise where that is faster or needs gradients."""
     if q.device.type != "cpu":
         return look_up_bias(q, k, v, mod)
     is_training = not mod.bias_on_diagonal or needs_gradients(q, k, v)
-    if is_training or q.shape[2] < MIN_LENGTH or len(q) == 1:  # a single cell would need a compilation of its own
+    if is_training or q.shape[2] < MIN_LENGTH or len(q) == 1:  # a single cell would be compiled separately
         return blockwise_attention(q, k, v, mod)
     return carry_bias_in_keys(q, k, v, mod)
 
 
 def look_up_bias(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
-    """The kernel for GPUs, which looks up the bias and the mask of each key where it needs them."""
+    """Run the GPU kernel, which looks up the bias and mask of each key in the score function."""
     cap, blocks = _caps(q, mod.softcap), _causal_blocks(q.shape[2], q.device)
     values = _compiled(_kernel)(q, k, v, mod.key_bias.float(), mod.key_mask, cap, mod.bias_on_diagonal, blocks)
     return _zero_without_keys(values, mod.key_allowed)
@@ -62,11 +62,11 @@ def _kernel(
 
 
 def carry_bias_in_keys(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
-    """The kernel for CPUs, which would look up the bias number by number: columns of the keys carry it.
+    """Run the CPU kernel, whose keys carry the bias in extra columns, because look-ups are not vectorized there.
 
-    A masked key is known by its bias, lower than any score. The scores s come as 2·s / softcap, and softcap·tanh(x / 2)
-    is computed as softcap − 2·softcap / (exp(x) + 1), without its first term, to which a softmax is invariant: the
-    compiler has no fast tanh for CPUs.
+    The bias of a masked key is below any score. Scores s are computed as x = 2·s / softcap, and softcap·tanh(x / 2) =
+    softcap − 2·softcap / (exp(x) + 1) without the first term, to which the softmax is invariant: the compiler has no
+    fast tanh for CPUs.
     """
     cells, heads, length, head_dim = q.shape
     scale = 2 / mod.softcap if mod.softcap > 0 else 1.0
@@ -80,7 +80,7 @@ def carry_bias_in_keys(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor
     wide_q[..., head_dim : head_dim + 2] = 1
     wide_k[..., :head_dim] = k
     wide_k[..., head_dim : head_dim + 1] = coarse
-    wide_k[..., head_dim + 1 : head_dim + 2] = bias - coarse.float()  # what rounding lost
+    wide_k[..., head_dim + 1 : head_dim + 2] = bias - coarse.float()  # the rounding error
     values = _compiled(_kernel_in_keys)(wide_q, wide_k, v, _caps(q, mod.softcap), _causal_blocks(length, q.device))
     return _zero_without_keys(values, mod.key_allowed)
 
@@ -95,13 +95,13 @@ def _kernel_in_keys(q: Tensor, k: Tensor, v: Tensor, cap: Tensor | None, blocks:
 
 
 def _zero_without_keys(values: Tensor, key_allowed: Tensor) -> Tensor:
-    """Values of the queries (B, H, T, d), 0 where a query sees no key."""
+    """Set the values (B, H, T, d) of queries that see no key to 0."""
     has_key = key_allowed.cumsum(dim=-1) > 0  # (B, T)
     return values.masked_fill(~has_key[:, None, :, None], 0)
 
 
 def _caps(q: Tensor, softcap: float) -> Tensor | None:
-    """The soft cap of each cell (B,), a tensor, since the compiler cannot handle a number; None: there is none."""
+    """Return the soft cap of each cell as a tensor (B,), because the compiler cannot handle a float; None: no cap."""
     return torch.full((len(q),), softcap, device=q.device) if softcap > 0 else None
 
 
@@ -112,7 +112,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=128)
 def _causal_blocks(length: int, device: torch.device) -> BlockMask:
-    """Which blocks of keys the blocks of queries see, and which keys within them."""
+    """Return the causal block mask."""
 
     def is_seen(_cell: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
