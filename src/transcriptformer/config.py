@@ -420,7 +420,10 @@ def _update(config: DictConfig, key: str, value: object) -> None:
         items = OmegaConf.select(config, parent)
         if not (isinstance(items, ListConfig) and index == str(len(items))):
             raise UsageError(f"{key}: {first_line(error)}") from error
-        items.append(value)
+        try:
+            items.append(value)
+        except OmegaConfBaseException as invalid:
+            raise UsageError(f"{key}: {first_line(invalid)}") from invalid
     except (AttributeError, KeyError) as error:  # subclassed by OmegaConf for unknown keys
         values = OmegaConf.to_container(config)
         assert isinstance(values, dict)

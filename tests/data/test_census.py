@@ -1,5 +1,8 @@
 """Cells of a miniature census are downloaded as h5ad files ready for inference."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import tiledbsoma
 import tiledbsoma.io
 from typer.testing import CliRunner, Result
 
+from tests.commands import default_signals
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import GENES, random_adata
 from transcriptformer.cli.main import app
@@ -107,6 +111,33 @@ def test_interrupted_run_is_continued(uri: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_signal_ends_a_slow_request(uri: str, tmp_path: Path) -> None:
+    code = f"""
+import sys, time, cellxgene_census
+from pathlib import Path
+from transcriptformer.data import census
+def stall(*unused, **options):
+    print("stalled", flush=True)
+    time.sleep(60)
+cellxgene_census.get_anndata = stall
+with census.open_census({uri!r}, "stable") as found:
+    list(census.download_cells(found, "homo sapiens", Path({str(tmp_path)!r})))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stalled\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert list(tmp_path.rglob("*.h5ad")) == []
+
+
 def test_selections_are_not_mixed(uri: str, tmp_path: Path) -> None:
     download(tmp_path, uri)
     result = download(tmp_path, uri, "--filter", "tissue_general == 'lung'")
@@ -140,8 +171,8 @@ def test_dry_run_only_counts(uri: str, tmp_path: Path) -> None:
     [
         (["--species", "pan troglodytes"], "'pan troglodytes': not in this census; available: homo_sapiens"),
         (["--filter", "tissue_general == 'brain'"], "no cell of Homo sapiens matches"),
-        (["--filter", "no_such_column == 1"], "rejected by the census"),
-        (["--filter", "= ="], "rejected by the census"),
+        (["--filter", "no_such_column == 1"], "cells cannot be selected"),
+        (["--filter", "= ="], "cells cannot be selected"),
         (["--census-uri", "/no/such/census"], "census /no/such/census: cannot be opened"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -336,3 +336,16 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     assert fingerprint(path) != undamaged  # damage is reported by the reader
     with pytest.raises((DataError, UsageError), match=r"nothing\.h5ad"):
         fingerprint(tmp_path / "nothing.h5ad")
+
+
+def test_lack_of_memory_does_not_change_a_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(cells(), tmp_path / "cells.h5ad")
+
+    def fail(*unused: object) -> Generator[None]:
+        raise MemoryError("1 PiB")
+        yield
+
+    monkeypatch.setattr(module, "FULL_HASH_BYTES", 1000)
+    monkeypatch.setattr(module, "_add_hierarchy", fail)
+    with pytest.raises(DataError, match=r"cells\.h5ad: cannot be read: not enough memory .*1 PiB"):
+        fingerprint(path)

@@ -213,6 +213,14 @@ def test_joining_any_two_kinds_of_values(first: str, second: str, caplog: pytest
     assert found == expected
 
 
+def test_column_without_values_has_no_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Empty text is often stored as NaN, which is a number."""
+    texts = ["a", None, "b"]
+    column = joined(in_memory(x=[np.nan] * 3), in_memory(x=pd.Categorical(texts)))["x"]
+    assert none_for_missing(column) == [None, None, None, *texts]
+    assert caplog.text == ""
+
+
 def test_missing_values_beyond_the_first_rows_are_kept() -> None:
     column = joined(in_memory(x=pd.Categorical([1, 2, None])), in_memory(x=[3, 4, 5]))["x"]
     assert column.dtype == "Int64"

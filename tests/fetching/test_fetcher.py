@@ -96,8 +96,8 @@ def test_interrupted_download_is_resumed(web: Web, tmp_path: Path) -> None:
     "journal",
     [
         *("", "{}", "[]", '{"version": 1}'),
-        *map(sealed_json, (None, {"version": 1}, {"version": "x", "size": 300_000, "stretches": 3})),
-        sealed_json({"version": "x", "size": 300_000, "stretches": [[0, 300_000]]}),
+        *map(sealed_json, (None, {"version": 1}, {"version": "x", "size": 300_000, "ranges": 3})),
+        sealed_json({"version": "x", "size": 300_000, "ranges": [[0, 300_000]]}),
     ],
 )
 def test_invalid_journal_restarts_the_download(journal: str, web: Web, tmp_path: Path) -> None:
@@ -252,6 +252,13 @@ def test_unreachable_server_is_a_one_line_error(url: str, reason: str, tmp_path:
         Fetcher(retries=0).fetch(HttpFile(url), tmp_path / "file", Path.read_bytes)
 
 
+def test_reason_of_a_failure_is_not_read_from_the_url(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="the connection was refused"):
+        Fetcher(retries=0).fetch(
+            HttpFile("http://127.0.0.1:9/timed out/unreachable"), tmp_path / "file", Path.read_bytes
+        )
+
+
 def test_lack_of_disk_space_is_reported_before_downloading(
     web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +319,7 @@ def test_stopped_download_can_be_resumed(web: Web, remote: HttpFile, tmp_path: P
     fetcher = Fetcher(advance=lambda n: stopping.set() if n else None, stopping=stopping)
     with pytest.raises(DownloadError, match="stopped"):
         fetcher.fetch(remote, tmp_path / "file", Path.read_bytes)
-    reached = read_json(tmp_path / "file.part.json")["stretches"][0][2]
+    reached = read_json(tmp_path / "file.part.json")["ranges"][0][2]
     assert 0 < reached < len(CONTENT)
     assert (tmp_path / "file.part").read_bytes()[:reached] == CONTENT[:reached]
     assert fetch_file(web, tmp_path / "file") == CONTENT
@@ -327,7 +334,7 @@ def test_journal_never_runs_ahead_of_the_data(
 
     def look(n_bytes: int) -> None:
         if n_bytes:
-            seen.append(read_json(tmp_path / "file.part.json")["stretches"][0][2])
+            seen.append(read_json(tmp_path / "file.part.json")["ranges"][0][2])
             assert (tmp_path / "file.part").stat().st_size >= seen[-1]
 
     web.fault = once("slow")

@@ -149,7 +149,7 @@ def test_checksum_mismatch_restarts_the_download(algorithm: str, mirror: Mirror,
     tag = mirror.client.head_object(Bucket=BUCKET, Key=KEY)["ETag"]
     place.mkdir()
     (place / ".tf_sapiens.tar.gz.part").write_bytes(bytes(size))
-    journal = {"version": tag, "size": size, "stretches": [[0, size, size, zlib.crc32(bytes(size))]]}
+    journal = {"version": tag, "size": size, "ranges": [[0, size, size, zlib.crc32(bytes(size))]]}
     write_json(place / ".tf_sapiens.tar.gz.part.json", journal)
     result = download(place)
     assert result.exit_code == 0
@@ -161,7 +161,7 @@ def test_changed_object_restarts_the_download(mirror: Mirror, place: Path, tmp_p
     size = (tmp_path / "sapiens.tar.gz").stat().st_size
     place.mkdir()
     (place / ".tf_sapiens.tar.gz.part").write_bytes(bytes(size))
-    journal = {"version": '"another"', "size": size, "stretches": [[0, size, size, zlib.crc32(bytes(size))]]}
+    journal = {"version": '"another"', "size": size, "ranges": [[0, size, size, zlib.crc32(bytes(size))]]}
     write_json(place / ".tf_sapiens.tar.gz.part.json", journal)
     assert download(place).exit_code == 0
     assert_whole(place)
@@ -264,6 +264,15 @@ def test_missing_network_is_a_one_line_error(place: Path, monkeypatch: pytest.Mo
     assert result.exit_code == 1
     assert result.stderr.startswith(f"ERROR: s3://{BUCKET}/{KEY}: Could not connect")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
+def test_missing_network_is_retried(endpoint: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    monkeypatch.setattr(fetcher, "INITIAL_BACKOFF", 0.01)
+    result = download(place, "--max-retries", 2)
+    assert result.exit_code == 1
+    assert result.stderr.count("; retrying") == 2
 
 
 def test_unknown_model_is_a_one_line_error(place: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -367,11 +368,11 @@ def test_signals_are_deferred_where_they_must_not_raise(start: Start) -> None:
         """
 with signals.handle_signals():
     try:
-        with signals.deferred_signals() as run_deferred:
+        with signals.deferred_signals() as deferred:
             ready()
             time.sleep(1)
             print("undisturbed", flush=True)
-            run_deferred()
+            deferred.run()
             print("never", flush=True)
     finally:
         print(signal.getsignal(signal.SIGTERM) is signals.raise_terminated, flush=True)
@@ -379,3 +380,53 @@ with signals.handle_signals():
     )
     process.send_signal(signal.SIGTERM)
     assert end_of(process) == (143, "undisturbed\nTrue\n", "")
+
+
+def test_signals_act_where_they_are_not_deferred(start: Start) -> None:
+    process = start(
+        """
+with signals.handle_signals():
+    with signals.deferred_signals() as deferred:
+        with deferred.undeferred():
+            wait()
+"""
+    )
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process, 3) == (143, "", "")
+
+
+def test_killed_data_worker_does_not_end_a_process_that_runs_in_another_thread(start: Start) -> None:
+    run = WORKERS[WORKERS.index("with Watchdog") :].replace("wait()", "print('ready', flush=True); time.sleep(3)")
+    thread = f"""
+import threading
+def run():
+{textwrap.indent(run.strip(), "    ")}
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+print("alive")
+"""
+    process = start(WORKERS[: WORKERS.index("with Watchdog")] + thread)
+    children_of(process, 2)[0].kill()
+    assert end_of(process, 15) == (0, "alive\n", "")
+
+
+def test_many_open_files_do_not_blind_the_watchdog(start: Start) -> None:
+    process = start(
+        """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
+files = [open(os.devnull) for _ in range(1100)]
+with Watchdog():
+    started = time.process_time()
+    time.sleep(1)
+    print(time.process_time() - started < 0.3, flush=True)
+    wait()
+""",
+        wait=False,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == (143, "", "")

@@ -1,5 +1,6 @@
 """Inputs that refer to other files."""
 
+import errno
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from transcriptformer.checkpoint.published import load_config
 from transcriptformer.checkpoint.vocabs import read_gene_ids, read_protein_embeddings
 from transcriptformer.data.fingerprint import FULL_HASH_BYTES, fingerprint
 from transcriptformer.data.source import CellSource, open_source
-from transcriptformer.errors import CheckpointError, DataError, UsageError
+from transcriptformer.errors import CheckpointError, DataError, TranscriptFormerError, UsageError
 from transcriptformer.runtime.isolated import CrashedError, run_isolated
 from transcriptformer.storage.external import OPTION, Guard
 
@@ -342,7 +343,7 @@ def test_single_embedding_in_another_file_is_refused(tmp_path: Path) -> None:
         shape = file[f"arrays/{gene}"].shape
         del file[f"arrays/{gene}"]
         file["arrays"].create_dataset(gene, shape, "u1", external=[(str(tmp_path / "secret"), 0, shape[0])])
-    with pytest.raises(CheckpointError, match=rf"arrays/{gene} is raw data in another file"):
+    with pytest.raises(CheckpointError, match=rf"arrays/{gene} is stored in another file"):
         read_protein_embeddings([tmp_path / "gene.h5"])
 
 
@@ -385,6 +386,27 @@ def test_errors_of_isolated_reads_are_raised() -> None:
     with pytest.raises(DataError, match=r"^no$"):
         run_isolated(refuse)
     with pytest.raises(RuntimeError, match="'lost'"):
+        run_isolated(fail)
+
+
+def test_killed_read_is_not_taken_for_damage() -> None:
+    """Such as by the system, which is short of memory."""
+
+    def be_killed() -> Generator[None]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+    with pytest.raises(TranscriptFormerError, match="was killed by SIGKILL; is there enough memory"):
+        run_isolated(be_killed)
+
+
+@pytest.mark.parametrize("error", [MemoryError("1 PiB"), OSError(errno.EIO, "Input/output error")])
+def test_errors_of_the_system_keep_their_type(error: Exception) -> None:
+    def fail() -> Generator[None]:
+        yield
+        raise error
+
+    with pytest.raises(type(error), match=r"1 PiB|Input/output error"):
         run_isolated(fail)
 
 

@@ -57,6 +57,15 @@ def test_every_flipped_bit_and_truncation_is_detected(tmp_path: Path) -> None:
         read_sealed(path)
 
 
+def test_rows_outside_an_array_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "some"
+    write_sealed(path, {"a": np.zeros(3), "b": np.full(3, 99.0)})
+    file = SealedFile(path)
+    for start, stop in ((0, 4), (-1, 2), (2, 1)):
+        with pytest.raises(IndexError, match="a has 3 rows"):
+            file.read_rows("a", start, stop)
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"x: missing"):
         read_sealed(tmp_path / "x")

@@ -40,12 +40,10 @@ _CLASSES = {
 _NOT_PUBLISHED = ("remove_duplicate_genes", "seed", "block_size", "use_raw", "allow_external_links")
 """Settings for reading files that the published format does not have."""
 
-
-# Keys of a published config.json that we do not need: class names, paths on the training machine, and the batch layout
-# of the reference implementation.
 _UNUSED_CHECKPOINT_KEYS = frozenset(
     {"_target_", "aux_vocab_path", "esm2_mappings_path", "pin_memory", "pad_zeros", "block_len"}
 )
+"""Keys of a published config.json that are ignored: class names, paths on the training machine and batch layout."""
 
 
 def load_config(

@@ -233,7 +233,12 @@ def download_datasets(
             threads.shutdown(cancel_futures=True)
             if save_metadata:
                 complete = {name for name, outcome in outcomes.items() if outcome.status != "failed"}
-                _save_metadata([d for d in datasets if _id(d) in complete], output_dir)
+                try:
+                    _save_metadata([d for d in datasets if _id(d) in complete], output_dir)
+                except DownloadError as error:
+                    if not fetcher.stopping.is_set():
+                        raise
+                    logger.warning("%s", error)  # must not replace what has stopped the downloads
     return [outcomes[_id(dataset)] for dataset in datasets]
 
 

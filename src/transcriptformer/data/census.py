@@ -109,8 +109,9 @@ def find_cells(census: Any, species: str, cell_filter: str) -> np.ndarray:
     try:
         tables = known[organism].obs.read(column_names=["soma_joinid"], value_filter=cell_filter or None)
         ids = [table["soma_joinid"].to_numpy() for table in tables]
-    except Exception as error:
-        raise DownloadError(f"--filter {cell_filter!r}: rejected by the census ({one_line(error)})") from error
+    except Exception as error:  # of an invalid filter, or of the network
+        place = f"--filter {cell_filter!r}: cells cannot be selected" if cell_filter else "census: cells cannot be read"
+        raise DownloadError(f"{place} ({one_line(error)})") from error
     cells = np.sort(np.concatenate(ids)) if ids else np.empty(0, np.int64)
     if not len(cells):
         raise DownloadError(f"--filter {cell_filter!r}: no cell of {species} matches")
@@ -175,7 +176,8 @@ def _write_cells(census: Any, organism: str, ids: np.ndarray, path: Path) -> Non
             file.check()
             chunk = ids[start : start + CHUNK_CELLS]
             try:
-                block = cellxgene_census.get_anndata(census, organism, obs_coords=chunk, X_name="raw")
+                with file.signals.undeferred():  # a request may take minutes
+                    block = cellxgene_census.get_anndata(census, organism, obs_coords=chunk, X_name="raw")
             except Exception as error:
                 raise DownloadError(f"{path}: the census cannot be read ({one_line(error)})") from error
             if obs:

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import anndata
 import h5py
 import numpy as np
-import psutil
 from scipy import sparse
 
-from transcriptformer.data.store import Store, damaged
+from transcriptformer.data.store import Store, unreadable
 from transcriptformer.errors import DataError
+from transcriptformer.runtime.memory import available_memory
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +117,13 @@ def open_matrix(store: Store, key: str, read_in_blocks: bool) -> Matrix:
     except DataError:
         raise
     except Exception as error:  # on damaged data, h5py, zarr and anndata may raise anything
-        raise damaged(store.name, error) from error
+        raise unreadable(store.name, error) from error
 
 
 def _check_csc_memory(name: str, group: Any) -> None:
     n_entries = group["data"].shape[0]
     needed = 2 * n_entries * (group["data"].dtype.itemsize + group["indices"].dtype.itemsize)  # as CSC and as CSR
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if needed > 0.5 * available:
         raise DataError(
             f"{name}: counts are stored by column (CSC); converting them to CSR takes {needed / 2**30:.1f} GiB of "

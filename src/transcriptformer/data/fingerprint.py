@@ -6,6 +6,7 @@ every array. In-place changes of a few values between these blocks are not detec
 """
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Generator, Iterable, Iterator
@@ -17,9 +18,11 @@ import h5py
 import numpy as np
 import zarr
 
-from transcriptformer.data.store import Location, Store, damaged, is_url
+from transcriptformer.data.store import Location, Store, is_url, unreadable
 from transcriptformer.errors import UsageError
 from transcriptformer.runtime.isolated import CrashedError, exhaust, run_isolated
+
+logger = logging.getLogger(__name__)
 
 Hierarchy: TypeAlias = h5py.File | zarr.Group
 
@@ -77,8 +80,8 @@ def fingerprint(location: Location) -> str:
     path = Path(location)
     try:
         return _of_folder(path) if path.is_dir() else _of_file(path)
-    except OSError as error:
-        raise damaged(str(path), error) from error
+    except (OSError, MemoryError) as error:
+        raise unreadable(str(path), error) from error
 
 
 def identify(location: Location) -> dict[str, str]:
@@ -87,7 +90,7 @@ def identify(location: Location) -> dict[str, str]:
 
 
 def identify_file(path: Path) -> dict[str, str]:
-    """Return the same for a file of any format."""
+    """Return the properties that identify a file of any format."""
     return {"content": fingerprint_file(path)}
 
 
@@ -142,7 +145,8 @@ def _of_file(path: Path) -> str:
 
     try:
         return run_isolated(steps, SECONDS_PER_STEP)
-    except (CrashedError, RuntimeError):  # damaged; reported when the run reads the file
+    except (CrashedError, RuntimeError) as error:  # damaged, which the run may not notice if it reads other parts
+        logger.warning("%s: parts of the file are damaged (%s)", path, error)
         digest = _Digest()
         digest.add(size, "damaged", fingerprint_file(path))
         return digest.hexdigest()
@@ -198,7 +202,7 @@ def _of_url(url: str) -> str:
     try:
         exhaust(_add_hierarchy(digest, root, N_REMOTE_BLOCKS))
     except Exception as error:  # zarr and its remote stores may raise anything
-        raise damaged(url, error) from error
+        raise unreadable(url, error) from error
     return digest.hexdigest()
 
 

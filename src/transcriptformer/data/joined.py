@@ -99,9 +99,13 @@ class JoinedMetadata:
 
     def _joined_dtype(self, column: str, dtype: Any) -> Any:
         """Return the joined dtype of a column, given anndata's dtype for the inputs' first rows."""
-        of_parts = [_representative(part, column) for part in self.parts if column in part.columns]
-        firsts = [values for values in of_parts if _kind(values) is not None]
-        kinds = dict.fromkeys(_kind(values) for values in firsts)
+        having = [part for part in self.parts if column in part.columns]
+        firsts = [values for part in having if _kind(values := _representative(part, column)) is not None]
+        kinds = dict.fromkeys(map(_kind, firsts))
+        if len(kinds) > 1:  # unless a column of one kind is empty, such as text that was read as NaN
+            having = [part for part in having if not _is_empty(part, column)]
+            firsts = [values for part in having if _kind(values := _representative(part, column)) is not None]
+            kinds = dict.fromkeys(map(_kind, firsts))
         if len(kinds) > 1:
             return self._text_dtype(column, f"contains {' and '.join(map(str, kinds))} in different inputs")
         if not firsts:
@@ -187,6 +191,13 @@ class JoinedMetadata:
 def _representative(part: Metadata, column: str) -> pd.Series:
     """Return rows of a column that determine its kind of values; a stored column has a single kind."""
     return part.rows(0, len(part) if isinstance(part, MetadataInMemory) else 1, [column])[column]
+
+
+def _is_empty(part: Metadata, column: str) -> bool:
+    """Whether all values of a column are missing."""
+    starts = range(0, len(part), BLOCK_SIZE)
+    blocks = (part.rows(start, min(start + BLOCK_SIZE, len(part)), [column])[column] for start in starts)
+    return all(block.isna().all() for block in blocks)
 
 
 def _kind(values: pd.Series) -> str | None:

@@ -65,9 +65,12 @@ class ColumnError(DataError):
         Column name; None for the index.
     """
 
-    def __init__(self, message: str, column: Any) -> None:
+    def __init__(self, message: str, column: Any = None) -> None:
         super().__init__(message)
         self.column = column
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.column)  # workers send errors to the main process
 
 
 class StoredMetadata:

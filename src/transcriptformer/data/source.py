@@ -16,7 +16,7 @@ from scipy import sparse
 from transcriptformer.config import MAX_INT
 from transcriptformer.data.counts import Matrix, MatrixInMemory, open_matrix, to_canonical_csr
 from transcriptformer.data.metadata import Metadata, MetadataInMemory, open_metadata
-from transcriptformer.data.store import Location, Store, damaged
+from transcriptformer.data.store import Location, Store, unreadable
 from transcriptformer.errors import DataError, UsageError
 from transcriptformer.runtime.isolated import exhaust
 from transcriptformer.storage.external import Guard
@@ -71,7 +71,7 @@ class CellSource:
         except DataError:
             raise
         except Exception as error:  # on damaged data, h5py and zarr may raise anything
-            raise damaged(self.name, error) from error
+            raise unreadable(self.name, error) from error
         matrix = to_canonical_csr(values, self.name)
         self._check(matrix, start)
         return matrix

@@ -93,7 +93,7 @@ class Store:
         except TranscriptFormerError:
             raise
         except Exception as error:  # on damaged data, h5py and zarr may raise anything
-            raise damaged(self.name, error) from error
+            raise unreadable(self.name, error) from error
 
     @property
     def root(self) -> h5py.File | zarr.Group:
@@ -137,7 +137,7 @@ def _open_h5ad(path: Path) -> h5py.File:
     try:
         return h5py.File(path, locking="best-effort")
     except OSError as error:
-        raise damaged(str(path), error) from error
+        raise unreadable(str(path), error) from error
 
 
 def _open_zarr(location: Location) -> zarr.Group:
@@ -159,9 +159,12 @@ def _open_zarr(location: Location) -> zarr.Group:
         raise UsageError(f"--data-file {location}: is a folder, but not a zarr store") from error
 
 
-def damaged(name: str, error: Exception) -> DataError:
-    """Return the error for a file that cannot be read."""
-    return DataError(
-        f"{name}: cannot be read: truncated or damaged, open in another program, or written by a newer anndata "
-        f"({one_line(error)})"
-    )
+def unreadable(name: str, error: Exception) -> DataError:
+    """Return the error for an input whose reading failed with `error`."""
+    if isinstance(error, MemoryError):
+        cause = "not enough memory (lower model.data_config.block_size), or damaged and of a wrong size"
+    elif is_url(name):
+        cause = "the connection failed, or the store is incomplete, damaged or written by a newer anndata"
+    else:
+        cause = "truncated or damaged, open in another program, or written by a newer anndata"
+    return DataError(f"{name}: cannot be read: {cause} ({one_line(error)})")

@@ -108,8 +108,8 @@ def _describe_mismatch(gene_ids: np.ndarray, vocab: GeneVocab) -> str:
     advice = (
         "these look like gene symbols: set --gene-col-name to a column of var with Ensembl ids"
         if kinds == [True, False]
-        else f"are the cells of another species{f' ({species})' if species else ''}, or is it the wrong checkpoint? "
-        "for a new species, add --pretrained-embedding"
+        else f"the cells may be of another species{f' ({species})' if species else ''}, or the checkpoint is the wrong "
+        "one; for a new species, add --pretrained-embedding"
     )
     return f"vocabulary: the file has {theirs}, …; the vocabulary has {ours}, …; {advice}"
 

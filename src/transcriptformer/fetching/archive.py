@@ -17,7 +17,6 @@ from transcriptformer.fetching.fetcher import (
 DAMAGE = (tarfile.ReadError, gzip.BadGzipFile, EOFError, zlib.error)
 """Exceptions raised on reading a truncated or damaged archive."""
 
-
 MAX_HEADER_BYTES = 2**20
 """Maximum size of an extended header, which is read into memory at once."""
 

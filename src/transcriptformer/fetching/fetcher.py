@@ -27,7 +27,8 @@ import tenacity
 from transcriptformer.errors import DownloadError, OutputError
 from transcriptformer.storage.atomic import atomic_write, make_folder, move_file, remove, temporary_path
 from transcriptformer.storage.lock import RunLock
-from transcriptformer.storage.sealed import read_json, sealed_json
+from transcriptformer.storage.sealed import read_json
+from transcriptformer.storage.sealed import write_json as write_sealed_json
 
 logger = logging.getLogger(__name__)
 
@@ -357,8 +358,7 @@ class PartialFile:
         """Sync the data, then record the progress of each range."""
         progress = [astuple(byte_range) for byte_range in self.ranges]
         os.fsync(self._file)
-        with atomic_write(self.journal) as temporary:
-            temporary.write_text(sealed_json({"version": self.version, "size": self.size, "stretches": progress}))
+        write_sealed_json(self.journal, {"version": self.version, "size": self.size, "ranges": progress})
         self._unsaved, self._last_save = 0, time.monotonic()
 
     def _resumable_ranges(self) -> list[ByteRange]:
@@ -391,7 +391,7 @@ def _read_journal(target: Path) -> _Journal | None:
     """Read the journal of a partial file; None if it is missing, damaged or claims more bytes than there are."""
     try:
         found = read_json(journal_path(target))
-        ranges = [ByteRange(*numbers) for numbers in found["stretches"]]
+        ranges = [ByteRange(*numbers) for numbers in found["ranges"]]
         furthest = max(byte_range.next if byte_range.next > byte_range.start else 0 for byte_range in ranges)
         is_complete = part_path(target).stat().st_size >= furthest
         return _Journal(found["version"], found["size"], ranges) if is_complete else None

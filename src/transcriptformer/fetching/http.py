@@ -146,8 +146,10 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _reason(error: Exception) -> str:
-    """Describe the cause of a failed request without the wrapping of three libraries."""
+def _reason(error: BaseException) -> str:
+    """Describe the cause of a failed request without the wrapping of three libraries, whose messages hold the URL."""
+    while isinstance(cause := getattr(error, "reason", None) or next(iter(error.args), None), BaseException):
+        error = cause
     text = str(error)
     for sign, reason in (
         ("NameResolution", "host not found, or no network"),

@@ -12,6 +12,7 @@ import urllib3
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from transcriptformer.errors import DownloadError, one_line
 from transcriptformer.fetching.fetcher import (
@@ -28,6 +29,16 @@ CHUNK = 2**18
 
 CHECKSUMS = {"ChecksumSHA256": "sha256", "ChecksumSHA1": "sha1", "ChecksumCRC32": "crc32"}
 """Supported checksums: S3's field and the algorithm."""
+
+_TRANSIENT = (
+    BotoConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    urllib3.exceptions.HTTPError,
+    ConnectionError,
+    TimeoutError,
+)
+"""Failures of a request that a retry may help."""
 
 
 class S3Object:
@@ -82,7 +93,7 @@ class S3Object:
             yield
         except ClientError as error:
             raise _download_error(self.name, error) from error
-        except (HTTPClientError, IncompleteReadError, urllib3.exceptions.HTTPError, ConnectionError) as error:
+        except _TRANSIENT as error:
             raise TransientDownloadError(f"{self.name}: {one_line(error)}") from error
         except (BotoCoreError, ValueError) as error:  # a wrong setting, such as an invalid endpoint
             raise DownloadError(f"{self.name}: {one_line(error)}") from error

@@ -188,7 +188,7 @@ class FileRun(pl.LightningDataModule):
         else:
             pieces = Pieces(verified_pieces(self.workspace.folder, self.workspace.run_id), self.layout)
             self._require_complete(pieces.is_done(survey.n_kept))
-            advice = "; all results are kept: free up space, then run the same command with --resume"
+            advice = "; all results are kept; free up space, then rerun the same command with --resume"
             check_free_space(output, pieces.n_bytes, advice)
             obs_blocks, label_head = partial(self.inputs.obs_blocks, survey), self.checkpoint.label_head
             write_cells(output, survey.n_kept, obs_blocks, pieces, names, provenance, label_head)
@@ -216,7 +216,7 @@ class FileRun(pl.LightningDataModule):
         if n_missing:
             raise OutputError(
                 f"{self.workspace.folder}: {n_missing} of {len(is_done)} cells are missing: another process was "
-                "killed, or intermediate results are damaged; run the same command with --resume"
+                "killed, or intermediate results are damaged; rerun the same command with --resume"
             )
 
     def _new_pool(self) -> Pool:

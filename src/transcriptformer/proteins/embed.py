@@ -286,7 +286,7 @@ def _write(output: Path, proteome: Proteome, job: Job, identity: dict[str, Any])
     pieces, total = Pieces(verified_pieces(job.pieces, job.run), job.layout), len(proteome.sequences)
     n_missing = total - len(pieces.rows)
     if n_missing:
-        raise OutputError(f"{job.pieces}: {n_missing} of {total} sequences are missing; rerun with --resume")
+        raise OutputError(f"{job.pieces}: {n_missing} of {total} sequences are missing; {RESUME}")
     check_free_space(output, len(proteome.genes) * job.width * 4)
     embeddings = proteome.gene_means(pieces.read(EMBEDDINGS, 0, total))
     with atomic_write(output) as temporary, new_hdf5(temporary) as file:

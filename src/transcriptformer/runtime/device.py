@@ -57,7 +57,7 @@ def compute_dtype(
 
 
 def cpu_capabilities() -> Mapping[str, object]:
-    """What PyTorch says the CPU can do, by name; empty in releases that cannot say."""
+    """Return PyTorch's CPU capabilities by name; empty in releases that do not report them."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 

@@ -21,8 +21,16 @@ SECONDS_PER_STEP = 2
 """CPU time after which a step counts as hung; steps take milliseconds, and waiting for a disk takes no CPU time."""
 
 
+CRASHES = tuple(
+    getattr(signal, name)
+    for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGSYS", "SIGXCPU")
+    if hasattr(signal, name)
+)
+"""Signals that the code itself causes; others come from the system, such as SIGKILL if memory is short."""
+
+
 class CrashedError(Exception):
-    """A signal killed the child process."""
+    """The child process crashed, or one of its steps hung."""
 
 
 T = TypeVar("T")
@@ -38,7 +46,9 @@ def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step
     Raises
     ------
     TranscriptFormerError
-        If `steps` raised it.
+        If `steps` raised it, or the child was killed.
+    MemoryError, OSError
+        If `steps` raised it; an OSError only with the operating system's error number.
     RuntimeError
         If `steps` raised any other error, with its message.
     CrashedError
@@ -70,11 +80,19 @@ def run_isolated(steps: Callable[[], Generator[None, None, T]], seconds_per_step
     if is_stuck:  # on a lock held by another thread at the fork, or on a very slow disk
         return exhaust(steps())
     if has_crashed:
-        endless = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
-        raise CrashedError("reading it never ends" if endless else "reading it crashes HDF5")
+        raise _death(status)
     if error is not None:
         raise error
     return value
+
+
+def _death(status: int) -> Exception:
+    """Return the error for a child that ended without an answer; a status of 0 is unknown."""
+    signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if status and signum not in CRASHES:
+        how = f"killed by {signal.Signals(signum).name}" if signum else "ended"
+        return TranscriptFormerError(f"the process that reads a file was {how}; is there enough memory?")
+    return CrashedError("reading it never ends" if signum == signal.SIGXCPU else "reading it crashes HDF5")
 
 
 def _reap(child: int) -> int:
@@ -103,8 +121,12 @@ def _answer(steps: Generator[None, None, Any], answer: Connection) -> NoReturn:
         answer.send((exhaust(steps), None))
     except TranscriptFormerError as error:
         answer.send((None, error))
+    except MemoryError as error:
+        answer.send((None, MemoryError(one_line(error))))
     except BaseException as error:
-        answer.send((None, RuntimeError(one_line(error))))
+        errno = error.errno if isinstance(error, OSError) else None
+        message = one_line(error)
+        answer.send((None, RuntimeError(message) if errno is None else OSError(errno, message)))
     finally:
         os._exit(0)
 

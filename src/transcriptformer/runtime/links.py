@@ -15,6 +15,9 @@ KILLED = -1
 CONNECT_TIMEOUT = 60.0
 """Seconds to wait for all processes to connect."""
 
+HELLO_TIMEOUT = 5.0
+"""Seconds to wait for a new connection to identify itself."""
+
 _RANK_BYTES, _TOKEN_BYTES = 8, 32
 
 
@@ -97,8 +100,10 @@ def _accept(server: socket.socket, token: str, n_links: int, ranks: dict[socket.
     server.settimeout(CONNECT_TIMEOUT)
     while len(ranks) < n_links:
         link, _ = server.accept()
-        link.settimeout(CONNECT_TIMEOUT)
-        hello = link.recv(_TOKEN_BYTES + _RANK_BYTES, socket.MSG_WAITALL).decode(errors="replace")
+        link.settimeout(HELLO_TIMEOUT)
+        hello = ""
+        with suppress(OSError):
+            hello = link.recv(_TOKEN_BYTES + _RANK_BYTES, socket.MSG_WAITALL).decode(errors="replace")
         if hello[:_TOKEN_BYTES] == token:
             _keep_alive(link)
             ranks[link] = int(hello[_TOKEN_BYTES:])

@@ -3,7 +3,9 @@
 import ctypes
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import psutil
@@ -27,12 +29,50 @@ CACHED_BYTES = 2**25
 
 SHARE_OF_FREE_MEMORY = 0.5
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""Parts of the messages of CUDA, MPS and the CPU allocator."""
+
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Limit and usage of a control group by controller, and the page cache in its memory.stat, which can be reclaimed."""
+
 
 def free_memory(device: torch.device, n_processes: int = 1) -> int:
-    """Return the free bytes of a CUDA device, otherwise this process's share of the available host memory."""
+    """Return the free bytes of a CUDA device, otherwise this process's share of the available memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // n_processes
+    return available_memory() // n_processes
+
+
+def available_memory() -> int:
+    """Return the available bytes of the machine, or of this process's control group if it has less left.
+
+    Containers and schedulers such as SLURM limit memory by control groups; who exceeds the limit is killed.
+    """
+    return min([psutil.virtual_memory().available, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _left_in_groups(membership: Path, root: Path) -> Iterator[int]:
+    """Yield the bytes left in each control group of this process that limits memory, versions 1 and 2."""
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text(encoding="utf-8").splitlines()]
+    except OSError:  # not Linux
+        return
+    for _, controllers, name in (line for line in lines if len(line) == 3):
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        maximum, usage, cache = _GROUP_FILES[controllers]
+        group = top / name.strip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(stat.get(cache, 0))
+                yield max(0, int((folder / maximum).read_text()) - used)
+            if folder == top:
+                break
 
 
 def preferred_batch_tokens(device: torch.device, width: int) -> int:
@@ -46,7 +86,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     message = str(error)
-    return "can't allocate memory" in message or "not enough memory" in message  # from the CPU allocator
+    return any(text in message for text in _OUT_OF_MEMORY)
 
 
 def keep_freed_memory() -> None:
@@ -61,7 +101,7 @@ def keep_freed_memory() -> None:
 
 
 class Halving(Generic[B, R]):
-    """Compute batches, halving those that run out of memory, and later ones of their size.
+    """Compute batches; split a batch that runs out of memory in two, and later batches of its size.
 
     Parameters
     ----------
@@ -112,9 +152,7 @@ class Halving(Generic[B, R]):
                 raise TranscriptFormerError(
                     f"out of memory with a single {self.unit} of {n_tokens} tokens; {self.advice}"
                 ) from error
-        # Outside `except`, whose traceback keeps the tensors alive.
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
+        _empty_cache()  # outside `except`, whose traceback keeps the tensors alive
         self.max_tokens = n_tokens // 2
         logger.warning(
             "out of memory with %d %ss of %d tokens; halving the batch", n_items, self.unit, n_tokens // n_items
@@ -124,3 +162,11 @@ class Halving(Generic[B, R]):
     def _in_halves(self, batch: B) -> R:
         first, second = self.split(batch)
         return self.join(self(first), self(second))
+
+
+def _empty_cache() -> None:
+    """Return the memory that PyTorch caches to the device."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()

@@ -25,7 +25,7 @@ from transcriptformer.runtime.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(days=30)
-"""Maximum wait for processes with more work."""
+"""Maximum time that a finished process waits for the others."""
 
 
 @dataclass(frozen=True)

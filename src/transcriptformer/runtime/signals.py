@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -47,30 +47,61 @@ def handle_signals(handler: Callable[[int, FrameType | None], object] = raise_te
             signal.signal(signum, old)
 
 
+class DeferredSignals:
+    """Signals whose handlers wait until `run` is called.
+
+    Outside the main thread, which alone runs handlers, this has no effect.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+
+    def defer(self) -> None:
+        """Replace the handlers by ones that only record the signal."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in (*SIGNALS, signal.SIGINT):
+                handler = signal.getsignal(signum)
+                if callable(handler):
+                    self._handlers[signum] = handler
+                    signal.signal(signum, lambda number, frame: self._received.append(number))
+
+    def restore(self) -> None:
+        """Reinstall the handlers."""
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+
+    def run(self) -> None:
+        """Run the handlers of the signals received so far."""
+        while self._received:
+            number = self._received.pop(0)
+            self._handlers[number](number, None)
+
+    @contextmanager
+    def undeferred(self) -> Iterator[None]:
+        """Run handlers at once within the block."""
+        self.restore()
+        try:
+            self.run()
+            yield
+        finally:
+            self.defer()
+
+
 @contextmanager
-def deferred_signals() -> Iterator[Callable[[], None]]:
-    """Defer signal handlers until the end of the block, or until the yielded function is called.
+def deferred_signals() -> Iterator[DeferredSignals]:
+    """Defer signal handlers until the end of the block.
 
     Use it around C code whose callbacks must not raise, or swallow exceptions. Blocking signals would not help:
     another thread would receive them, and Python would still raise in the main thread.
     """
-    deferred: list[int] = []
-    with ExitStack() as handlers:
-
-        def run_deferred() -> None:
-            while deferred:
-                before[deferred[0]](deferred.pop(0), None)
-
-        before: dict[int, Callable[[int, FrameType | None], object]] = {}
-        if threading.current_thread() is threading.main_thread():
-            handlers.callback(run_deferred)
-            for signum in (*SIGNALS, signal.SIGINT):
-                handler = signal.getsignal(signum)
-                if callable(handler):
-                    before[signum] = handler
-                    handlers.callback(signal.signal, signum, handler)
-                    signal.signal(signum, lambda number, frame: deferred.append(number))
-        yield run_deferred
+    signals = DeferredSignals()
+    try:
+        signals.defer()
+        yield signals
+    finally:
+        signals.restore()
+        signals.run()
 
 
 @contextmanager
@@ -87,7 +118,7 @@ def blocked_signals() -> Iterator[None]:
 
 
 def report_kept(error: BaseException, kept: str | None) -> None:
-    """Report what an ending run has kept: as a note of the error if a signal ended it, otherwise in the log."""
+    """Report what an interrupted run has kept: as a note of the error if a signal ended it, otherwise in the log."""
     if kept is None:
         return
     if isinstance(error, KeyboardInterrupt | TerminatedError):

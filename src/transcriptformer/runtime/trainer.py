@@ -17,9 +17,8 @@ from transcriptformer.runtime.watchdog import ProcessEndedError
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited unexpectedly|is killed)")
 """PyTorch's messages about dead data workers."""
 
-
 _TEARDOWN_FAILED = "Please call `iter(combined_loader)` first"
-"""Lightning's message if an epoch was interrupted before its batches were there."""
+"""Lightning's message if an epoch is interrupted before its first batch."""
 
 
 @contextmanager
@@ -53,11 +52,11 @@ def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
                 raise ProcessEndedError(f"another process of this run has ended; see its output; {RESUME}") from error
         if error is raised:
             raise
-        raise error from error.__cause__  # and not from what has hidden it
+        raise error from error.__cause__  # not from the error that hid it
 
 
 def _before_teardown(error: BaseException) -> BaseException:
-    """The error that ended the Trainer, where its teardown has failed after that and hidden it."""
+    """Return the error that ended the Trainer, which a failed teardown may hide."""
     while _TEARDOWN_FAILED in str(error) and error.__context__ is not None:
         error = error.__context__
     return error

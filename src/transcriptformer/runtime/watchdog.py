@@ -1,6 +1,6 @@
 """A watchdog that ends a process on a signal, or with the other processes of its run, within seconds."""
 
-import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -53,6 +53,9 @@ class Watchdog:
     The main thread can then save results and exit. If it has not exited after `TERMINATION_TIMEOUT` seconds, as in a
     collective operation that waits for a lost process, the watchdog thread kills the process.
 
+    A run in another thread cannot be interrupted, nor should the process end with it. There, the watchdog only provides
+    the message for the error that PyTorch raises.
+
     Parameters
     ----------
     rank, n_processes
@@ -83,6 +86,7 @@ class Watchdog:
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
+        self._can_interrupt = threading.current_thread() is threading.main_thread()
         self._is_closed, self._is_lost = threading.Event(), threading.Event()
         self._wakeup, self._signalled = socket.socketpair()
         self._listen()
@@ -196,7 +200,8 @@ class Watchdog:
         if self._lost is None and self.received in (None, signal.SIGINT):
             self.received = signal.Signals(signum)
             # Ctrl-C always raises KeyboardInterrupt; it must not kill a notebook's kernel.
-            if self.n_processes > 1 if signum == signal.SIGINT else not self.is_deferred:
+            must_end = self.n_processes > 1 if signum == signal.SIGINT else not self.is_deferred
+            if must_end:
                 self._start_clock(128 + signum)
             elif signum != signal.SIGINT:
                 self._deferred_until = time.monotonic() + DEFER_TIMEOUT
@@ -209,17 +214,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._is_closed.is_set():
-            try:
-                ready, _, _ = select.select([self._wakeup, *self.links.ranks], [], [], POLL_INTERVAL)
-            except (OSError, ValueError):  # the main thread has closed a link in the meantime
-                ready = []
+            ready = self._wait()
             if self._wakeup in ready:
                 for signum in self._wakeup.recv(4096):
                     if signum in (*SIGNALS, signal.SIGINT):
                         self._note(signum)
-            for link in ready:
-                if link in self.links.ranks:
-                    rank = self.links.ranks[link]
+            for link, rank in list(self.links.ranks.items()):
+                if link in ready:
                     self._on_process_end(rank, self.links.exit_code(link))
             for rank, child in self._children.items():
                 if child.poll() is not None:
@@ -229,6 +230,17 @@ class Watchdog:
                 self._stop_deferring()
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._kill()
+
+    def _wait(self) -> list[object]:
+        """Wait up to `POLL_INTERVAL` for the wake-up socket and the links, and return those that are readable."""
+        with selectors.DefaultSelector() as selector:
+            try:
+                for link in (self._wakeup, *self.links.ranks):
+                    selector.register(link, selectors.EVENT_READ)
+                return [key.fileobj for key, _ in selector.select(POLL_INTERVAL)]
+            except (OSError, ValueError, KeyError):  # the main thread has closed a link in the meantime
+                time.sleep(POLL_INTERVAL / 10)
+                return []
 
     def _on_process_end(self, rank: int, exit_code: int) -> None:
         """React to the end of another process, in the watchdog thread."""
@@ -263,8 +275,9 @@ class Watchdog:
         """Interrupt the main thread, from the watchdog thread, because another process was lost."""
         self._lost = message
         self._is_lost.set()
-        self._start_clock(1)
-        _interrupt_main_thread()
+        if self._can_interrupt:
+            self._start_clock(1)
+            _interrupt_main_thread()
 
     def _stop_deferring(self) -> None:
         """Interrupt the main thread, from the watchdog thread, after deferring a signal for too long."""

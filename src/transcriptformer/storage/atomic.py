@@ -15,9 +15,8 @@ SYNC_THREADS = 32
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR)
 """Errors of Windows and of file systems that cannot sync folders."""
 
-
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Errors that are not the user's mistake: a full or broken disk."""
+"""Errors of a full or broken disk, which are not the user's mistake."""
 
 
 @contextmanager
@@ -81,7 +80,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
-            with ThreadPoolExecutor(SYNC_THREADS) as threads:  # syncing many files at once takes as long as one
+            with ThreadPoolExecutor(SYNC_THREADS) as threads:  # parallel syncs take as long as one
                 list(threads.map(sync, [path for path in temporary.rglob("*") if path.is_file()]))
                 list(threads.map(sync_folder, [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]))
             if path.exists():

@@ -185,7 +185,7 @@ class Guard:
             raise DataError(f"{self.name}: damaged: {place} is not a dataset")
         needed = dataset.size * dataset.dtype.itemsize if dataset.size else 0
         for file_name, offset, size in dataset.external or ():
-            self._refuse(place, "raw data in", file_name)
+            self._refuse(place, "stored in", file_name)
             wanted = min(size, needed)
             needed -= wanted
             if not os.path.isfile(file_name) or os.path.getsize(file_name) < offset + wanted:  # noqa: PTH113, PTH202

@@ -7,28 +7,34 @@ error is raised between blocks or at the end, and so are exceptions of signal ha
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
 
-from transcriptformer.runtime.signals import deferred_signals
+from transcriptformer.runtime.signals import DeferredSignals, deferred_signals
 
 
 class NewHdf5(h5py.File):  # type: ignore[misc]  # h5py has no types
-    """An HDF5 file open for writing."""
+    """An HDF5 file open for writing.
 
-    def __init__(self, path: Path, raise_signals: Callable[[], None]) -> None:
+    Attributes
+    ----------
+    signals
+        Signals deferred until `check` or the end of writing.
+    """
+
+    def __init__(self, path: Path, signals: DeferredSignals) -> None:
         # Opened here, because Python closes a file object even if its constructor has failed.
         self._raw = _NeverFailing(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))
-        self._raise_signals = raise_signals
+        self.signals = signals
         super().__init__(self._raw, "w")
 
     def check(self) -> None:
         """Raise the first write error, if any, and run deferred signal handlers."""
-        self._raise_signals()
+        self.signals.run()
         if self._raw.failure is not None:
             raise self._raw.failure
 
@@ -42,8 +48,8 @@ def new_hdf5(path: Path) -> Iterator[NewHdf5]:
     OSError
         If a write failed; the file is unusable.
     """
-    with deferred_signals() as raise_signals:
-        file = NewHdf5(path, raise_signals)
+    with deferred_signals() as signals:
+        file = NewHdf5(path, signals)
         try:
             yield file
         finally:

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 LOCK_TIMEOUT = 15.0
 """Seconds to wait for the remaining processes of a killed run to exit."""
 
-
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """Errors of file systems that do not support locks."""
 

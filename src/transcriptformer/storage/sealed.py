@@ -35,7 +35,6 @@ _SEAL, _METADATA = "sha256", "__metadata__"
 _MAX_HEADER = 2**20
 _CHUNK = 2**20
 
-
 _FORMAT_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -157,8 +156,10 @@ class SealedFile:
             return np.fromfile(self.path, array.dtype, array.n_items, offset=array.offset).reshape(array.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Read the rows in [start, stop) of an array; raises the errors of `read`."""
+        """Read the rows in [start, stop) of an array; raises the errors of `read`, and IndexError for other rows."""
         array = self.arrays[name]
+        if not 0 <= start <= stop <= array.shape[0]:
+            raise IndexError(f"{self.path}: {name} has {array.shape[0]} rows, not {start} to {stop}")
         width = array.n_items // max(1, array.shape[0])
         offset = array.offset + start * width * array.dtype.itemsize
         with _reading(self.path):

@@ -55,7 +55,7 @@ _MAY_CHANGE_ON_RESUME = {
         )
     ),
 }
-"""Settings that may change on resume, because they do not affect the result. (Files are compared by content.)"""
+"""Settings that do not affect the result, and may change when resuming. (Files are compared by content.)"""
 
 
 class Trained(NamedTuple):
