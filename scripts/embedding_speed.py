@@ -15,7 +15,6 @@ import torch
 from scipy import sparse
 
 from transcriptformer.checkpoint.load import Checkpoint
-from transcriptformer.data.batches import Batch
 from transcriptformer.data.survey import survey_cells
 from transcriptformer.inference.batch_size import batch_limits
 from transcriptformer.inference.inputs import Inputs
@@ -52,26 +51,26 @@ def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[st
         assert isinstance(module, TranscriptFormerModule)
     inference = checkpoint.config.model.inference_config
     dtype = compute_dtype(inference.precision, device)
-    module.prepare(survey.lengths)
+    module.prepare(survey.lengths, device)
     seconds, rates = [], []
     results = MemoryRecorder(layout_of(inference, checkpoint.width), survey.n_kept)
     with torch.inference_mode():
         started = time.perf_counter()
-        module.predict_step(Batch(*(tensor.to(device) for tensor in batches[0])), 0)
+        module(batches[0].to(device))
         synchronize(device)
         warm_up = time.perf_counter() - started
-        for i, batch in enumerate(batches):
+        for batch in batches:
             with timed("transfer", stages, device):
-                on_device = Batch(*(tensor.to(device) for tensor in batch))
+                on_device = batch.to(device)
             started = time.perf_counter()
-            embeddings = module.predict_step(on_device, i).embeddings
+            embeddings = module(on_device).embeddings
             assert embeddings is not None
             arrays = {"rows": batch.rows.numpy(), "embeddings": embeddings.cpu().numpy()}  # waits for the device
             seconds.append(time.perf_counter() - started)
             results.add(arrays)
             rates.append(matrix_rate(model.config.embed_dim, dtype, device))
         with stage_clock(model, stages, device):
-            module.predict_step(Batch(*(tensor.to(device) for tensor in batches[-1])), 0)
+            module(batches[-1].to(device))
     with timed("output", stages), tempfile.TemporaryDirectory() as folder:
         names = checkpoint.gene_vocab.names()
         write_anndata(to_anndata(inputs.obs(survey), results, names, {}), Path(folder) / "embeddings.h5ad")

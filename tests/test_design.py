@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.golden_cases import CELLS, CHECKPOINT
+
 SRC = Path(__file__).parents[1] / "src" / "transcriptformer"
 
 LAYERS = [
@@ -89,6 +91,17 @@ def test_the_command_line_and_the_package_start_without_torch() -> None:
 import sys, transcriptformer, transcriptformer.cli.main
 heavy = {"torch", "pytorch_lightning", "anndata", "scanpy", "pandas", "hydra", "numpy"} & sys.modules.keys()
 sys.exit(f"imported: {heavy}" if heavy else 0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_embedding_needs_no_lightning() -> None:
+    """Its import takes longer than embedding some hundred cells."""
+    code = f"""
+import sys, transcriptformer.proteins.embed, transcriptformer as tf
+tf.embed({str(CELLS)!r}, tf.load({str(CHECKPOINT)!r}, device="cpu"))
+heavy = {{"pytorch_lightning", "lightning_fabric", "torchmetrics", "torch._dynamo", "sklearn"}} & sys.modules.keys()
+sys.exit(f"imported: {{heavy}}" if heavy else 0)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -91,16 +91,16 @@ def test_batches_do_not_synchronize_the_device(emb_type: str) -> None:
     checkpoint = load_checkpoint(CHECKPOINT, config)
     module = make_module(checkpoint).cuda()
     assert isinstance(module, TranscriptFormerModule)
-    module.prepare(np.array([31] * 4))
+    module.prepare(np.array([31] * 4), torch.device("cuda"))
     tokens = torch.randint(7, 200, (4, 32)).pin_memory()
     batch = Batch(torch.arange(4), tokens, torch.ones(4, 32).pin_memory(), torch.zeros(4, 1, dtype=torch.int64))
-    on_device = Batch(*(values.cuda(non_blocking=True) for values in batch))
+    on_device = batch.to(torch.device("cuda"))
     with torch.inference_mode():
-        module.predict_step(on_device, 0)  # warm-up
+        module(on_device)  # warm-up
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            module.predict_step(on_device, 1)
+            module(on_device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

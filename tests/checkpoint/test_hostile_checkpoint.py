@@ -174,11 +174,11 @@ def test_an_expanded_tensor_is_refused(checkpoint_copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"column": 3}, "not distinct names"),
-        ({"column": "a/b"}, "'a/b' cannot be the name of a column"),
-        ({"column": ""}, "cannot be the name of a column"),
-        ({"labels": ["B", "B"]}, "not distinct names"),
-        ({"labels": ["B", 1]}, "not distinct names"),
+        ({"column": 3}, "labels are not unique"),
+        ({"column": "a/b"}, "'a/b' is not a valid column name"),
+        ({"column": ""}, "is not a valid column name"),
+        ({"labels": ["B", "B"]}, "labels are not unique"),
+        ({"labels": ["B", 1]}, "labels are not unique"),
         ({"labels": ["B", "T", "NK"]}, "damaged"),
         ({"labels": None}, "damaged"),
         ({"weights": {}}, "damaged"),

@@ -51,9 +51,9 @@ def test_a_worker_killed_at_start_is_reported() -> None:
     code = """
 import signal
 from transcriptformer.runtime.watchdog import Watchdog
-from transcriptformer.runtime.trainer import plain_lightning
+from transcriptformer.runtime.processes import translated_failures
 os.register_at_fork(before=count, after_in_child=lambda: n_forks == 2 and os.kill(os.getpid(), signal.SIGKILL))
-with Watchdog(), plain_lightning(None):
+with Watchdog(), translated_failures():
     list(workers.start_workers(DataLoader(Numbers(), None, num_workers=2)))
 """
     done = run(code)

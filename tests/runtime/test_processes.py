@@ -9,7 +9,6 @@ import anndata
 import h5py
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from typer.testing import CliRunner
 
@@ -17,7 +16,10 @@ from tests.commands import assert_same, finish, inference_command, read_result, 
 from tests.golden_cases import CELLS
 from tests.h5ad_files import random_adata
 from transcriptformer.cli.main import app
-from transcriptformer.runtime.trainer import plain_lightning
+from transcriptformer.config import ComputeConfig
+from transcriptformer.data.metadata import ColumnError
+from transcriptformer.errors import DataError
+from transcriptformer.runtime.processes import Processes, plan_processes, translated_failures
 from transcriptformer.runtime.watchdog import ProcessEndedError
 
 
@@ -134,5 +136,44 @@ def test_missing_gpus_are_refused(tmp_path: Path) -> None:
 
 def test_lost_connection_means_another_process_ended() -> None:
     said = "another process of this run has ended; .* with --resume to continue"
-    with pytest.raises(ProcessEndedError, match=said), plain_lightning(pl.Trainer(logger=False, accelerator="cpu")):
+    with pytest.raises(ProcessEndedError, match=said), translated_failures():
         raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")
+
+
+@pytest.mark.parametrize("kind", [DataError, ColumnError])
+def test_errors_of_data_workers_lose_their_traceback(kind: type[DataError]) -> None:
+    """PyTorch puts the worker's traceback before the message."""
+    told = (
+        f"Caught {kind.__name__} in DataLoader worker process 0.\nOriginal Traceback:\n x\n{kind.__name__}: cells: no\n"
+    )
+    with pytest.raises(kind, match=r"^cells: no$"), translated_failures():
+        raise kind(told)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("gpu[03-05,07],cpu1", "gpu03"),
+        ("gpu7", "gpu7"),
+        ("node-1,node-2", "node-1"),
+        ("a[1,4]", "a1"),
+        ("", "127.0.0.1"),
+    ],
+)
+def test_slurm_processes_meet_at_the_first_host(hosts: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"JOB_ID": "1234567", "JOB_NAME": "run", "NODELIST": hosts, "NTASKS": "4"}
+    place = {"PROCID": "3", "LOCALID": "1", "NODEID": "1"}
+    for name, value in (job | place).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    wanted = ComputeConfig(num_gpus=2, num_nodes=2)
+    planned = plan_processes(wanted, torch.device("cpu"))
+    assert planned == Processes(2, 2, 1, 1, first, 19_567)
+    assert planned.rank == 3
+
+
+def test_an_interactive_slurm_shell_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"JOB_NAME": "bash", "NTASKS": "2", "PROCID": "1", "LOCALID": "1", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    planned = plan_processes(ComputeConfig(num_gpus=2), torch.device("cpu"))
+    assert planned.launches
+    assert planned.rank == 0

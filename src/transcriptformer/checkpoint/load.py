@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from transcriptformer.checkpoint.files import file_in
 from transcriptformer.checkpoint.vocabs import read_aux_vocab, read_gene_vocab, read_protein_embeddings
@@ -150,10 +151,20 @@ def new_model(
             f"{path}: does not match config.json: it has {n_layers} layers, but num_layers is "
             f"{config.model_config.num_layers}"
         )
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         model = TranscriptFormer(config.model_config, config.loss_config, gene_vocab, aux_vocabs, protein_dim)
     check_weights(weights, model.state_dict(), path)
     return model
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skip the initialization of weights, which on the meta device imports PyTorch's compiler, in a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _label_head(path: Path, config: Config) -> LabelHead | None:

@@ -46,6 +46,10 @@ class Batch(NamedTuple):
         """Return a copy in pinned memory."""
         return Batch(*(values.pin_memory() for values in self))
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return a copy on a device, without waiting for a GPU."""
+        return Batch(*(values.to(device, non_blocking=device.type == "cuda") for values in self))
+
 
 @dataclass(frozen=True)
 class BatchLimits:

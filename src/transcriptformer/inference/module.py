@@ -1,14 +1,13 @@
-"""LightningModules for inference."""
+"""Models with what a run computes from them."""
 
 from typing import NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transcriptformer.config import InferenceConfig
-from transcriptformer.data.batches import Batch, BatchLoader
+from transcriptformer.data.batches import Batch
 from transcriptformer.model.attention.choose import choose_attention
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.model.label_head import LabelHead
@@ -47,7 +46,7 @@ class Prediction(NamedTuple):
     cge_embeddings: Tensor | None = None
 
 
-class EmbeddingModule(pl.LightningModule):
+class EmbeddingModule(nn.Module):
     """Runs a model on batches; batches that run out of memory are halved.
 
     Parameters
@@ -63,9 +62,12 @@ class EmbeddingModule(pl.LightningModule):
         self.inference, self.pad = inference, pad
         self.halving = Halving(self.predict, _size, _split, _join, "cell", "use another device or --precision 16-mixed")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
+    def forward(self, batch: Batch) -> Prediction:
         """Predict a batch; one that runs out of memory is halved, as are later ones of its size."""
         return self.halving(batch)
+
+    def prepare(self, lengths: np.ndarray, device: torch.device) -> None:
+        """Prepare for a run on a device, given the number of genes of each cell (cells,)."""
 
     def predict(self, batch: Batch) -> Prediction:
         """Predict a batch as a whole."""
@@ -89,6 +91,9 @@ def _join(first: Prediction, second: Prediction) -> Prediction:
 class TranscriptFormerModule(EmbeddingModule):
     """TranscriptFormer with the heads needed for `model.inference_config.output_keys`."""
 
+    model: TranscriptFormer
+    label_head: LabelHead | None
+
     def __init__(
         self,
         model: TranscriptFormer,
@@ -100,16 +105,11 @@ class TranscriptFormerModule(EmbeddingModule):
         super().__init__(inference, pad)
         self.model, self.clip_counts, self.label_head = model, clip_counts, label_head
 
-    def on_predict_start(self) -> None:  # noqa: D102
-        loader = self.trainer.predict_dataloaders
-        assert isinstance(loader, BatchLoader)
-        self.prepare(loader.lengths)
-
-    def prepare(self, lengths: np.ndarray) -> None:
+    def prepare(self, lengths: np.ndarray, device: torch.device) -> None:
         """Choose the attention and cache gene embeddings, given the number of genes of each cell (cells,)."""
-        dtype = compute_dtype(self.inference.precision, self.device)
+        dtype = compute_dtype(self.inference.precision, device)
         self.model.transformer_encoder.attention = choose_attention(
-            self.inference.attention, self.device, dtype, self.model.config, lengths
+            self.inference.attention, device, dtype, self.model.config, lengths
         )
         self.model.gene_embeddings.keep_embeddings()
 
@@ -138,6 +138,8 @@ class TranscriptFormerModule(EmbeddingModule):
 
 class Esm2CEModule(EmbeddingModule):
     """The ESM2-CE baseline, without a transformer."""
+
+    model: Esm2CE
 
     def __init__(self, model: Esm2CE, inference: InferenceConfig, pad: int) -> None:
         super().__init__(inference, pad)

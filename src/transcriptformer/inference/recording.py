@@ -1,21 +1,19 @@
-"""Record predictions in memory or on disk while the Trainer runs."""
+"""Record predictions in memory or on disk while the next batch is computed."""
 
 import logging
-import signal
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 
 from transcriptformer.config import InferenceConfig
 from transcriptformer.errors import TranscriptFormerError
 from transcriptformer.inference.module import Prediction
-from transcriptformer.runtime.signals import TerminatedError
 from transcriptformer.runtime.watchdog import Watchdog
 from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, N_GENES, ROWS, Field, Layout
 
@@ -124,87 +122,94 @@ class MemoryRecorder:
         return np.concatenate(self.genes[name])[order[ends[start] : ends[stop]]]
 
 
-class Recording(pl.Callback):
-    """Callback that records predictions in a background thread while the next batch is computed.
+class Recording:
+    """Context that records predictions in a background thread while the next batch is computed.
+
+    Results are flushed at the end of the block, also after an error.
 
     Parameters
     ----------
+    recorder
+        Records the results.
+    lengths
+        Number of genes of each cell of the run (cells,).
+    n_done
+        Number of cells that are already done.
+    n_processes
+        Number of processes, which are assumed to progress at the same rate.
     on_progress
-        Called in the first process, before the first batch and after each batch.
+        Called before the first batch and after each batch.
     watchdog
         Watchdog that flushes results before ending the process, if any.
     """
 
-    def __init__(self, on_progress: OnProgress | None, watchdog: Watchdog | None = None) -> None:
-        self.on_progress, self.watchdog = on_progress, watchdog
-        self.recorder: Recorder | None = None
-        self.thread: ThreadPoolExecutor | None = None
-        self.pending: deque[Future[int]] = deque()
-
-    def expect(self, lengths: np.ndarray, open_recorder: Callable[[int], Recorder], n_done: int = 0) -> None:
-        """Set the number of genes of each cell (cells,), the factory of recorders by process, and the cells done."""
-        self.n_cells, self.n_done, self.open_recorder = len(lengths), n_done, open_recorder
-        self.has_genes = lengths > 0
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
-        self.recorder = self.open_recorder(trainer.global_rank)
+    def __init__(
+        self,
+        recorder: Recorder,
+        lengths: np.ndarray,
+        n_done: int = 0,
+        n_processes: int = 1,
+        on_progress: OnProgress | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self.recorder, self.has_genes, self.n_cells = recorder, lengths > 0, len(lengths)
+        self.n_done, self.n_processes, self.on_progress = n_done, n_processes, on_progress
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="recording")
-        if not trainer.is_global_zero:
-            self.on_progress = None
+        self.pending: deque[Future[int]] = deque()
+        if watchdog is not None:
+            watchdog.flush = self._flush
+
+    def __enter__(self) -> Self:
         if self.on_progress is not None:
             self.on_progress(self.n_done, self.n_cells)
-        if self.watchdog is not None:
-            self.watchdog.flush = self._flush
-            self.watchdog.install_handlers()  # Lightning's handler signals other processes, which may be gone
+        return self
 
-    def on_predict_batch_end(  # noqa: D102
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Prediction, *unused: object
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self.recorder is not None
-        assert self.thread is not None
-        results = {name: value for name, value in outputs._asdict().items() if value is not None}
-        on_host = {name: value.to("cpu", non_blocking=True) for name, value in results.items()}
-        copied = torch.cuda.current_stream(pl_module.device).record_event() if pl_module.device.type == "cuda" else None
-        self.pending.append(self.thread.submit(self._record, self.recorder, on_host, copied))
-        self._await_recording(trainer, MAX_PENDING_BATCHES)
-        if trainer.received_sigterm:  # handled by Lightning if there is no watchdog
-            raise TerminatedError(signal.SIGTERM)
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
-        assert self.recorder is not None
-        assert self.thread is not None
-        self._await_recording(trainer, 0)
+        if error is not None:
+            self._keep(error)
+            return
+        try:
+            self._await_recording(0)
+        except BaseException as failure:
+            self._keep(failure)
+            raise
         self.thread.shutdown()
         self.recorder.flush()
-        trainer.strategy.barrier()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Flush the recorder, unless it failed."""
-        if self.thread is not None:
-            self.thread.shutdown()
-        if self.recorder is not None:
-            try:
-                self.recorder.flush()
-            except Exception as error:  # a failed recorder raises its error again
-                if error is not exception:
-                    logger.warning("%s", str(error) or repr(error))
+    def _keep(self, error: BaseException) -> None:
+        """Flush what was recorded before an error."""
+        self.thread.shutdown()
+        try:
+            self.recorder.flush()
+        except Exception as failure:  # a failed recorder raises its error again
+            if failure is not error:
+                logger.warning("%s", str(failure) or repr(failure))
+
+    def add(self, prediction: Prediction) -> None:
+        """Record a batch, after waiting for the batches before the previous ones."""
+        results = {name: value for name, value in prediction._asdict().items() if value is not None}
+        device = prediction.rows.device
+        on_host = {name: value.to("cpu", non_blocking=device.type == "cuda") for name, value in results.items()}
+        copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        self.pending.append(self.thread.submit(self._record, on_host, copied))
+        self._await_recording(MAX_PENDING_BATCHES)
 
     def _flush(self) -> None:
         """Flush the recorder when the main thread cannot."""
-        if self.thread is not None and self.recorder is not None:
-            with suppress(RuntimeError):  # shut down by the main thread, which then flushes
-                self.thread.submit(self.recorder.flush).result()
+        with suppress(RuntimeError):  # shut down by the main thread, which then flushes
+            self.thread.submit(self.recorder.flush).result()
 
-    def _await_recording(self, trainer: pl.Trainer, max_pending: int) -> None:
+    def _await_recording(self, max_pending: int) -> None:
         """Wait until at most `max_pending` batches are pending; errors in recording are raised here."""
         while len(self.pending) > max_pending:
             n_cells = self.pending.popleft().result()
+            self.n_done = min(self.n_done + n_cells * self.n_processes, self.n_cells)
             if self.on_progress is not None:
-                # Assume that other processes progress at the same rate.
-                self.n_done = min(self.n_done + n_cells * trainer.world_size, self.n_cells)
                 self.on_progress(self.n_done, self.n_cells)
 
-    def _record(self, recorder: Recorder, results: dict[str, torch.Tensor], copied: torch.Event | None) -> int:
+    def _record(self, results: dict[str, torch.Tensor], copied: torch.Event | None) -> int:
         """Record a batch once it is copied from the device, and return its number of cells."""
         if copied is not None:
             copied.synchronize()
@@ -213,7 +218,7 @@ class Recording(pl.Callback):
             is_gene = np.arange(values["genes"].shape[1]) < values[N_GENES][:, None]  # (B, L)
             values |= {name: values[name][is_gene] for name in ("genes", "cge_embeddings")}
         self._check(values)
-        recorder.add(values)
+        self.recorder.add(values)
         return len(values[ROWS])
 
     def _check(self, values: Mapping[str, np.ndarray]) -> None:

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple, TypeAlias
 import anndata
 import numpy as np
 import pandas as pd
-import pytorch_lightning as pl
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+import torch
 
 from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.config import Config
+from transcriptformer.data.batches import BatchLoader
 from transcriptformer.data.store import Location, is_url
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.errors import UsageError
 from transcriptformer.inference.batch_size import batch_limits
-from transcriptformer.inference.data_module import FileRun
+from transcriptformer.inference.file_run import FileRun
 from transcriptformer.inference.inputs import Inputs
 from transcriptformer.inference.module import EmbeddingModule, Esm2CEModule, TranscriptFormerModule
 from transcriptformer.inference.output import pooled_to_anndata, provenance_of, read_provenance, to_anndata
@@ -28,9 +28,8 @@ from transcriptformer.inference.pooling import Pool
 from transcriptformer.inference.recording import MemoryRecorder, OnProgress, Recording, layout_of
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.runtime.memory import keep_freed_memory
-from transcriptformer.runtime.processes import Processes, plan_processes
+from transcriptformer.runtime.processes import plan_processes, translated_failures
 from transcriptformer.runtime.signals import report_kept
-from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning
 from transcriptformer.storage.atomic import check_writable
 from transcriptformer.storage.workspace import Workspace, is_same_run
 
@@ -126,14 +125,14 @@ def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgres
     else:
         group_of_row, groups = inputs.groups(survey)
         results = Pool(group_of_row, len(checkpoint.gene_vocab), checkpoint.width)
-    recording, processes = Recording(on_progress), Processes(1, 1, LightningEnvironment())
-    recording.expect(survey.lengths[survey.kept], lambda process: results)
+    recording = Recording(results, survey.lengths[survey.kept], on_progress=on_progress)
     loader = inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool))
-    with ThreadPoolExecutor(1) as background:
-        sha256 = background.submit(checkpoint.weights_sha256)
-        trainer = _trainer(checkpoint, processes.trainer_options(), recording)
-        _predict(trainer, make_module(checkpoint), dataloaders=loader)
-    inputs.close()
+    try:
+        with ThreadPoolExecutor(1) as background, translated_failures():
+            sha256 = background.submit(checkpoint.weights_sha256)
+            predict(make_module(checkpoint), loader, recording, checkpoint.device)
+    finally:
+        inputs.close()
     return Computed(results, groups, provenance_of(sources, checkpoint, sha256.result()))
 
 
@@ -165,32 +164,37 @@ def run(
         keep_freed_memory()
     processes = plan_processes(inference, checkpoint.device)
     workspace, watchdog = Workspace(output), processes.watchdog()
-    recording = Recording(on_progress, watchdog)
-    trainer = _trainer(checkpoint, processes.trainer_options(watchdog), recording)
-    if not trainer.is_global_zero:  # log in one process only
+    if not processes.is_first:  # log in one process only
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
     with (
         watchdog,
-        workspace.locked(inference.resume) if trainer.is_global_zero else nullcontext(),
+        workspace.locked(inference.resume) if processes.is_first else nullcontext(),
         ThreadPoolExecutor(1) as background,
     ):
         sha256 = background.submit(checkpoint.weights_sha256)
-        file_run = FileRun(locations, checkpoint, workspace, sha256.result, recording, processes.per_node)
+        file_run = FileRun(locations, checkpoint, workspace, sha256.result, processes)
         if inference.resume and not workspace.exists and _is_complete(output, file_run.identity):
             logger.info("%s is already complete", output)
-            if not trainer.is_global_zero:
+            if not processes.is_first:
                 return None
             workspace.remove()  # possibly left behind by a killed process
             return output
         try:
             watchdog.watch_children(processes.launch())
-            _predict(trainer, make_module(checkpoint), datamodule=file_run)
-            if not trainer.is_global_zero:
+            with translated_failures(), processes.connected(watchdog):
+                if processes.is_first:
+                    file_run.prepare()
+                processes.barrier()
+                file_run.load()
+                recording, device = file_run.recording(on_progress, watchdog), processes.own_device(checkpoint.device)
+                predict(make_module(checkpoint), file_run.batches(), recording, device)
+                processes.barrier()
+            if not processes.is_first:
                 return None
             file_run.write()
         except BaseException as error:
             watchdog.fail(error)
-            if trainer.is_global_zero:
+            if processes.is_first:
                 report_kept(error, file_run.describe_kept())
             raise
         finally:
@@ -212,7 +216,7 @@ def _as_list(sources: Source | Sequence[Source]) -> list[Path | str | anndata.An
 
 
 def make_module(checkpoint: Checkpoint) -> EmbeddingModule:
-    """Wrap the model of a checkpoint in a LightningModule."""
+    """Wrap the model of a checkpoint with what the run computes from it."""
     model, pad = checkpoint.config.model, checkpoint.gene_vocab.pad
     if isinstance(checkpoint.model, Esm2CE):
         return Esm2CEModule(checkpoint.model, model.inference_config, pad)
@@ -220,20 +224,11 @@ def make_module(checkpoint: Checkpoint) -> EmbeddingModule:
     return TranscriptFormerModule(checkpoint.model, model.inference_config, clip_counts, pad, label_head)
 
 
-def _trainer(checkpoint: Checkpoint, options: Mapping[str, Any], recording: Recording) -> pl.Trainer:
-    with quiet_lightning():
-        return pl.Trainer(
-            accelerator=checkpoint.device.type,
-            **options,
-            precision="32-true",  # the weights already have the run's precision
-            callbacks=[recording],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-
-
-def _predict(trainer: pl.Trainer, module: EmbeddingModule, **data: Any) -> None:
-    with plain_lightning(trainer):
-        trainer.predict(module, **data, return_predictions=False)
+@torch.inference_mode()
+def predict(module: EmbeddingModule, batches: BatchLoader, recording: Recording, device: torch.device) -> None:
+    """Predict batches on a device, and record the results."""
+    module.to(device).eval()
+    module.prepare(batches.lengths, device)
+    with recording:
+        for batch in batches:
+            recording.add(module(batch.to(device)))

@@ -1,24 +1,99 @@
-"""Run Lightning's Trainer quietly and translate its errors."""
+"""Lightning's Trainer in several processes, without its log output, and with plain errors."""
 
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytorch_lightning as pl
-import torch
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 
 from transcriptformer.errors import TranscriptFormerError
-from transcriptformer.runtime.parents import lost_worker_message
-from transcriptformer.runtime.signals import RESUME
-from transcriptformer.runtime.watchdog import ProcessEndedError
-
-_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:exited unexpectedly|is killed)")
-"""PyTorch's messages about dead data workers."""
+from transcriptformer.runtime.processes import PROCESS_GROUP_TIMEOUT, Processes, translate_failure
+from transcriptformer.runtime.watchdog import Watchdog
 
 _TEARDOWN_FAILED = "Please call `iter(combined_loader)` first"
 """Lightning's message if an epoch is interrupted before its first batch."""
+
+
+def trainer_options(processes: Processes, watchdog: Watchdog, backend: str) -> dict[str, Any]:
+    """Return arguments of a Trainer that runs in these processes.
+
+    Parameters
+    ----------
+    watchdog
+        Connected to the other processes, if there are any.
+    backend
+        torch.distributed backend.
+    """
+    environment = PlannedEnvironment(processes)
+    options: dict[str, Any] = {"devices": processes.per_node, "num_nodes": processes.n_nodes}
+    if processes.total == 1:
+        return {**options, "plugins": [environment]}
+    strategy = WatchedDDP(
+        watchdog, cluster_environment=environment, process_group_backend=backend, timeout=PROCESS_GROUP_TIMEOUT
+    )
+    return {**options, "strategy": strategy, "use_distributed_sampler": False}
+
+
+class PlannedEnvironment(ClusterEnvironment):
+    """Planned processes, as Lightning asks for them.
+
+    Lightning does not start them: it would silently kill all of them when one ends.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        super().__init__()
+        self.processes = processes
+
+    @property
+    def creates_processes_externally(self) -> bool:  # noqa: D102
+        return True
+
+    @property
+    def main_address(self) -> str:  # noqa: D102
+        return self.processes.address
+
+    @property
+    def main_port(self) -> int:  # noqa: D102
+        return self.processes.port
+
+    @staticmethod
+    def detect() -> bool:  # noqa: D102
+        return False
+
+    def world_size(self) -> int:  # noqa: D102
+        return self.processes.total
+
+    def set_world_size(self, size: int) -> None:
+        """Do nothing: the number of processes is planned."""
+
+    def global_rank(self) -> int:  # noqa: D102
+        return self.processes.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Do nothing: ranks are planned."""
+
+    def local_rank(self) -> int:  # noqa: D102
+        return self.processes.local_rank
+
+    def node_rank(self) -> int:  # noqa: D102
+        return self.processes.node
+
+
+class WatchedDDP(DDPStrategy):
+    """DDP whose processes detect when one of them ends, even while computing."""
+
+    def __init__(self, watchdog: Watchdog, cluster_environment: PlannedEnvironment, **options: Any) -> None:
+        super().__init__(cluster_environment=cluster_environment, **options)
+        self.watchdog, self.address = watchdog, cluster_environment.processes.link_address
+
+    def setup_environment(self) -> None:
+        """Set up DDP and connect the processes."""
+        super().setup_environment()
+        self.watchdog.links.connect(self.global_rank, self.world_size, self.broadcast, self.address)
 
 
 @contextmanager
@@ -39,17 +114,9 @@ def plain_lightning(trainer: pl.Trainer) -> Iterator[None]:
         error = _before_teardown(raised)
         if type(error) is SystemExit and trainer.interrupted:  # Ctrl-C, which would end a notebook's kernel
             raise KeyboardInterrupt from None
-        if isinstance(error, TranscriptFormerError):
-            # Drop the worker's traceback, which precedes the message.
-            name = f"{type(error).__name__}: "
-            if str(error).startswith("Caught ") and name in str(error):
-                raise type(error)(str(error).rpartition(name)[2].strip()) from None
-        elif isinstance(error, RuntimeError):
-            if lost := _LOST_WORKER.search(str(error)):
-                raise ProcessEndedError(lost_worker_message(lost[1])) from error
-            is_connection = any(backend in str(error) for backend in ("gloo", "NCCL"))
-            if is_connection or isinstance(error, torch.distributed.DistError):
-                raise ProcessEndedError(f"another process of this run has ended; see its output; {RESUME}") from error
+        translated = translate_failure(error)
+        if translated is not error:
+            raise translated from (None if isinstance(error, TranscriptFormerError) else error)
         if error is raised:
             raise
         raise error from error.__cause__  # not from the error that hid it

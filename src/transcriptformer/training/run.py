@@ -23,7 +23,7 @@ from transcriptformer.runtime.device import choose_device, compute_dtype
 from transcriptformer.runtime.memory import is_out_of_memory, keep_freed_memory
 from transcriptformer.runtime.processes import plan_processes
 from transcriptformer.runtime.signals import TerminatedError, report_kept
-from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning
+from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning, trainer_options
 from transcriptformer.storage.workspace import flatten
 from transcriptformer.training.baseline import Baseline, start_from_frequencies
 from transcriptformer.training.batch_size import training_limits
@@ -122,7 +122,7 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
     folder = TrainingFolder(Path(training.output_path))
     watchdog = processes.watchdog()
     saving = Saving(folder, training, MetricsFile(folder.metrics), watchdog, on_step)
-    options = processes.trainer_options(watchdog, backend="nccl" if device.type == "cuda" else "gloo")
+    options = trainer_options(processes, watchdog, backend="nccl" if device.type == "cuda" else "gloo")
     trainer = _trainer(config, device, options, folder, saving)
     if not trainer.is_global_zero:  # all processes would log the same
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.batches import BatchLoader
@@ -20,9 +19,11 @@ from transcriptformer.inference.batch_size import batch_limits
 from transcriptformer.inference.inputs import Inputs
 from transcriptformer.inference.output import pooled_to_anndata, provenance_of, write_anndata, write_cells
 from transcriptformer.inference.pooling import Pool, PoolWriter, read_pools, saved_rows, verified_rows
-from transcriptformer.inference.recording import Recorder, Recording, layout_of
+from transcriptformer.inference.recording import OnProgress, Recorder, Recording, layout_of
 from transcriptformer.runtime.device import compute_dtype
+from transcriptformer.runtime.processes import Processes
 from transcriptformer.runtime.signals import RESUME
+from transcriptformer.runtime.watchdog import Watchdog
 from transcriptformer.storage.atomic import check_free_space
 from transcriptformer.storage.results import Pieces, PieceWriter, open_pieces, verified_pieces
 from transcriptformer.storage.workspace import Workspace, flatten
@@ -44,8 +45,10 @@ _IDENTITY_EXCLUDED = {
 """Settings that do not affect the results, and may change when resuming. (Files are compared by content.)"""
 
 
-class FileRun(pl.LightningDataModule):
-    """Data module of one process, which also writes the output when all processes are done.
+class FileRun:
+    """The inputs and results of one process of a run, which the first one writes when all are done.
+
+    The first process calls `prepare`, then all call `load`, then `batches` and `recording` are available.
 
     Parameters
     ----------
@@ -57,10 +60,8 @@ class FileRun(pl.LightningDataModule):
         Folder for intermediate results.
     weights_sha256
         Returns the hash of the weights, which may take a while.
-    recording
-        Callback that records the results.
-    processes_per_node
-        Number of processes that share this machine's memory.
+    processes
+        The processes of the run.
     """
 
     def __init__(
@@ -69,13 +70,10 @@ class FileRun(pl.LightningDataModule):
         checkpoint: Checkpoint,
         workspace: Workspace,
         weights_sha256: Callable[[], str],
-        recording: Recording,
-        processes_per_node: int,
+        processes: Processes,
     ) -> None:
-        super().__init__()
-        self.prepare_data_per_node = False
         self.locations, self.checkpoint, self.workspace = locations, checkpoint, workspace
-        self.weights_sha256, self.recording, self.processes_per_node = weights_sha256, recording, processes_per_node
+        self.weights_sha256, self.processes = weights_sha256, processes
         self.inference = checkpoint.config.model.inference_config
         self.initial_inputs = self._identify_inputs()  # before they are opened
         self.inputs = Inputs(locations, checkpoint)
@@ -102,8 +100,8 @@ class FileRun(pl.LightningDataModule):
     def _identify_inputs(self) -> list[dict[str, str]]:
         return [identify(location) for location in self.locations]
 
-    def prepare_data(self) -> None:
-        """Survey the inputs and create the workspace, or validate an existing one; runs in one process only."""
+    def prepare(self) -> None:
+        """Survey the inputs and create the workspace, or validate an existing one; for the first process."""
         if self.workspace.can_resume(self.identity):
             self.survey = self._load_survey()
         else:
@@ -125,28 +123,33 @@ class FileRun(pl.LightningDataModule):
     def _new_survey(self) -> Survey:
         return survey_cells(self.inputs.readers, self.checkpoint.config.model.data_config)
 
-    def setup(self, stage: str) -> None:
-        """Load the survey and the completed cells; runs in every process."""
+    def load(self) -> None:
+        """Load the survey and the mask of completed cells that `prepare` has written."""
         self.survey = Survey.load(self._survey_file)
         self.is_done = self.workspace.read_done_mask()
-        n_done = int(self.is_done.sum())
-        self.recording.expect(self.survey.lengths[self.survey.kept], self.open_recorder, n_done)
-        if self.trainer is None or self.trainer.is_global_zero:
+        if self.processes.is_first:
             self.inputs.log_summary(self.survey)
-            if n_done:
+            if n_done := int(self.is_done.sum()):
                 logger.info("resuming: %d cells are already done", n_done)
 
-    def predict_dataloader(self) -> BatchLoader:
-        """Batches of this process."""
-        assert self.trainer is not None and self.survey is not None  # noqa: PT018
-        limits = batch_limits(self.checkpoint, self.processes_per_node)
-        return self.inputs.loader(self.survey, limits, self.trainer.global_rank, self.trainer.world_size, self.is_done)
+    def batches(self) -> BatchLoader:
+        """Return the batches of this process."""
+        assert self.survey is not None
+        limits = batch_limits(self.checkpoint, self.processes.per_node)
+        return self.inputs.loader(self.survey, limits, self.processes.rank, self.processes.total, self.is_done)
 
-    def open_recorder(self, process: int) -> Recorder:
-        """Open the recorder for the results of a process."""
+    def recording(self, on_progress: OnProgress | None, watchdog: Watchdog) -> Recording:
+        """Return the context that records the results of this process."""
+        assert self.survey is not None
+        lengths, n_done = self.survey.lengths[self.survey.kept], int(self.is_done.sum())
+        on_progress = on_progress if self.processes.is_first else None
+        return Recording(self._recorder(), lengths, n_done, self.processes.total, on_progress, watchdog)
+
+    def _recorder(self) -> Recorder:
+        folder, rank, run_id = self.workspace.folder, self.processes.rank, self.workspace.run_id
         if self.inference.cge_pool is None:
-            return PieceWriter(self.workspace.folder, process, self.layout, self.workspace.run_id)
-        return PoolWriter(self.workspace.folder, process, self._new_pool(), self.workspace.run_id)
+            return PieceWriter(folder, rank, self.layout, run_id)
+        return PoolWriter(folder, rank, self._new_pool(), run_id)
 
     def describe_kept(self) -> str | None:
         """Describe the results kept by an interrupted run; an empty workspace is removed."""
