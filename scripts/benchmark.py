@@ -193,7 +193,7 @@ def measure_streaming(file: Path, checkpoint: Checkpoint, batch_size: int) -> di
     return {
         "cells": n_cells,
         "genes_per_cell": float(survey.lengths.mean()),
-        "padding_share": 1 - float(survey.lengths.sum()) / n_tokens,
+        "padding_share": 1 - float(survey.lengths.clip(max=inputs.seq_len).sum()) / n_tokens,
         "survey_cells_per_s": n_cells / (surveyed - started),
         "batches_cells_per_s": n_cells / (time.perf_counter() - surveyed),
         "peak_mib": _peak_memory() / MIB,

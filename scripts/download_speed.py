@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def serve_files(pipe: Connection, n_files: int, megabytes: int) -> None:
-    """Serve a catalogue of `n_files` datasets, copies of one h5ad padded to `megabytes`; send the address to `pipe`."""
+    """Serve a catalog of `n_files` datasets, copies of one h5ad padded to `megabytes`; send the address to `pipe`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.h5ad"
         counts = sparse.random(1000, 2000, 0.1, "csr", np.float32, np.random.default_rng(0))

@@ -447,3 +447,13 @@ def test_data_of_another_type_is_refused(data: Any, model: Checkpoint) -> None:
     for function in (tf.embed, tf.gene_embeddings):
         with pytest.raises(tf.TranscriptFormerError, match="must be an AnnData, a path or a list of paths"):
             function(data, model)
+
+
+def test_results_outlive_their_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+    model = tf.load(folder, device="cpu")
+    shutil.rmtree(folder)
+    embedded = tf.embed(CELLS, model)
+    assert embedded is not None
+    assert embedded.uns["transcriptformer"]["weights_sha256"] == "unknown"
+    assert "the provenance lacks the hash of the weights" in caplog.text

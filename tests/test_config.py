@@ -45,10 +45,20 @@ def test_later_sources_override_earlier_ones(checkpoint_copy: Path) -> None:
     edit_config_json(checkpoint_copy, "data_config", clip_counts=7, special_tokens=["unknown", "[PAD]"])
     key = "model.data_config.clip_counts"
     assert load_config(checkpoint_copy).model.data_config.special_tokens == ["unknown", "[PAD]"]
-    assert load_config(checkpoint_copy).model.data_config.clip_counts == 30
-    assert load_config(checkpoint_copy, {key: None}).model.data_config.clip_counts == 30
+    assert load_config(checkpoint_copy).model.data_config.clip_counts == 7
+    assert load_config(checkpoint_copy, {key: None}).model.data_config.clip_counts == 7
     assert load_config(checkpoint_copy, {key: 20}).model.data_config.clip_counts == 20
     assert load_config(checkpoint_copy, {key: 20}, [f"{key}=10", f"{key}=5"]).model.data_config.clip_counts == 5
+
+
+def test_counts_are_prepared_as_in_training(checkpoint_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    as_trained = {"clip_counts": 100.0, "normalize_to_scale": 1e4, "sort_genes": True}
+    edit_config_json(checkpoint_copy, "data_config", **as_trained, filter_outliers=3, gene_col_name="x")
+    with caplog.at_level("INFO"):
+        data = load_config(checkpoint_copy).model.data_config
+    assert {name: getattr(data, name) for name in as_trained} == as_trained
+    assert (data.filter_outliers, data.gene_col_name) == (0, "ensembl_id")
+    assert "counts are prepared as in training: clip_counts=100.0, normalize_to_scale=10000.0" in caplog.text
 
 
 @pytest.mark.parametrize(

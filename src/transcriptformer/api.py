@@ -174,7 +174,7 @@ def gene_embeddings(
         As for `embed`.
     pool
         gene: average over cells per gene; a column of `obs`: average per gene and value of that column; None: one
-        vector per gene and cell, which takes (total genes of all cells) × D × 4 bytes of memory.
+        vector per gene and cell, which takes (total genes of all cells) × D × 8 bytes of memory.
 
     Returns
     -------

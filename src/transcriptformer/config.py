@@ -96,7 +96,7 @@ _MODEL_RANGES = {
     "seq_len": (1, 2**20),
     "aux_len": (0, 1024),
     "dropout": (0, 1),
-    "softcap": (0, 1e6),
+    "softcap": (0, 1000),
     "log_counts_eps": (0, 1),
 }
 """Orders of magnitude above the largest published model."""
@@ -160,8 +160,9 @@ class DataConfig:
         for name in self.esm2_mappings:
             require(is_plain_name(name), key + "esm2_mappings", f"{name!r} is not the name of a file in vocabs/")
         for name in self.aux_cols:
-            is_name = is_plain_name(name) and "." not in name  # names the vocabulary file and its weights
-            require(is_name, key + "aux_cols", f"{name!r} is empty, or contains a dot or a slash")
+            # It names the vocabulary file and its weights, and config.json holds the names separated by commas.
+            is_name = is_plain_name(name) and not set(name) & {".", ","} and name == name.strip()
+            require(is_name, key + "aux_cols", f"{name!r} is empty, starts or ends with a blank, or contains . , or /")
         for field_name in ("aux_cols", "special_tokens"):
             names = getattr(self, field_name)
             require(len(set(names)) == len(names), key + field_name, f"names are not unique: {', '.join(names)}")

@@ -76,7 +76,12 @@ INF, NAN = float("inf"), float("nan")
         ("data_config", "esm2_mappings", ["/etc/passwd"], "esm2_mappings: '/etc/passwd' is not the name of a file"),
         ("data_config", "esm2_mappings", [".."], "esm2_mappings: '..' is not the name of a file"),
         ("data_config", "esm2_mappings", ["a\x00b"], "esm2_mappings: .* is not the name of a file"),
-        ("data_config", "aux_cols", ["../assay"], "aux_cols: '../assay' is empty, or contains a dot or a slash"),
+        (
+            "data_config",
+            "aux_cols",
+            ["../assay"],
+            "aux_cols: '../assay' is empty, starts or ends with a blank",
+        ),
         ("data_config", "aux_cols", ["assay", "assay"], "aux_cols: names are not unique"),
         ("data_config", "aux_cols", [None], "aux_cols"),
         ("data_config", "special_tokens", ["unknown", "[PAD]", "[PAD]"], "special_tokens: names are not unique"),

@@ -75,6 +75,20 @@ def test_weights_hash_matches_the_file() -> None:
     assert load(CHECKPOINT).weights_sha256() == expected
 
 
+def test_weights_hash_is_that_of_the_loaded_file(checkpoint_copy: Path) -> None:
+    checkpoint = load_checkpoint(checkpoint_copy, load_config(checkpoint_copy))
+    weights = checkpoint_copy / "model_weights.pt"
+    moved = weights.rename(checkpoint_copy / "moved.pt")
+    with pytest.raises(CheckpointError, match="cannot be read any more"):
+        checkpoint.weights_sha256()
+    weights.write_bytes(moved.read_bytes())
+    with pytest.raises(CheckpointError, match="changed since it was loaded"):
+        checkpoint.weights_sha256()
+    weights.unlink()
+    moved.rename(weights)
+    assert checkpoint.weights_sha256() == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
 def test_biases_in_attention_and_feed_forward_are_loaded(checkpoint_copy: Path) -> None:
     edit_config(checkpoint_copy, lambda model: model["model_config"].update(attn_bias=True, fw_bias=True))
 

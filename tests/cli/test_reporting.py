@@ -1,6 +1,8 @@
 """What is printed: nothing that a terminal would act upon, and every error in one line."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import anndata
@@ -124,6 +126,17 @@ def test_every_error_ends_in_one_line(
     assert re.fullmatch(line, last)
     assert ("Traceback (most recent call last):" in above) == debug
     assert_plain("\n".join(above))
+
+
+def test_a_broken_pipe_inside_is_an_error_but_a_closed_output_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), plain_errors(False):
+        raise BrokenPipeError("a worker is gone")
+    assert "internal error (BrokenPipeError: a worker is gone)" in capsys.readouterr().err
+    code = "from transcriptformer.cli.reporting import *\nwith plain_errors(False):\n    say('x' * 100_000)"
+    command = f'{sys.executable} -c "{code}" | true'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "ClosedOutputError" in done.stderr  # for Typer, which ends the command
+    assert "internal error" not in done.stderr
 
 
 @pytest.mark.parametrize("way_to_end", [typer.Exit(3), typer.Abort(), KeyboardInterrupt(), SystemExit(4)])

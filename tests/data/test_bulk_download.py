@@ -277,8 +277,12 @@ def test_empty_selection_is_an_error() -> None:
     [
         (["--species", " , "], "--species: name at least one"),
         (["--species", "pan paniscus"], "'pan paniscus': no datasets"),
-        (["--species", "homo sapiens", "--filter", "x == 1"], "--filter does not go with --source discover"),
-        (["--species", "homo sapiens", "--source", "census", "--tissue", "lung"], "--tissue does not go with"),
+        (["--species", "homo sapiens", "--filter", "x == 1"], "--filter applies only to --source census"),
+        (
+            ["--species", "homo sapiens", "--source", "census", "--tissue", "lung"],
+            "--tissue applies only to",
+        ),
+        (["--species", "homo sapiens", "--cells-per-file", "9"], "--cells-per-file applies only to --source census"),
     ],
 )
 def test_invalid_options_are_a_one_line_error(options: list[str], reason: str, web: Web, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_genes_have_the_residue_means_of_fair_esm_in_file_order(
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(
         f"{tmp_path}/mus_musculus_gene.h5: 310 genes, width 16, from 310 proteins (310 different sequences); "
-        "1 cut to 200 residues, 0 letters replaced by <unk>; "
+        "1 truncated to 200 residues, 0 letters replaced by <unk>; "
     )
     genes, embeddings = result_of(tmp_path)
     assert genes == GENES
@@ -390,7 +390,7 @@ def test_an_invalid_file_is_a_one_line_error_and_nothing_is_written(kind: str, m
         (["--num-gpus", 0], "--num-gpus 0: must be at least 1, or -1 for all"),
         (["--device", "tpu"], "--device tpu: not available; available devices: cpu"),
         (["--id-from", "gene:("], "--id-from 'gene:(': not a regular expression"),
-        (["--organism-key", "homo_sapiens"], "one of --fasta and --organism-key"),
+        (["--organism-key", "homo_sapiens"], "give either --fasta or --organism-key"),
         (["--output-dir", "/dev/null/x"], "--output-dir /dev/null/x: mus_musculus_gene.h5 cannot be written there"),
         (["--model", "no/such/folder"], "--model no/such/folder: no such folder"),
     ],

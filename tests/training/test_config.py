@@ -167,6 +167,13 @@ def test_an_invalid_recipe_is_refused(tmp_path: Path, text: str, message: str) -
             ["training.gene_loss_weight=0", "training.count_loss_weight=0"],
             r"training: all loss weights are 0",
         ),
+        (
+            {**TUNED, "training.label_column": "cell_type"},
+            ["training.label_loss_weight=0"],
+            r"training\.label_loss_weight: must be more than 0 with a label column",
+        ),
+        (TUNED, ["model.data_config.aux_cols=['a,b']"], r"'a,b' is empty, starts or ends with a blank, or contains"),
+        (TUNED, ["training.checkpoint_path=null"], r"training requires protein embeddings, or a checkpoint"),
     ],
 )
 def test_invalid_settings_are_refused(options: dict[str, object], overrides: list[str], message: str) -> None:

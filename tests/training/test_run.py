@@ -304,8 +304,45 @@ def test_validation_files_are_held_out(cells: Path, tmp_path: Path) -> None:
     other = write_cells(tmp_path / "other.h5ad", 8, seed=5)
     fit(config_of(tmp_path / "run", cells, validation_files=[str(other)]))
     assert len([row for row in read_metrics(tmp_path / "run" / "metrics.csv") if row["loss"]]) == 10  # all 40 cells
-    with pytest.raises(UsageError, match=r"cells\.h5ad is also a training file"):
-        fit(config_of(tmp_path / "again", cells, validation_files=[str(cells)]))
+
+
+def test_a_file_that_is_named_twice_is_refused(cells: Path, tmp_path: Path) -> None:
+    """By whatever path, or its held-out cells would also be learned."""
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "link.h5ad"
+    link.symlink_to(cells)
+    detour = tmp_path / "folder" / ".." / "cells.h5ad"
+    for other in (cells, detour, link):
+        with pytest.raises(UsageError, match="the same file as --data-file"):
+            fit(config_of(tmp_path / "run", cells, validation_files=[str(other)]))
+        with pytest.raises(UsageError, match="the same file as --data-file"):
+            fit(config_of(tmp_path / "run", cells, other))
+
+
+def test_gradients_that_are_not_finite_stop_the_run_before_the_weights_change(
+    cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *unused: torch.tensor(torch.inf))
+    with pytest.raises(TrainingError, match="step 1: the gradients are not finite"):
+        fit(config_of(tmp_path / "run", cells, save_every=1))
+    assert not (tmp_path / "run" / "state" / "last.ckpt").exists()
+
+
+def test_a_vocabulary_that_changes_during_the_run_is_not_written(cells: Path, tmp_path: Path) -> None:
+    gene_file = tmp_path / "gene.h5"
+    shutil.copy(GENE_FILE, gene_file)
+    config = config_of(tmp_path / "run", cells, protein_embeddings=[str(gene_file)])
+    original = gene_file.read_bytes()
+
+    def change(n_done: int, n_steps: int, loss: float) -> None:
+        gene_file.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+
+    with pytest.raises(TrainingError, match="has changed since its start; restore it"):
+        fit(config, change)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    gene_file.write_bytes(original)
+    config.training.resume = True
+    assert fit(config) is not None
 
 
 def test_early_stopping_ends_a_run_that_does_not_improve(cells: Path, tmp_path: Path) -> None:

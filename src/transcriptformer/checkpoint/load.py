@@ -6,8 +6,9 @@ import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.runtime.device import choose_device, compute_dtype
 from transcriptformer.vocab import AuxVocab, GeneVocab, make_gene_vocab
 
-LABEL_HEAD = "label_head.pt"
+WEIGHTS, LABEL_HEAD = "model_weights.pt", "label_head.pt"
 _EMBEDDING = "gene_embeddings.embedding.weight"
 _LAYERS = "transformer_encoder.encoder_layers."
 
@@ -33,6 +34,33 @@ MAX_WEIGHT = 1.8e19
 
 REFERENCE_SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
 """Order of the special tokens that the published package uses for a new species; its model keeps the old order."""
+
+
+class FileState(NamedTuple):
+    """What changes when a file is replaced or modified."""
+
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileState":
+        """Return the current state of a file; OSError if it is gone."""
+        found = path.stat()
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache
+def _sha256(path: Path, state: FileState) -> str:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        is_same = FileState.of(path) == state
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read any more ({error.strerror})") from error
+    if not is_same:
+        raise CheckpointError(f"{path}: changed since it was loaded; load it again")
+    return digest
 
 
 @dataclass(frozen=True)
@@ -53,6 +81,8 @@ class Checkpoint:
         Device to run on.
     label_head
         Head that predicts cell labels from embeddings, float32, if the checkpoint has one.
+    weights_file
+        State of `model_weights.pt` when it was loaded.
     """
 
     path: Path
@@ -61,7 +91,8 @@ class Checkpoint:
     aux_vocabs: dict[str, AuxVocab]
     model: TranscriptFormer | Esm2CE
     device: torch.device
-    label_head: LabelHead | None = None
+    label_head: LabelHead | None
+    weights_file: "FileState"
 
     @property
     def min_positions(self) -> int:
@@ -80,9 +111,14 @@ class Checkpoint:
         return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
 
     def weights_sha256(self) -> str:
-        """Return the SHA-256 of `model_weights.pt`, as `sha256sum` prints it."""
-        with (self.path / "model_weights.pt").open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Return the SHA-256 of `model_weights.pt`, as `sha256sum` prints it; computed once per file.
+
+        Raises
+        ------
+        CheckpointError
+            If the file has changed since it was loaded, or is gone.
+        """
+        return _sha256(self.path / WEIGHTS, self.weights_file)
 
     def identify_vocabularies(self) -> dict[str, str]:
         """Return hashes of the gene and metadata vocabularies and, if there is one, of the label head's file."""
@@ -107,8 +143,9 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
     inference = config.model.inference_config
     device = choose_device(inference.device)
     trained_vocab, aux_vocabs = read_vocabs(path, config.model)
-    weights_path = path / "model_weights.pt"
+    weights_path = path / WEIGHTS
     weights = read_weights(weights_path)
+    weights_file = FileState.of(weights_path)
     _check_embedding(weights, len(trained_vocab), weights_path)
     check_values(weights_path)
     gene_vocab, embedding = trained_vocab, weights[_EMBEDDING]
@@ -127,7 +164,7 @@ def load_checkpoint(path: Path, config: Config) -> Checkpoint:
         if inference.pretrained_embedding:
             model.replace_genes(embedding)
     model.eval().requires_grad_(False)
-    return Checkpoint(path, config, gene_vocab, aux_vocabs, model, device, _label_head(path, config))
+    return Checkpoint(path, config, gene_vocab, aux_vocabs, model, device, _label_head(path, config), weights_file)
 
 
 def new_model(
@@ -273,7 +310,11 @@ def _map_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: damaged, or contains pickled code, which is never executed; only tensors are loaded"
         ) from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: not enough memory to map it") from error
     except Exception as error:  # on a damaged file, torch.load may raise anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         raise CheckpointError(f"{path}: truncated, damaged, or not in the zip format of torch.save") from error
     if not isinstance(weights, dict) or not all(_is_weight(name, value) for name, value in weights.items()):
         raise CheckpointError(f"{path}: not a state dict (names → dense floating-point tensors)")

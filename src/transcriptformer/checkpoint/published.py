@@ -37,7 +37,13 @@ _CLASSES = {
 }
 """Class names in the published package's config.json."""
 
-_NOT_PUBLISHED = ("remove_duplicate_genes", "seed", "block_size", "use_raw", "allow_external_links")
+COUNT_SETTINGS = ("clip_counts", "normalize_to_scale", "sort_genes")
+"""Preprocessing of counts, which is as in training unless an option says otherwise.
+
+Filters, and where files hold genes and counts, do not carry over from a checkpoint.
+"""
+
+_NOT_PUBLISHED = ("remove_duplicate_genes", "seed", "block_size", "use_raw", "layer", "allow_external_links")
 """Settings for reading files that the published format does not have."""
 
 _UNUSED_CHECKPOINT_KEYS = frozenset(
@@ -71,14 +77,26 @@ def load_config(
     if not checkpoint_path.is_dir():
         raise UsageError(f"--checkpoint-path {checkpoint_path}: no such folder")
     config_path = checkpoint_path / "config.json"
+    defaults: Any = OmegaConf.load(conf_dir() / "inference_config.yaml")
     with config_json_errors(config_path):  # before options are merged, which would be blamed for its errors
-        config = OmegaConf.merge(OmegaConf.structured(Config), read_checkpoint_config(checkpoint_path))
+        trained = read_checkpoint_config(checkpoint_path)
+        config = OmegaConf.merge(OmegaConf.structured(Config), trained)
         OmegaConf.to_object(config)
-    config = OmegaConf.merge(config, OmegaConf.load(conf_dir() / "inference_config.yaml"))
+    _keep_count_settings(defaults.model.data_config, trained["model"]["data_config"])
+    config = OmegaConf.merge(config, defaults)
     assert isinstance(config, DictConfig)
     checked = finish_config(config, options or {}, overrides)
     assert isinstance(checked, Config)
     return checked
+
+
+def _keep_count_settings(defaults: DictConfig, trained: Mapping[str, Any]) -> None:
+    """Drop the defaults that would replace the preprocessing of counts in training."""
+    changed = {key: trained[key] for key in COUNT_SETTINGS if trained.get(key, defaults[key]) != defaults[key]}
+    if changed:
+        logger.info("counts are prepared as in training: %s", ", ".join(f"{k}={v}" for k, v in changed.items()))
+    for key in changed:
+        del defaults[key]
 
 
 def read_checkpoint_config(checkpoint_path: Path) -> dict[str, Any]:

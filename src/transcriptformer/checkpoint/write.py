@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transcriptformer.checkpoint.load import LABEL_HEAD, WEIGHTS
 from transcriptformer.checkpoint.published import published_config
 from transcriptformer.config import TrainedModel
 from transcriptformer.errors import OutputError, one_line
@@ -50,10 +51,10 @@ def write_checkpoint(
                 (temporary / "vocabs" / f"{column}_vocab.json").write_text(text, encoding="utf-8")
             torch.save(
                 {name: weight.detach().cpu().float().contiguous() for name, weight in weights.items()},
-                temporary / "model_weights.pt",
+                temporary / WEIGHTS,
             )
             if label_head is not None:
-                torch.save(label_head.to_file(), temporary / "label_head.pt")
+                torch.save(label_head.to_file(), temporary / LABEL_HEAD)
             text = json.dumps({"model": published_config(model)}, indent=2)
             (temporary / "config.json").write_text(text, encoding="utf-8")
     except RuntimeError as error:  # what torch.save raises when the disk is full

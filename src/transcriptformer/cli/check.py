@@ -77,16 +77,15 @@ def check(
 
 
 def _print_table(report: "Report") -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from transcriptformer.cli.reporting import printable
+    from transcriptformer.cli.reporting import printable, show
 
     table = Table(title=Text(printable(report.file)), title_justify="left", show_header=False)
     for name, value in _rows(report):
         table.add_row(Text(printable(name)), Text(printable(value)))
-    Console(soft_wrap=True).print(table)
+    show(table)
 
 
 def _rows(report: "Report") -> list[tuple[str, str]]:

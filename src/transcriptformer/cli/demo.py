@@ -20,7 +20,7 @@ def demo(
 
         with CountProgress("cells") as progress:
             made = run_demo(output_path, progress.update)
-        say(f"{made.n_held_out} held-out cells, classified by their nearest neighbours among the training cells:")
+        say(f"{made.n_held_out} held-out cells, classified by their nearest neighbors among the training cells:")
         say("                                  accuracy  macro-F1")
         for name, score in (("embeddings", made.score), ("PCA of log-normalized counts", made.pca_score)):
             say(f"  {name:<30}  {score.accuracy:8.3f}  {score.macro_f1:8.3f}")

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transcriptformer.fetching.fetcher import Fetcher
 
 
+PROCESSES, CELLS_PER_FILE, STABLE = 4, 50_000, "stable"
+
+
 class Source(StrEnum):
     """Values of `--source`."""
 
@@ -27,7 +30,7 @@ def download_data(
     output_dir: Annotated[Path, option("Output folder.", metavar="DIR", default="data/cellxgene")] = Path(
         "data/cellxgene"
     ),
-    processes: Annotated[int, option("Parallel downloads.", metavar="INT", default=4, min=1)] = 4,
+    processes: Annotated[int, option("Parallel downloads.", metavar="INT", default=PROCESSES, min=1)] = PROCESSES,
     max_retries: MaxRetries = 5,
     no_metadata: Annotated[bool, option("Do not write dataset_metadata.json.", "--no-metadata")] = False,
     test_only: Annotated[bool, option("Only test the connection to the service.", "--test-only")] = False,
@@ -49,11 +52,11 @@ def download_data(
         option("Census: filter expression, such as \"tissue_general == 'lung'\".", "--filter", metavar="EXPRESSION"),
     ] = "",
     cells_per_file: Annotated[
-        int, option("Census: maximum cells per file.", metavar="INT", default="50000", min=1)
-    ] = 50_000,
+        int, option("Census: maximum cells per file.", metavar="INT", default=CELLS_PER_FILE, min=1)
+    ] = CELLS_PER_FILE,
     census_version: Annotated[
-        str, option("Census: stable, latest or a date.", metavar="NAME", default="stable")
-    ] = "stable",
+        str, option("Census: stable, latest or a date.", metavar="NAME", default=STABLE)
+    ] = STABLE,
     census_uri: Annotated[str | None, option("Census: URI of a local copy or mirror.", metavar="URI")] = None,
     debug: Debug = False,
 ) -> None:
@@ -66,7 +69,7 @@ def download_data(
     with plain_errors(debug), resumable():
         from transcriptformer.errors import UsageError
 
-        names = {option: _names(text) for option, text in (("species", species), ("tissue", tissue), ("assay", assay))}
+        names = {key: _names(text) for key, text in (("species", species), ("tissue", tissue), ("assay", assay))}
         if not test_only and not names["species"]:
             raise UsageError("--species: name at least one, such as --species 'homo sapiens'")
         discover_only: dict[str, object] = {
@@ -75,11 +78,17 @@ def download_data(
             "--disease": disease,
             "--collection": collection,
         }
-        discover_only |= {"--max-datasets": max_datasets, "--test-only": test_only}
+        discover_only |= {"--max-datasets": max_datasets, "--test-only": test_only, "--no-metadata": no_metadata}
+        discover_only["--processes"] = processes != PROCESSES
         census_only: dict[str, object] = {"--filter": cell_filter, "--census-uri": census_uri}
-        for option, value in (discover_only if source == Source.census else census_only).items():
+        census_only |= {
+            "--cells-per-file": cells_per_file != CELLS_PER_FILE,
+            "--census-version": census_version != STABLE,
+        }
+        other = Source.discover if source == Source.census else Source.census
+        for name, value in (discover_only if source == Source.census else census_only).items():
             if value:
-                raise UsageError(f"{option} does not go with --source {source}")
+                raise UsageError(f"{name} applies only to --source {other}")
         if source == Source.census:
             _from_census(names["species"], output_dir, cell_filter, cells_per_file, census_uri, census_version, dry_run)
             return
@@ -131,11 +140,10 @@ def _download(
 
 def _print_outcomes(outcomes: "list[Outcome]") -> None:
     """Print totals, and each dataset that failed."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from transcriptformer.cli.reporting import printable
+    from transcriptformer.cli.reporting import printable, show
     from transcriptformer.fetching.fetcher import format_size
 
     table = Table("", "datasets", "cells", "size")
@@ -143,12 +151,11 @@ def _print_outcomes(outcomes: "list[Outcome]") -> None:
         of_it = [outcome for outcome in outcomes if outcome.status == status]
         cells, n_bytes = sum(o.cells for o in of_it), sum(o.n_bytes for o in of_it)
         table.add_row(status, f"{len(of_it):,}", f"{cells:,}", format_size(n_bytes))
-    console = Console(soft_wrap=True)
-    console.print(table)
+    show(table)
     for outcome in outcomes:
         if outcome.status == "failed":
             reason = " ".join(outcome.reason.split())
-            console.print(Text(printable(f"failed: {outcome.dataset_id}: {reason}")))
+            show(Text(printable(f"failed: {outcome.dataset_id}: {reason}")))
 
 
 def _from_census(

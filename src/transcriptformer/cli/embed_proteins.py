@@ -57,7 +57,7 @@ def embed_proteins(
         from transcriptformer.errors import UsageError
 
         if (fasta is None) == (organism_key is None):
-            raise UsageError("name the proteins by one of --fasta and --organism-key")
+            raise UsageError("give either --fasta or --organism-key")
 
         from transcriptformer.checkpoint.vocabs import read_gene_ids
         from transcriptformer.proteins import embed
@@ -103,7 +103,7 @@ def _fetch(organism_key: str, folder: Path, max_retries: int) -> Path:
 def _describe(summary: "Summary", max_length: int) -> str:
     return (
         f"{summary.n_genes:,} genes, width {summary.width:,}, from {summary.n_proteins:,} proteins "
-        f"({summary.n_sequences:,} different sequences); {summary.n_cut:,} cut to {max_length:,} residues, "
+        f"({summary.n_sequences:,} different sequences); {summary.n_cut:,} truncated to {max_length:,} residues, "
         f"{summary.n_replaced:,} letters replaced by <unk>; {summary.n_computed:,} sequences computed in "
         f"{summary.seconds:.1f} s ({summary.n_computed / summary.seconds:.1f} per second)"
     )

@@ -34,7 +34,12 @@ logger = logging.getLogger(__name__)
 
 ISSUES = "https://github.com/czi-ai/transcriptformer/issues"
 
-_HANDLED_BY_TYPER = (typer.Exit, typer.Abort, BrokenPipeError)
+
+class ClosedOutputError(BrokenPipeError):
+    """Nobody reads the output, as after `| head`."""
+
+
+_HANDLED_BY_TYPER = (typer.Exit, typer.Abort, ClosedOutputError)
 """Exceptions that Typer handles."""
 
 SECONDS_BETWEEN_LINES = 30
@@ -50,7 +55,18 @@ def printable(text: str) -> str:
 
 def say(text: str, err: bool = False) -> None:
     """Print one or more lines of text, each made `printable`."""
-    typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
+    try:
+        typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
+    except BrokenPipeError as error:
+        raise ClosedOutputError(*error.args) from error
+
+
+def show(renderable: Any) -> None:
+    """Print a table or a text of rich to stdout."""
+    try:
+        Console(soft_wrap=True).print(renderable)
+    except BrokenPipeError as error:
+        raise ClosedOutputError(*error.args) from error
 
 
 class PrintableFormatter(logging.Formatter):
@@ -93,7 +109,7 @@ def _in_one_line(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return f"out of memory ({one_line(error)})"
     cause = f"{type(error).__name__}: {one_line(error)}"
-    return f"internal error ({cause}); run it with --debug and report what it shows at {ISSUES}"
+    return f"internal error ({cause}); rerun with --debug and report the traceback at {ISSUES}"
 
 
 @contextmanager

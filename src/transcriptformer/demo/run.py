@@ -28,7 +28,7 @@ N_COMPONENTS = 50
 
 
 class Score(NamedTuple):
-    """Cell-type classification scores of k-nearest neighbours on held-out cells."""
+    """Cell-type classification scores of k-nearest neighbors on held-out cells."""
 
     accuracy: float
     macro_f1: float
@@ -82,14 +82,14 @@ def run_demo(folder: Path, on_progress: OnProgress | None = None) -> Demo:
 
 
 def classify(vectors: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> Score:
-    """Score majority-vote k-nearest-neighbour predictions of the held-out labels (cells,)."""
+    """Score majority-vote k-nearest-neighbor predictions of the held-out labels (cells,)."""
     neighbors = KNeighborsClassifier(N_NEIGHBORS).fit(vectors[~held_out], labels[~held_out])
     predicted, expected = neighbors.predict(vectors[held_out]), labels[held_out]
     return Score(float(accuracy_score(expected, predicted)), float(f1_score(expected, predicted, average="macro")))
 
 
 def draw(embedded: anndata.AnnData, picture: Path) -> None:
-    """Plot a UMAP of the embeddings, coloured by cell type; held-out cells have a dark edge."""
+    """Plot a UMAP of the embeddings, colored by cell type; held-out cells have a dark edge."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # UMAP warns about its seed
         sc.pp.neighbors(embedded, n_neighbors=N_NEIGHBORS, use_rep=EMBEDDINGS_KEY)

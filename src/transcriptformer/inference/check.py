@@ -109,7 +109,8 @@ def check(
         try:
             Inputs(locations, checkpoint).check_obs(_as_zarr(checkpoint))
         except TranscriptFormerError as error:  # valid files that cannot be combined
-            reports[0].refused = str(error)
+            for report in reports:
+                report.refused = f"together with the other files: {error}"
     return reports
 
 

@@ -73,6 +73,7 @@ class Inputs:
         self.columns = self._select_columns(list(columns))
         pool = model.inference_config.cge_pool
         self.group_column = None if pool == ALL_CELLS else pool
+        self._groups: tuple[np.ndarray, pd.Index] | None = None
         if self.group_column not in (None, *columns):
             raise DataError(
                 f"--cge-pool {pool}: obs has no such column; its columns are: {', '.join(map(str, columns)) or 'none'}"
@@ -175,8 +176,13 @@ class Inputs:
     def groups(self, survey: Survey) -> tuple[np.ndarray, pd.Index]:
         """Group of each kept cell (cells,), int32, for pooling, and the group names.
 
-        Cells without a value get `NO_GROUP`, and a warning is logged.
+        Cells without a value get `NO_GROUP`, and a warning is logged. The survey must be the same in every call.
         """
+        if self._groups is None:
+            self._groups = self._read_groups(survey)
+        return self._groups
+
+    def _read_groups(self, survey: Survey) -> tuple[np.ndarray, pd.Index]:
         if self.group_column is None:
             return np.zeros(survey.n_kept, np.int32), pd.Index(["all"])
         blocks = self._blocks(JoinedMetadata(self.metadata, [self.group_column]), survey)
@@ -200,7 +206,7 @@ class Inputs:
     def log_summary(self, survey: Survey) -> None:
         """Log the number of cells and genes, and what is dropped or unknown."""
         n_kept, seq_len = survey.n_kept, self.seq_len
-        gene_ids = np.concatenate([reader.source.gene_ids for reader in self.readers])
+        gene_ids = pd.unique(np.concatenate([reader.source.gene_ids for reader in self.readers]))
         n_known = int((self.checkpoint.gene_vocab.lookup(gene_ids) >= 0).sum())
         species = likely_species(gene_ids)
         genes = f"; {n_known} of {len(gene_ids)} genes are in the vocabulary{f' ({species})' if species else ''}"

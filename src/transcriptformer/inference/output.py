@@ -1,6 +1,7 @@
 """Results as AnnData: in memory, in an h5ad file or in a zarr store. Defines all output keys."""
 
 import asyncio
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.metadata import n_rows
 from transcriptformer.data.row_stream import RowStream, preserved_strings
 from transcriptformer.data.store import Location
-from transcriptformer.errors import DataError
+from transcriptformer.errors import DataError, OutputError, one_line
 from transcriptformer.model.label_head import LabelHead
 from transcriptformer.storage.atomic import atomic_folder, atomic_write
 from transcriptformer.storage.hdf5 import new_hdf5
@@ -249,11 +250,19 @@ def provenance_of(
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
-    """Read the provenance of a result; None if `path` is not one."""
+    """Read the provenance of a result; None if `path` is not one.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be read, such as because another program has it open.
+    """
     try:
         with _open_result(path) as root:
             provenance = anndata.io.read_elem(root[f"uns/{PROVENANCE_KEY}"])
-    except Exception:  # h5py, zarr and anndata raise various errors for other files
+    except Exception as error:  # h5py, zarr and anndata raise various errors for other files
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise OutputError(f"{path}: cannot be read ({one_line(error)})") from error
         return None
     return provenance if isinstance(provenance, dict) else None
 

@@ -115,11 +115,16 @@ class MemoryRecorder:
 
     def read_genes(self, name: str, start: int, stop: int) -> np.ndarray:
         """Read the per-gene records of cells `start:stop`, cell by cell."""
-        rows = np.concatenate(self.rows)
-        row_of_gene = np.repeat(rows, self.n_genes[rows])
-        order = np.argsort(row_of_gene, kind="stable")
         ends = np.concatenate([[0], np.cumsum(self.n_genes)])
-        return np.concatenate(self.genes[name])[order[ends[start] : ends[stop]]]
+        field = self.layout[name]
+        values = np.empty((ends[stop] - ends[start], *field.shape), field.dtype)
+        for rows, of_batch in zip(self.rows, self.genes[name], strict=True):
+            lengths = self.n_genes[rows]
+            first = np.repeat(ends[rows] - (np.cumsum(lengths) - lengths), lengths)
+            places = first + np.arange(len(of_batch)) - ends[start]
+            is_wanted = (places >= 0) & (places < len(values))
+            values[places[is_wanted]] = of_batch[is_wanted]
+        return values
 
 
 class Recording:

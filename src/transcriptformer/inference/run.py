@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +18,7 @@ from transcriptformer.config import Config
 from transcriptformer.data.batches import BatchLoader
 from transcriptformer.data.store import Location, is_url
 from transcriptformer.data.survey import Survey, survey_cells
-from transcriptformer.errors import UsageError
+from transcriptformer.errors import CheckpointError, UsageError
 from transcriptformer.inference.batch_size import batch_limits
 from transcriptformer.inference.file_run import FileRun
 from transcriptformer.inference.inputs import Inputs
@@ -133,7 +133,16 @@ def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgres
             predict(make_module(checkpoint), loader, recording, checkpoint.device)
     finally:
         inputs.close()
-    return Computed(results, groups, provenance_of(sources, checkpoint, sha256.result()))
+    return Computed(results, groups, provenance_of(sources, checkpoint, _sha256_or_unknown(sha256)))
+
+
+def _sha256_or_unknown(sha256: Future[str]) -> str:
+    """Return the hash of the weights; without the file, the results are still worth keeping."""
+    try:
+        return sha256.result()
+    except CheckpointError as error:
+        logger.warning("%s; the provenance lacks the hash of the weights", error)
+        return "unknown"
 
 
 def run(
@@ -166,6 +175,8 @@ def run(
     workspace, watchdog = Workspace(output), processes.watchdog()
     if not processes.is_first:  # log in one process only
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
+    if output.exists() and not inference.resume:
+        logger.info("%s exists, and is replaced when the new result is complete", output)
     with (
         watchdog,
         workspace.locked(inference.resume) if processes.is_first else nullcontext(),

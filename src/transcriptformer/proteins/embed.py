@@ -1,5 +1,6 @@
 """Embed the proteins in a FASTA file and write one embedding per gene."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ from transcriptformer.checkpoint.vocabs import read_protein_embeddings, write_pr
 from transcriptformer.config import PRECISIONS
 from transcriptformer.data.batches import BatchLimits, group_by_length
 from transcriptformer.data.fingerprint import identify_file
-from transcriptformer.errors import OutputError, UsageError
+from transcriptformer.errors import OutputError, UsageError, one_line
 from transcriptformer.proteins.esm2 import PUBLISHED, choose_layer, find_model, read_config, weight_files
 from transcriptformer.proteins.fasta import GENE, read_proteins
 from transcriptformer.proteins.isoforms import FIRST, ISOFORMS, Proteome, choose_isoforms
@@ -148,6 +149,8 @@ def embed_proteins(
     started = time.monotonic()
     proteome = choose_isoforms(read_proteins(fasta, settings.id_from), settings.isoforms, settings.max_length)
     check_writable(output, "--output-dir")
+    if output.exists() and not settings.resume:
+        logger.info("%s exists, and is replaced when the new result is complete", output)
     device = choose_device(settings.device)
     devices = _devices(device, count_devices(device, settings.num_gpus))
     folder = find_model(settings.model)
@@ -246,12 +249,22 @@ def _identify(
 
 
 def _is_complete(output: Path, identity: dict[str, Any]) -> bool:
-    """Whether an identical run has written the output."""
+    """Whether an identical run has written the output.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be read, such as because another program has it open.
+    """
     try:
         with h5py.File(output) as file:
             made = json.loads(file.attrs[PROVENANCE])
         return is_same_run(made["run"], identity)
-    except (OSError, KeyError, TypeError, ValueError):
+    except OSError as error:
+        if error.errno not in (None, errno.ENOENT):
+            raise OutputError(f"{output}: cannot be read ({one_line(error)})") from error
+        return False
+    except (KeyError, TypeError, ValueError):
         return False
 
 
@@ -274,6 +287,7 @@ def _compute(
     on_progress(0, total - before)
     n_computed = 0
     if batches:
+        devices = devices[: len(batches)]
         work = embed_batches(batches, job, devices[0]) if len(devices) == 1 else share_batches(batches, job, devices)
         with closing(work):
             for n in work:

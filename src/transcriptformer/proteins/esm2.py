@@ -185,9 +185,10 @@ class Esm2:
         is_residue = (position > 0) & (position <= lengths[:, None])  # (proteins, tokens)
         sums = (states.float() * is_residue[:, :, None]).sum(dim=1)  # (proteins, P)
         means = (sums / lengths[:, None]).cpu().numpy()
-        if not np.isfinite(means).all():
+        n_bad = int((~np.isfinite(means)).any(axis=1).sum())
+        if n_bad:
             raise TranscriptFormerError(
-                f"embeddings of {len(means)} proteins are not all finite: values overflow at this precision, or the "
+                f"embeddings of {n_bad} proteins are NaN or infinite: values overflow at this precision, or the "
                 "weights are damaged; try --precision 32"
             )
         return means

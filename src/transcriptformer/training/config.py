@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from transcriptformer.checkpoint.published import config_json_errors, read_checkpoint_config
+from transcriptformer.checkpoint.published import COUNT_SETTINGS, config_json_errors, read_checkpoint_config
 from transcriptformer.config import (
     MAX_INT,
     ComputeConfig,
@@ -163,6 +163,11 @@ class TrainingConfig(ComputeConfig):
             key + "patience (--patience)",
             "requires validation: set training.validation_fraction or training.validation_files",
         )
+        require(
+            self.label_column is None or self.label_loss_weight > 0,
+            key + "label_loss_weight",
+            "must be more than 0 with a label column (--label-column), or the head would stay untrained",
+        )
         for name in ("lora_rank", "new_aux_values"):
             require(
                 not getattr(self, name) or self.checkpoint_path is not None,
@@ -230,12 +235,9 @@ def load_train_config(
     options = options or {}
     own = _read_recipe(recipe) if recipe else OmegaConf.create()
     defaults: Any = OmegaConf.load(conf_dir() / "train_config.yaml")
-    given = dict(map(parse_override, overrides))
-    start = (
-        given.get("training.checkpoint_path")
-        or options.get("training.checkpoint_path")
-        or OmegaConf.select(own, "training.checkpoint_path")
-    )
+    key = "training.checkpoint_path"
+    given = {key: value for key, value in options.items() if value is not None} | dict(map(parse_override, overrides))
+    start = given[key] if key in given else OmegaConf.select(own, key)
     if start is None:
         config = OmegaConf.merge(OmegaConf.structured(TrainConfig), defaults)
     else:
@@ -270,8 +272,6 @@ def _read_recipe(path: Path) -> Any:
 
 
 _VOCABULARIES = ("aux_cols", "esm2_mappings", "special_tokens", "gene_pad_token", "aux_pad_token")
-_COUNTS = ("clip_counts", "normalize_to_scale", "sort_genes")
-"""Preprocessing that a checkpoint sets; filters and the layout of files do not carry over from it."""
 
 
 def _without_model(defaults: DictConfig) -> DictConfig:
@@ -283,7 +283,7 @@ def _without_model(defaults: DictConfig) -> DictConfig:
 def _trained(folder: Path) -> dict[str, Any]:
     """Read the sections that a checkpoint sets."""
     sections = read_checkpoint_config(folder)["model"]
-    data = {key: value for key, value in sections["data_config"].items() if key in (*_VOCABULARIES, *_COUNTS)}
+    data = {key: value for key, value in sections["data_config"].items() if key in (*_VOCABULARIES, *COUNT_SETTINGS)}
     if data.get("sort_genes"):
         data["randomize_genes"] = False
     return {"model": {**sections, "data_config": data}}

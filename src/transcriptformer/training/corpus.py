@@ -53,9 +53,7 @@ class Corpus:
         self.files = [find_files(name) for name in training.data_files]
         self.validation_files = [file for name in training.validation_files for file in find_files(name)]
         training_files = [file for files in self.files for file in files]
-        both = set(training_files) & set(self.validation_files)
-        if both:
-            raise UsageError(f"training.validation_files: {sorted(both)[0]} is also a training file; remove one")
+        _refuse_repeated(training_files, self.validation_files)
         self.sources = [
             open_source(
                 file,
@@ -119,6 +117,17 @@ class Corpus:
         """Close the files."""
         for source in self.sources:
             source.close()
+
+
+def _refuse_repeated(training_files: Sequence[str], validation_files: Sequence[str]) -> None:
+    """Raise UsageError if a file is named twice, by whatever path: cells held out would also be learned."""
+    seen: dict[str, str] = {}
+    for option, files in (("--data-file", training_files), ("--validation-file", validation_files)):
+        for file in files:
+            place = file if is_url(file) else str(Path(file).resolve())
+            if place in seen:
+                raise UsageError(f"{option} {file}: the same file as {seen[place]}; name it once")
+            seen[place] = f"{option} {file}"
 
 
 def find_files(name: str) -> list[str]:

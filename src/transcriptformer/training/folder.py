@@ -1,5 +1,6 @@
 """The output folder of a training run, and the state that a resumed run continues from."""
 
+import errno
 import logging
 import zipfile
 from collections.abc import Mapping
@@ -123,6 +124,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         ------
         CheckpointError
             If the file is missing or damaged.
+        OutputError
+            If it cannot be read.
         """
         try:
             with zipfile.ZipFile(path) as file:  # PyTorch does not verify the checksums
@@ -130,6 +133,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if damaged is not None:
                 raise zipfile.BadZipFile(damaged)
             return torch.load(path, map_location="cpu", weights_only=True)
+        except MemoryError as error:
+            raise OutputError(f"{path}: not enough memory to read it") from error
         except Exception as error:  # a damaged file may raise any exception
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL):
+                raise OutputError(f"{path}: cannot be read ({error.strerror})") from error
             how = "truncated or damaged" if Path(path).exists() else "missing"
             raise CheckpointError(f"{path}: {how}; {START_OVER}") from error

@@ -149,9 +149,21 @@ class TrainingModule(pl.LightningModule):
         self.log_dict({**self._metrics(total, ""), **step_metrics, **self._progress()})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradients, which Lightning has already unscaled."""
+        """Clip the gradients, which Lightning has already unscaled.
+
+        Raises
+        ------
+        TrainingError
+            If they are not finite, on all processes; in float16, such a step is skipped instead.
+        """
         max_norm = self.config.training.clip_gradients or math.inf
         self.gradient_norm = nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], max_norm)
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not is_scaled and not bool(self.gradient_norm.isfinite()):
+            raise TrainingError(
+                f"step {self.global_step + 1}: the gradients are not finite; check the counts, or lower "
+                "training.learning_rate; earlier saved states are kept"
+            )
 
     def losses(self, batch: Batch, kind: str) -> Sums:
         """Sum the losses over the genes and labeled cells of a batch; a loss with weight 0 is 0."""

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from transcriptformer.checkpoint.load import LABEL_HEAD
+from transcriptformer.checkpoint.load import LABEL_HEAD, WEIGHTS
 from transcriptformer.checkpoint.write import write_checkpoint
 from transcriptformer.data.fingerprint import identify, identify_file
 from transcriptformer.errors import TrainingError
@@ -22,7 +22,7 @@ from transcriptformer.model.lora import merged_state_dict
 from transcriptformer.runtime.device import choose_device, compute_dtype
 from transcriptformer.runtime.memory import is_out_of_memory, keep_freed_memory
 from transcriptformer.runtime.processes import plan_processes
-from transcriptformer.runtime.signals import TerminatedError, report_kept
+from transcriptformer.runtime.signals import report_kept
 from transcriptformer.runtime.trainer import plain_lightning, quiet_lightning, trainer_options
 from transcriptformer.storage.workspace import flatten
 from transcriptformer.training.baseline import Baseline, start_from_frequencies
@@ -46,6 +46,7 @@ LIGHTNING_PRECISION: dict[torch.dtype, Any] = {
 
 _MAY_CHANGE_ON_RESUME = {
     "model.data_config.n_data_workers",
+    "model.data_config.allow_external_links",
     *(
         f"training.{name}"
         for name in (
@@ -157,9 +158,17 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
                 )
                 watchdog.watch_children(processes.launch())
                 _run(trainer, module, data, folder.last if training.resume and folder.last.is_file() else None)
-            return _finish(config, folder, start, module) if trainer.is_global_zero else None
-        except (KeyboardInterrupt, TerminatedError) as error:
-            report_kept(error, saving.describe_kept())
+            if not trainer.is_global_zero:
+                return None
+            if not folder.is_complete and _identify(config, corpus, count_streams(config, processes.total)) != identity:
+                raise TrainingError(
+                    f"{folder.path}: a file that the run reads has changed since its start; restore it, then rerun the "
+                    "same command with --resume to write the checkpoint"
+                )
+            return _finish(config, folder, start, module)
+        except BaseException as error:
+            if trainer.is_global_zero:
+                report_kept(error, saving.describe_kept())
             raise
         finally:
             if trainer.is_global_zero:
@@ -229,10 +238,11 @@ def _finish(config: TrainConfig, folder: TrainingFolder, start: StartingPoint, m
     baseline = Baseline.load(folder.baseline) if config.training.has_validation else None
     loss = weights.gene * baseline.gene_nll + weights.count * baseline.count_nll if baseline else None
     if not folder.is_complete:
-        plot_losses(folder.metrics, folder.plot, loss if weights.label == 0 else None)
-        module.load_state_dict(state["state_dict"], strict=False)
+        module.load_state_dict(state["state_dict"], strict=False)  # frozen weights are not saved
         merged = merged_state_dict(start.model)
         write_checkpoint(folder.checkpoint, config.model, start.gene_files, start.aux_vocabs, merged, start.label_head)
+    if not folder.plot.exists():
+        plot_losses(folder.metrics, folder.plot, loss if weights.label == 0 else None)
     step = int(state["global_step"])
     rows = [row for row in read_metrics(folder.metrics) if int(row["step"]) == step and row["validation_loss"]]
     validation = (
@@ -251,9 +261,12 @@ def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, 
         folder = Path(training.checkpoint_path)
         data = config.model.data_config
         vocabularies = [*data.esm2_mappings, *(f"{column}_vocab.json" for column in data.aux_cols)]
-        start += [folder / "model_weights.pt", *folder.glob(LABEL_HEAD), *(folder / "vocabs" / v for v in vocabularies)]
+        start += [folder / WEIGHTS, *folder.glob(LABEL_HEAD), *(folder / "vocabs" / v for v in vocabularies)]
     return {
-        "settings": {key: value for key, value in flatten(asdict(config)) if key not in _MAY_CHANGE_ON_RESUME},
+        "settings": {
+            **{key: value for key, value in flatten(asdict(config)) if key not in _MAY_CHANGE_ON_RESUME},
+            "type of matrix products": str(compute_dtype(training.precision, choose_device(training.device))),
+        },
         "streams": n_streams,
         "cells": [identify(source.name) for source in corpus.sources],
         "start": [identify_file(file) for file in start],

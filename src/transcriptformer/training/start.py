@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from transcriptformer.checkpoint.load import check_values, new_model, read_label_head, read_vocabs, read_weights
+from transcriptformer.checkpoint.load import (
+    WEIGHTS,
+    check_values,
+    new_model,
+    read_label_head,
+    read_vocabs,
+    read_weights,
+)
 from transcriptformer.checkpoint.vocabs import read_protein_embeddings
 from transcriptformer.errors import UsageError
 from transcriptformer.model.label_head import LabelHead
@@ -106,7 +113,7 @@ def _from_scratch(config: TrainConfig, corpus: Corpus) -> _Start:
 
 def _from_checkpoint(config: TrainConfig, folder: Path) -> _Start:
     gene_vocab, aux_vocabs = read_vocabs(folder, config.model)
-    path = folder / "model_weights.pt"
+    path = folder / WEIGHTS
     weights = read_weights(path)
     model = new_model(config.model, gene_vocab, aux_vocabs, weights, path)
     check_values(path)

@@ -21,7 +21,7 @@ def gradients(
 
 
 @pytest.mark.parametrize("on_diagonal", [True, False])
-@pytest.mark.parametrize("softcap", [0.0, 10.0])
+@pytest.mark.parametrize("softcap", [0.0, 10.0, 100.0])
 @pytest.mark.parametrize("length", [1, 5, 300])
 def test_results_and_gradients_equal_the_definition(length: int, softcap: float, on_diagonal: bool) -> None:
     ours = gradients(blockwise_attention, length, softcap, on_diagonal, torch.float32)

@@ -85,6 +85,17 @@ def test_huge_scores_stay_finite(attention: Attention) -> None:
     torch.testing.assert_close(result, torch.ones(1, 1, 2, 4))
 
 
+@pytest.mark.parametrize("softcap", [10.0, 60.0, 100.0, 1000.0])
+@pytest.mark.parametrize("score", [-1000.0, 0.0, 1000.0])
+def test_no_soft_cap_overflows(softcap: float, score: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.full((1, 1, 9, 4), 2.0), score / 4 + torch.randn(1, 1, 9, 4, generator=generator)
+    v = torch.randn(1, 1, 9, 4, generator=generator)
+    mod = ScoreMod(torch.zeros(1, 9), torch.ones(1, 9, dtype=torch.bool), softcap, True)
+    # float32 rounds scores of 1,000 to 6e-5.
+    torch.testing.assert_close(blockwise_attention(q, k, v, mod), plain_attention(q, k, v, mod), rtol=1e-3, atol=1e-4)
+
+
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**20),

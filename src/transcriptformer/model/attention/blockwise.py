@@ -14,6 +14,9 @@ QUERY_BLOCK = 256
 MAX_SCORES = {"cpu": 2**21, "mps": 2**25, "cuda": 2**27}
 """Maximum number of scores in memory by device; at least those of one block of one head."""
 
+MAX_UNSHIFTED = 60.0
+"""Soft cap up to which exp does not overflow, and the maximum score need not be subtracted."""
+
 MIN_TOTAL = 1e-30
 """Lower limit of the sum of weights, which is 0 for a query that sees no key."""
 
@@ -54,24 +57,39 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
     bias, mask = _per_head(mod.key_bias.float() / cap, heads), _per_head(mod.key_mask, heads)  # (B·H, 1, T)
     output = torch.empty_like(v)
     for chunk, start, end in _blocks(cells * heads, length, q.device):
-        scores = torch.bmm(q[chunk, start:end], k[chunk, :, :end]).float()  # (chunk, block, end)
-        own_block = scores[..., start:]  # (chunk, block, block)
-        scores += bias[chunk, :, :end]
-        if not mod.bias_on_diagonal:
-            own_block.diagonal(dim1=-2, dim2=-1).sub_(bias[chunk, 0, start:end])
-        if mod.softcap > 0:
-            # Capped scores cannot overflow, so the maximum is not subtracted, and later keys are masked after exp.
-            scores.tanh_()
-            torch.add(mask[chunk, :, :end], scores, alpha=cap, out=scores)
-        else:
-            scores += mask[chunk, :, :end]
-            own_block.masked_fill_(torch.ones_like(own_block[0], dtype=torch.bool).triu_(1), -torch.inf)
-            scores -= scores.amax(-1, keepdim=True).clamp_(min=-SCORE_LIMIT)
-        weights = scores.exp_()
-        own_block.tril_()
-        weights /= weights.sum(-1, keepdim=True).clamp_(min=MIN_TOTAL)
+        x = torch.bmm(q[chunk, start:end], k[chunk, :, :end]).float()  # (chunk, block, end)
+        weights = _weights(x, bias[chunk, :, :end], mask[chunk, :, :end], mod, out=x)
         output[chunk, start:end] = torch.bmm(weights.to(v.dtype), v[chunk, :end])
     return output.view(cells, heads, length, head_dim)
+
+
+def _weights(x: Tensor, bias: Tensor, mask: Tensor, mod: ScoreMod, out: Tensor | None = None) -> Tensor:
+    """Compute the attention weights of a block of queries (chunk, block, end), whose own keys are the last ones.
+
+    Parameters
+    ----------
+    x
+        q · k / (√d · softcap), without the soft cap if there is none; afterwards with the bias, and its tanh if capped.
+    bias, mask
+        Bias of each key, divided like `x`, and its additive mask (chunk, 1, end).
+    out
+        Tensor for the result, which may be `x`.
+    """
+    start, end = x.shape[-1] - x.shape[-2], x.shape[-1]
+    x += bias
+    if not mod.bias_on_diagonal:
+        x[..., start:].diagonal(dim1=-2, dim2=-1).sub_(bias[:, 0, start:end])
+    if mod.softcap > 0:
+        x.tanh_()
+    weights = torch.add(mask, x, alpha=mod.softcap if mod.softcap > 0 else 1.0, out=out)
+    own_block = weights[..., start:]  # (chunk, block, block)
+    if not 0 < mod.softcap <= MAX_UNSHIFTED:
+        own_block.masked_fill_(torch.ones_like(own_block[0], dtype=torch.bool).triu_(1), -torch.inf)
+        weights -= weights.amax(-1, keepdim=True).clamp_(min=-SCORE_LIMIT)
+    weights.exp_()
+    own_block.tril_()
+    weights /= weights.sum(-1, keepdim=True).clamp_(min=MIN_TOTAL)
+    return weights
 
 
 def attention_gradients(
@@ -95,19 +113,7 @@ def attention_gradients(
     for chunk, start, end in _blocks(cells * heads, length, q.device):
         here = chunk, slice(start, end)
         x = torch.bmm(scaled_q[here], k_turned[chunk, :, :end]).float()  # (chunk, block, end)
-        x += bias[chunk, :, :end]
-        if not mod.bias_on_diagonal:
-            x[..., start:].diagonal(dim1=-2, dim2=-1).sub_(bias[chunk, 0, start:end])
-        if mod.softcap > 0:
-            x.tanh_()
-            weights = torch.add(mask[chunk, :, :end], x, alpha=cap).exp_()
-        else:
-            weights = x + mask[chunk, :, :end]
-            later = torch.ones_like(weights[0, :, start:], dtype=torch.bool).triu_(1)
-            weights[..., start:].masked_fill_(later, -torch.inf)
-            weights = weights.sub_(weights.amax(-1, keepdim=True).clamp_(min=-SCORE_LIMIT)).exp_()
-        weights[..., start:].tril_()
-        weights /= weights.sum(-1, keepdim=True).clamp_(min=MIN_TOTAL)
+        weights = _weights(x, bias[chunk, :, :end], mask[chunk, :, :end], mod)
         dv[chunk, :end] += torch.bmm(weights.mT.to(dtype), gradient[here])
         ds = torch.bmm(gradient[here], v_turned[chunk, :, :end]).float()
         ds = ds.sub_(sums[here]).mul_(weights)

@@ -60,6 +60,7 @@ def choose_attention(
     if not is_faster:
         return blockwise_attention
     if lengths is not None:
+        lengths = np.minimum(lengths, config.seq_len)
         n_scores = config.num_layers * config.num_heads * np.square(lengths[lengths >= MIN_LENGTH], dtype=float).sum()
         if n_scores < MIN_SCORES[device.type]:
             return blockwise_attention
