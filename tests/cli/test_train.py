@@ -131,6 +131,7 @@ def test_an_output_that_cannot_be_written_to(cells: Path, tmp_path: Path) -> Non
     assert_refused(result, 1, r"run: cannot be written", tmp_path)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(cells: Path, tmp_path: Path) -> None:
     process = start([str(COMMAND), *arguments(tmp_path, "--data-file", cells, "--max-epochs", 10_000)])
     metrics = tmp_path / "run" / "metrics.csv"

@@ -59,6 +59,7 @@ def test_lost_and_incomplete_lines_are_restored(
     assert_same_run(tmp_path / "run", uninterrupted / "run")
 
 
+@pytest.mark.slow
 def test_a_line_that_cannot_be_written_ends_the_run_and_is_restored_on_resume(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
