@@ -33,7 +33,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("hanging", [(), (1,), (2,), (1, 2, 3)])
+@pytest.mark.parametrize(
+    "hanging", [(), (1, 2, 3), *(pytest.param(forks, marks=pytest.mark.slow) for forks in ((1,), (2,)))]
+)
 def test_workers_that_do_not_start_are_replaced(hanging: tuple[int, ...]) -> None:
     done = run(f"hang_in({hanging}); print(sorted(workers.start_workers(DataLoader(Numbers(), None, num_workers=2))))")
     assert done.stdout == "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\n", done.stderr

@@ -467,7 +467,9 @@ COLUMN_KINDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("first", COLUMN_KINDS)
+@pytest.mark.parametrize(
+    "first", [kind if i % 3 == 0 else pytest.param(kind, marks=pytest.mark.slow) for i, kind in enumerate(COLUMN_KINDS)]
+)
 def test_columns_of_different_kinds_are_joined(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pair of kinds, one column each."""
     paths = []
