@@ -39,7 +39,7 @@ def main() -> None:
     training, data = config.training, config.model.data_config
     genes = read_gene_vocab([vocabs / "random_gene.h5"], data.special_tokens, data.gene_pad_token)
     assays = read_aux_vocab(vocabs / "assay_vocab.json", "assay", data.aux_pad_token)
-    corpus = Corpus(training, data)
+    corpus = Corpus(training, data, genes)
     readers, n_cells = corpus.readers(genes, {"assay": assays}, 2047), len(corpus.sources[0])
     blocks = Blocks([n_cells], np.ones(n_cells, bool), training.block_size)
     window = training.block_size * training.blocks_to_mix

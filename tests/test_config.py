@@ -17,7 +17,7 @@ def edit_config_json(checkpoint: Path, section: str, **values: object) -> None:
 
 def test_defaults_match_the_published_package() -> None:
     model = load_config(CHECKPOINT).model
-    assert model.data_config.gene_col_name == "ensembl_id"
+    assert model.data_config.gene_col_name == "auto"  # finds ensembl_id, the published default, if there is one
     assert model.data_config.clip_counts == 30
     assert model.data_config.filter_to_vocabs is True
     assert model.data_config.use_raw is None
@@ -57,7 +57,7 @@ def test_counts_are_prepared_as_in_training(checkpoint_copy: Path, caplog: pytes
     with caplog.at_level("INFO"):
         data = load_config(checkpoint_copy).model.data_config
     assert {name: getattr(data, name) for name in as_trained} == as_trained
-    assert (data.filter_outliers, data.gene_col_name) == (0, "ensembl_id")
+    assert (data.filter_outliers, data.gene_col_name) == (0, "auto")
     assert "counts are prepared as in training: clip_counts=100.0, normalize_to_scale=10000.0" in caplog.text
 
 

@@ -13,7 +13,6 @@ import pandas as pd
 from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.config import InferenceConfig
-from transcriptformer.data.source import AUTO_GENE_COLUMN
 from transcriptformer.errors import UsageError
 from transcriptformer.inference.output import EMBEDDINGS_KEY, LLH_KEY, predicted_labels, to_gene_rows
 from transcriptformer.inference.recording import MemoryRecorder
@@ -83,9 +82,7 @@ def load(
     settings = settings or {}
     _check_settings(settings, arguments)
     path = Path(path)
-    return load_checkpoint(
-        path, load_config(path, {f"{_DATA}gene_col_name": AUTO_GENE_COLUMN, **arguments, **settings})
-    )
+    return load_checkpoint(path, load_config(path, {**arguments, **settings}))
 
 
 def embed(
@@ -94,7 +91,7 @@ def embed(
     *,
     key_added: str = "X_transcriptformer",
     layer: str | None = None,
-    use_raw: bool | None = None,
+    use_raw: bool | str | None = None,
     gene_col_name: str | None = None,
     copy: bool = False,
 ) -> anndata.AnnData | None:
@@ -112,10 +109,11 @@ def embed(
     layer
         Layer with the counts; None: use the model's settings, by default no layer.
     use_raw
-        Use counts from `.raw` (True) or `.X` (False); None: use the model's settings, by default `.raw` if present.
+        Use counts from `.raw` (True), `.X` (False) or `.raw` if present ("published"); None: use the model's settings,
+        by default the first of `.raw.X`, `.X` and layers named like counts that holds whole numbers.
     gene_col_name
-        Column of `var` with Ensembl gene ids, or `index`; None: use the model's settings, by default `ensembl_id` if
-        present, else the index.
+        Column of `var` with gene ids or symbols, or `index`; None: use the model's settings, by default the one that
+        covers most genes of the vocabulary.
     copy
         Return a copy with the embeddings instead of modifying `data`. The copy of a backed AnnData is in memory. For
         files, a new AnnData is always returned.
@@ -163,7 +161,7 @@ def gene_embeddings(
     *,
     pool: str | None = "gene",
     layer: str | None = None,
-    use_raw: bool | None = None,
+    use_raw: bool | str | None = None,
     gene_col_name: str | None = None,
 ) -> anndata.AnnData:
     """Compute contextual gene embeddings: each gene's state given the genes before it in the cell.
@@ -245,7 +243,7 @@ def _with_call_settings(
     model: Checkpoint,
     emb_type: str,
     layer: str | None,
-    use_raw: bool | None,
+    use_raw: bool | str | None,
     gene_col_name: str | None,
     pool: str | None = None,
 ) -> Checkpoint:

@@ -108,14 +108,21 @@ _INFERENCE_RANGES = {"tokens_per_batch": (1, 2**62)}
 class DataConfig:
     """Preprocessing of counts into tokens (`model.data_config`)."""
 
-    gene_col_name: str = "ensembl_id"
-    """Column of `var` with gene ids; `index`: its index; `auto`: `ensembl_id`, else the index."""
+    gene_col_name: str = "auto"
+    """Column of `var` with gene ids; `index`: its index; `auto`: the one with most genes of the vocabulary."""
+    gene_map: str | None = None
+    """File that maps gene symbols to ids (TSV, GTF, FASTA or h5ad); None: the shipped maps of human and mouse."""
     layer: str | None = None
     """Layer with the counts; None: see `use_raw`."""
     use_raw: bool | str | None = None
-    """True: counts in `.raw.X`; False: in `.X`; "auto" or None: `.raw.X` if present, else `.X`."""
+    """True: counts in `.raw.X`; False: in `.X`; "published": `.raw.X` if present, else `.X`; "auto" or None: the first
+    of `.raw.X`, `.X` and layers named like counts that holds whole numbers."""
+    recover_counts: bool = False
+    """Recover counts from log-normalized or normalized values whose smallest step can be read off exactly."""
+    duplicate_genes: str = "error"
+    """error, first (keep the first column of each gene) or sum (add the columns of a gene)."""
     remove_duplicate_genes: bool = False
-    """Keep the first column of each duplicate gene id instead of raising an error."""
+    """The published name of `duplicate_genes: first`."""
     filter_to_vocabs: bool = True
     """Drop genes outside the vocabulary instead of mapping them to `unknown`."""
     filter_outliers: float = 0.0
@@ -154,7 +161,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         key = "model.data_config."
-        require_one_of(self.use_raw, (True, False, None, "auto"), key + "use_raw (--use-raw)")
+        require_one_of(self.use_raw, (True, False, None, "auto", "published"), key + "use_raw (--use-raw)")
+        require_one_of(self.duplicate_genes, ("error", "first", "sum"), key + "duplicate_genes (--duplicate-genes)")
+        if self.remove_duplicate_genes and self.duplicate_genes == "error":
+            self.duplicate_genes = "first"
         require_positive(self, key, {"clip_counts (--clip-counts)": MAX_COUNTS})
         require_ranges(self, key, _DATA_RANGES)
         for name in self.esm2_mappings:

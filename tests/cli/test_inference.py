@@ -186,16 +186,6 @@ def no_cells(path: Path) -> None:
         pytest.param(no_anndata, [], 1, r"cells\.h5ad: not an AnnData .*'obs' and 'var'", id="not AnnData"),
         pytest.param(truncated, [], 1, r"cells\.h5ad: cannot be read: truncated or damaged", id="truncated"),
         pytest.param(damaged_inside, [], 1, r"cells\.h5ad: cannot be read: truncated or damaged", id="damaged inside"),
-        pytest.param(
-            without_gene_ids,
-            [],
-            1,
-            r"no column 'ensembl_id'; its columns are: feature_id, symbol; .*--gene-col-name 'feature_id'",
-            id="no gene id column",
-        ),
-        pytest.param(
-            gene_ids_in_the_index, [], 1, r"'index' looks like gene ids: add --gene-col-name 'index'", id="ids in index"
-        ),
         pytest.param(with_genes("TP53", "BRCA1"), [], 1, "none of its 2 genes.*gene symbols", id="symbols"),
         pytest.param(
             with_genes("ENSMUSG00000024798", "ENSMUSG00000042385"),
@@ -359,6 +349,14 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
     assert "no such folder" in done.stderr
 
 
+@pytest.mark.parametrize("make", [without_gene_ids, gene_ids_in_the_index])
+def test_gene_ids_are_found_wherever_they_are(make: Callable[[Path], None], folder: Path) -> None:
+    make(folder / "cells.h5ad")
+    done = invoke("--data-file", "cells.h5ad")
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 genes are in the vocabulary" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("sent", "exit_code", "how"),
     [
@@ -377,6 +375,7 @@ def test_ctrl_c_or_a_scheduler_ends_the_run_and_what_there_is_is_kept(
     ) as process:
         assert process.stderr is not None
         assert "5000 cells" in process.stderr.readline()
+        assert "counts from .X; gene ids from var['ensembl_id']" in process.stderr.readline()
         time.sleep(1)
         process.send_signal(sent)
         rest = process.stderr.read()

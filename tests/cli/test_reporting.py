@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import anndata
+import pandas as pd
 import pytest
 import typer
 from typer.testing import CliRunner, Result
@@ -42,7 +43,7 @@ def hostile_cells() -> anndata.AnnData:
 
 
 def no_gene_column(adata: anndata.AnnData) -> None:
-    adata.var = adata.var.rename(columns={"ensembl_id": HOSTILE})
+    adata.var = pd.DataFrame({HOSTILE: range(adata.n_vars)}, index=[f"{HOSTILE}{i}" for i in range(adata.n_vars)])
 
 
 def other_genes(adata: anndata.AnnData) -> None:

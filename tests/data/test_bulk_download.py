@@ -1,5 +1,6 @@
 """Datasets of CELLxGENE Discover are downloaded completely and verified, despite faults."""
 
+import glob
 import itertools
 import json
 import random
@@ -15,10 +16,12 @@ from typing import Any
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
 from tests.commands import COMMAND, finish, start
+from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
 from tests.web import Fault, Web, serve
 from transcriptformer.cli.main import app
@@ -104,9 +107,32 @@ def test_datasets_are_downloaded_with_records_and_metadata(web: Web, tmp_path: P
     assert "downloaded" in result.stdout
 
 
-def test_downloaded_files_are_ready_for_inference(web: Web, tmp_path: Path) -> None:
-    download(tmp_path, "--max-datasets", 1)
-    assert anndata.read_h5ad(tmp_path / "d0" / "full.h5ad").shape == (20, 200)
+def cellxgene_like(path: Path, seed: int) -> bytes:
+    """A file as CELLxGENE publishes it: ids in the index, log-normalized X, counts in raw, text as categories."""
+    adata = random_adata(20, seed=seed)
+    ids, names = adata.var["ensembl_id"].astype(str).to_numpy(), [f"SYMBOL{i}" for i in range(adata.n_vars)]
+    adata.var = pd.DataFrame({"feature_is_filtered": False, "feature_name": pd.Categorical(names)}, index=ids)
+    adata.raw = adata.copy()
+    adata.X = adata.X.log1p() * 0.7
+    adata.obs = adata.obs.assign(assay="10x 3' v3", assay_ontology_term_id="EFO:0009922", cell_type="T cell")
+    adata.obs_names = [f"{seed}-{name}" for name in adata.obs_names]
+    adata.strings_to_categoricals()
+    adata.write_h5ad(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_downloaded_files_need_no_option_for_inference(quoted: bool, web: Web, tmp_path: Path) -> None:
+    web.files.update({f"/d{i}.h5ad": cellxgene_like(tmp_path / "cells.h5ad", i) for i in range(2)})
+    announce(web, *(dataset(f"d{i}", web=web) for i in range(2)))
+    assert download(tmp_path / "cellxgene").exit_code == 0
+    pattern = str(tmp_path / "cellxgene" / "*" / "full.h5ad")
+    files = [pattern] if quoted else sorted(glob.glob(pattern))  # noqa: PTH207  (as a shell expands it)
+    command = ["inference", "--checkpoint-path", str(CHECKPOINT), "--output-path", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*command, "--data-file", *files])
+    assert done.exit_code == 0, done.output
+    assert "counts from .raw.X; gene ids from the index of var (2 inputs)" in done.stderr
+    assert anndata.read_h5ad(tmp_path / "out" / "embeddings.h5ad").obsm["embeddings"].shape[0] == 40
 
 
 def test_second_run_downloads_nothing_and_another_species_is_added(web: Web, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_saving_and_loading_a_survey(tmp_path: Path) -> None:
 
 
 def test_non_integer_counts_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    assert survey(make_adata([[1, 2.5]]), make_adata([[1, 2]])).n_fractional == 1
+    assert survey(make_adata([[1, 250.7]]), make_adata([[1, 2]])).n_fractional == 1
     assert "counts are not integers" in caplog.text
     caplog.clear()
     assert survey(make_adata([[1, 2]])).n_fractional == 0

@@ -44,18 +44,16 @@ def test_a_regular_expression_finds_genes_of_other_sources(
     assert genes(write_fasta(tmp_path / "proteins.fa", [(header, "MKV")]), pattern) == [gene]
 
 
-def test_ids_with_dots_are_kept_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("id_from", ["gene", r"gene:(\S+)"])
+def test_dots_belong_to_ids_that_have_no_version(id_from: str, tmp_path: Path) -> None:
     path = write_fasta(tmp_path / "proteins.fa", [("Aqu2.1.00123_001 gene:Aqu2.1.00123", "MKV")])
-    assert genes(path, r"gene:(\S+)") == ["Aqu2.1.00123"]
-    assert (
-        "1 gene ids contain a dot, such as Aqu2.1.00123; `inference` drops the part after the first dot" in caplog.text
-    )
+    assert genes(path, id_from) == ["Aqu2.1.00123"]
 
 
 @pytest.mark.parametrize(
     ("fields", "id_from", "shared"),
     [
-        (["gene:Aqu2.1.01", "gene:Aqu2.1.02"], "gene", "Aqu2 stands for Aqu2.1.01 and Aqu2.1.02"),
+        (["gene:A.1 x:Y", "gene:B.1 x:Y"], r"x:(\S+)", "Y stands for A.1 and B.1"),
         (["gene:G1.1 gene_symbol:X", "gene:G2.1 gene_symbol:X"], "gene_symbol", "X stands for G1.1 and G2.1"),
     ],
 )
@@ -68,7 +66,8 @@ def test_genes_that_get_the_same_id_are_a_warning(
 
 
 def test_isoforms_of_a_gene_are_not_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert genes(write_fasta(tmp_path / "proteins.fa", [(f"P{i} gene:G1.7", "MKV") for i in range(3)])) == ["G1"] * 3
+    records = [(f"P{i} gene:ENSG00000139618.7", "MKV") for i in range(3)]
+    assert genes(write_fasta(tmp_path / "proteins.fa", records)) == ["ENSG00000139618"] * 3
     assert caplog.text == ""
 
 

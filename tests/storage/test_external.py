@@ -23,6 +23,7 @@ from transcriptformer.api import embed, load
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.checkpoint.vocabs import read_gene_ids, read_protein_embeddings
+from transcriptformer.config import DataConfig
 from transcriptformer.data.fingerprint import FULL_HASH_BYTES, fingerprint
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.errors import CheckpointError, DataError, TranscriptFormerError, UsageError
@@ -113,7 +114,7 @@ def rewrite(folder: Path, edit: Callable[[h5py.File, Path], str]) -> str:
 
 
 def read_all(folder: Path, allow_external_links: bool = False) -> CellSource:
-    source = open_source(folder / "cells.h5ad", allow_external_links=allow_external_links)
+    source = open_source(folder / "cells.h5ad", DataConfig(allow_external_links=allow_external_links))
     source.obs.rows(0, N_CELLS)
     source.counts(0, N_CELLS)
     return source
@@ -304,12 +305,12 @@ def test_zarr_links_can_be_allowed(folder: Path) -> None:
     (folder / "cells.zarr" / "obs").symlink_to("../obs")
     with pytest.raises(DataError, match="obs is a link out of the store"):
         open_source(folder / "cells.zarr")
-    assert len(open_source(folder / "cells.zarr", allow_external_links=True)) == N_CELLS
+    assert len(open_source(folder / "cells.zarr", DataConfig(allow_external_links=True))) == N_CELLS
     (folder / "obs" / "itself").symlink_to("../obs")
-    open_source(folder / "cells.zarr", allow_external_links=True)
+    open_source(folder / "cells.zarr", DataConfig(allow_external_links=True))
     (folder / "obs" / "chunk").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"obs/chunk is a link to .*nowhere', which is missing"):
-        open_source(folder / "cells.zarr", allow_external_links=True)
+        open_source(folder / "cells.zarr", DataConfig(allow_external_links=True))
 
 
 @pytest.mark.parametrize("url", ["reference://", "simplecache::s3://bucket/cells.zarr", "reference::file:///x.json"])

@@ -84,7 +84,7 @@ def test_counts_are_preprocessed_as_for_the_checkpoint(checkpoint_copy: Path) ->
     data = load_train_config(options).model.data_config
     assert {name: getattr(data, name) for name in as_trained} == as_trained
     assert not data.randomize_genes
-    assert (data.min_expressed_genes, data.gene_col_name) == (0, "ensembl_id")  # depend on the cells, not on the model
+    assert (data.min_expressed_genes, data.gene_col_name) == (0, "auto")  # depend on the cells, not on the model
     assert load_train_config(options, ["model.data_config.clip_counts=7"]).model.data_config.clip_counts == 7
     assert load_train_config(TUNED).model.data_config.clip_counts == 30  # unset in the checkpoint
 

@@ -136,7 +136,7 @@ def test_workers_do_not_change_the_losses(cells: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "none"), rtol=1e-4)
 
 
-@pytest.mark.parametrize("interrupted_at", [3, 6, 10])
+@pytest.mark.parametrize("interrupted_at", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 10))])
 def test_a_resumed_run_equals_an_uninterrupted_one(cells: Path, tmp_path: Path, interrupted_at: int) -> None:
     """With dropout; interrupted in the middle of an epoch and at its end."""
     settings: dict[str, Any] = {"save_every": 2}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,27 +13,40 @@ from transcriptformer.cli.options import (
     ConfigOverride,
     Debug,
     Device,
+    DuplicateGenes,
     GeneColName,
+    GeneMap,
     InferenceBatchSize,
+    Layer,
     Precision,
     PretrainedEmbedding,
+    RecoverCounts,
     RemoveDuplicateGenes,
     UseRawOption,
     batch_size_setting,
+    input_settings,
     option,
     paths_setting,
-    use_raw_setting,
 )
 
 if TYPE_CHECKING:
     from transcriptformer.inference.check import Report
 
 
+_NOT_OF_INFERENCE = ("files", "checkpoint_path", "as_json", "debug")
+"""Parameters that `inference` lacks, or that are named otherwise there."""
+
+
 def check(
+    context: typer.Context,
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="h5ad files or zarr stores.")],
     checkpoint_path: Annotated[Path | None, option("Checkpoint to check the files against.", metavar="DIR")] = None,
     gene_col_name: GeneColName = None,
+    gene_map: GeneMap = None,
+    layer: Layer = None,
     use_raw: UseRawOption = None,
+    recover_counts: RecoverCounts = None,
+    duplicate_genes: DuplicateGenes = None,
     remove_duplicate_genes: RemoveDuplicateGenes = None,
     pretrained_embedding: PretrainedEmbedding = None,
     allow_external_links: AllowExternalLinks = None,
@@ -48,10 +62,10 @@ def check(
     The exit code is 1 if inference would refuse a file.
     """
     options: dict[str, object] = {
-        "model.data_config.gene_col_name": gene_col_name,
-        "model.data_config.use_raw": use_raw_setting(use_raw),
-        "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
-        "model.data_config.allow_external_links": allow_external_links,
+        **input_settings(
+            *(gene_col_name, gene_map, layer, use_raw, recover_counts),
+            *(duplicate_genes, remove_duplicate_genes, allow_external_links),
+        ),
         "model.inference_config.pretrained_embedding": paths_setting(pretrained_embedding),
         "model.inference_config.batch_size": batch_size_setting(batch_size),
         "model.inference_config.precision": precision,
@@ -67,6 +81,9 @@ def check(
             raise UsageError("without --checkpoint-path, only options about the file's own counts and genes apply")
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)  # the report says it all
         reports = check_files(files, checkpoint_path, options, config_override or [])
+        for report in reports:
+            if report.refused is None:
+                report.command = _command(context, report.file, checkpoint_path)
         if as_json:
             typer.echo(json.dumps({"files": [report.to_dict() for report in reports]}, indent=1))
         else:
@@ -74,6 +91,20 @@ def check(
                 _print_table(report)
     if any(report.refused for report in reports):
         raise typer.Exit(1)
+
+
+def _command(context: typer.Context, file: str, checkpoint_path: Path | None) -> str:
+    """Return the command that embeds a file with the options given to this one."""
+    command = ["transcriptformer", "inference", "--checkpoint-path", str(checkpoint_path or "CHECKPOINT")]
+    command += ["--data-file", file]
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE" or parameter.name in _NOT_OF_INFERENCE:
+            continue
+        value = context.params[str(parameter.name)]
+        for item in value if isinstance(value, list | tuple) else [value]:
+            command += [parameter.opts[0]] if item is True else [parameter.opts[0], str(item)]
+    return shlex.join(command)
 
 
 def _print_table(report: "Report") -> None:
@@ -90,31 +121,7 @@ def _print_table(report: "Report") -> None:
 
 def _rows(report: "Report") -> list[tuple[str, str]]:
     """Return the rows of the table, each a name and a value."""
-    rows: list[tuple[str, str]] = []
-    if report.cells is not None:
-        dropped = "" if report.cells_kept in (None, report.cells) else f", {report.cells_kept} after the filters"
-        rows.append(("cells", f"{report.cells:,}{dropped}"))
-    if report.genes is not None:
-        species = f", likely {report.species}" if report.species else ""
-        rows.append(("genes", f"{report.genes:,}: {report.gene_ids}{species}"))
-    if report.genes is not None and report.genes_known is not None:
-        share = 100 * report.genes_known / report.genes
-        rows.append(("in the vocabulary", f"{report.genes_known:,} ({share:.1f} % of the file's genes)"))
-    if report.repeated_genes:
-        rows.append(("repeated gene ids", f"{report.repeated_genes:,} columns"))
-    if report.repeated_cell_names:
-        rows.append(("repeated cell names", f"{report.repeated_cell_names:,} cells"))
-    if report.whole_numbers is not None:
-        rows.append(
-            ("counts", "whole numbers" if report.whole_numbers else "NOT whole numbers; raw counts are expected")
-        )
-    if report.mean_genes_per_cell is not None:
-        rows.append(("genes per cell", f"{report.mean_genes_per_cell:,.0f} on average"))
-    if report.cells_empty:
-        rows.append(("empty cells", f"{report.cells_empty:,}"))
-    if report.cells_too_long is not None and report.unseen_share is not None and report.cells_too_long:
-        share = 100 * report.unseen_share
-        rows.append(("cells too long", f"{report.cells_too_long:,}; {share:.1f} % of all counts are not seen"))
+    rows = [*_cell_rows(report), *_gene_rows(report)]
     for column, values in report.unknown_values.items():
         some = ", ".join(f"{value} ({n:,} cells)" for value, n in list(values.items())[:5])
         more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
@@ -122,6 +129,56 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
     if report.memory_gib is not None and report.seconds is not None:
         rows.append(("estimate", f"{report.memory_gib:.1f} GiB of memory, {_duration(report.seconds)} of computing"))
     rows.append(("inference", f"would refuse: {report.refused}" if report.refused else "would accept it"))
+    if report.command is not None:
+        rows.append(("command", report.command))
+    return rows
+
+
+def _cell_rows(report: "Report") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    if report.cells is not None:
+        dropped = "" if report.cells_kept in (None, report.cells) else f", {report.cells_kept} after the filters"
+        rows.append(("cells", f"{report.cells:,}{dropped}"))
+    if report.repeated_cell_names:
+        rows.append(("repeated cell names", f"{report.repeated_cell_names:,} cells"))
+    if report.counts_from is not None:
+        whole = {None: "", True: "; whole numbers", False: "; NOT whole numbers, raw counts are expected"}
+        rows.append(("counts", report.counts_from.removeprefix("counts ") + whole[report.whole_numbers]))
+    if report.mean_genes_per_cell is not None:
+        rows.append(("genes per cell", f"{report.mean_genes_per_cell:,.0f} on average"))
+    if report.cells_empty:
+        rows.append(("empty cells", f"{report.cells_empty:,}"))
+    if report.cells_too_long is not None and report.unseen_share is not None and report.cells_too_long:
+        share = 100 * report.unseen_share
+        rows.append(("cells too long", f"{report.cells_too_long:,}; {share:.1f} % of all counts are not seen"))
+    return rows
+
+
+def _gene_rows(report: "Report") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    if report.genes is None:
+        return rows
+    species = f", likely {report.species}" if report.species else ""
+    rows.append(("genes", f"{report.genes:,}: {report.gene_ids}{species}"))
+    rows.append(("named by", str(report.genes_from).removeprefix("gene ids from ")))
+    if report.genes_known is not None:
+        share = 100 * report.genes_known / report.genes
+        before = report.genes_known_before
+        mapped = "" if before in (None, report.genes_known) else f"; {before:,} before mapping symbols"
+        rows.append(("in the vocabulary", f"{report.genes_known:,} ({share:.1f} % of the file's genes){mapped}"))
+    for kind, names in (("unknown", report.unknown_symbols), ("ambiguous", report.ambiguous_symbols)):
+        if names:
+            more = ", …" if len(names) > 10 else ""
+            rows.append((f"{kind} symbols", f"{len(names):,}: {', '.join(names[:10])}{more}"))
+    if report.repeated_genes:
+        examples = ", ".join(report.repeated_examples)
+        share = 100 * (report.repeated_share or 0)
+        rows.append(
+            (
+                "repeated gene ids",
+                f"{report.repeated_genes:,} columns ({examples}), {share:.1f} % of counts in these genes",
+            )
+        )
     return rows
 
 

@@ -3,25 +3,31 @@
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from transcriptformer.cli.options import (
     AllowExternalLinks,
     ConfigOverride,
     Debug,
     Device,
+    DuplicateGenes,
     GeneColName,
+    GeneMap,
     InferenceBatchSize,
+    Layer,
     NDataWorkers,
     NumGpus,
     NumNodes,
     Precision,
     PretrainedEmbedding,
+    RecoverCounts,
     RemoveDuplicateGenes,
     Resume,
     UseRawOption,
     batch_size_setting,
+    input_settings,
     option,
     paths_setting,
-    use_raw_setting,
 )
 
 
@@ -29,14 +35,19 @@ def inference(
     checkpoint_path: Annotated[Path, option("Checkpoint folder.", metavar="DIR")],
     data_file: Annotated[
         list[str],
-        option("h5ad file or zarr store (path, s3://, https://) with raw counts; repeatable.", metavar="FILE"),
+        option("File with raw counts; wildcards and s3:// allowed; repeatable.", metavar="FILE"),
     ],
+    more_files: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE...", help="More files, such as those of a wildcard.")
+    ] = None,
     output_path: Annotated[Path | None, option("Output folder.", metavar="DIR", default="./inference_results")] = None,
     output_filename: Annotated[
         str | None, option("Name of the output, .h5ad or .zarr.", metavar="NAME", default="embeddings.h5ad")
     ] = None,
     batch_size: InferenceBatchSize = None,
     gene_col_name: GeneColName = None,
+    gene_map: GeneMap = None,
+    layer: Layer = None,
     precision: Precision = None,
     pretrained_embedding: PretrainedEmbedding = None,
     clip_counts: Annotated[float | None, option("Clip counts at this value.", metavar="NUMBER", default=30)] = None,
@@ -49,6 +60,8 @@ def inference(
         ),
     ] = None,
     use_raw: UseRawOption = None,
+    recover_counts: RecoverCounts = None,
+    duplicate_genes: DuplicateGenes = None,
     embedding_layer_index: Annotated[
         int | None, option("Layer of the embeddings, from 0; -1 is the last.", metavar="INT", default=-1)
     ] = None,
@@ -89,14 +102,14 @@ def inference(
     The output is one file or store with an embedding per cell, and the names and metadata of the cells.
     """
     options: dict[str, object] = {
+        **input_settings(
+            *(gene_col_name, gene_map, layer, use_raw, recover_counts),
+            *(duplicate_genes, remove_duplicate_genes, allow_external_links),
+        ),
         "model.model_type": model_type,
-        "model.data_config.gene_col_name": gene_col_name,
         "model.data_config.clip_counts": clip_counts,
         "model.data_config.filter_to_vocabs": filter_to_vocabs,
-        "model.data_config.use_raw": use_raw_setting(use_raw),
-        "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
         "model.data_config.n_data_workers": n_data_workers,
-        "model.data_config.allow_external_links": allow_external_links,
         "model.inference_config.output_path": output_path and str(output_path),
         "model.inference_config.output_filename": output_filename,
         "model.inference_config.batch_size": batch_size_setting(batch_size),
@@ -120,6 +133,6 @@ def inference(
 
         config = load_config(checkpoint_path, options, config_override or [])
         with CountProgress("cells") as progress:
-            output = run(data_file, checkpoint_path, config, progress.update)
+            output = run([*data_file, *(more_files or [])], checkpoint_path, config, progress.update)
         if output is not None:
             say(f"{describe(output)} in {output}")

@@ -22,11 +22,36 @@ class UseRaw(StrEnum):
     true = "true"
     false = "false"
     auto = "auto"
+    published = "published"
 
 
 def use_raw_setting(value: UseRaw | None) -> bool | str | None:
     """Convert `--use-raw` to its configuration value."""
-    return {"true": True, "false": False, "auto": "auto", None: None}[value]
+    return {"true": True, "false": False}.get(str(value), value and str(value))
+
+
+def input_settings(
+    gene_col_name: str | None,
+    gene_map: str | None,
+    layer: str | None,
+    use_raw: UseRaw | None,
+    recover_counts: bool | None,
+    duplicate_genes: str | None,
+    remove_duplicate_genes: bool | None,
+    allow_external_links: bool | None,
+) -> dict[str, object]:
+    """Return the configuration values of the options that say what an input holds."""
+    values = {
+        "gene_col_name": gene_col_name,
+        "gene_map": gene_map,
+        "layer": layer,
+        "use_raw": use_raw_setting(use_raw),
+        "recover_counts": recover_counts,
+        "duplicate_genes": duplicate_genes,
+        "remove_duplicate_genes": remove_duplicate_genes,
+        "allow_external_links": allow_external_links,
+    }
+    return {f"model.data_config.{name}": value for name, value in values.items()}
 
 
 def batch_size_setting(value: str | None) -> int | str | None:
@@ -40,19 +65,30 @@ def paths_setting(values: list[Path] | None) -> list[str] | None:
 
 
 GeneColName = Annotated[
-    str | None, option("Column of var with Ensembl gene ids, or index.", metavar="NAME", default="ensembl_id")
+    str | None, option("Column of var with gene ids or symbols, or index.", metavar="NAME|index|auto", default="auto")
+]
+GeneMap = Annotated[
+    str | None,
+    option("Map of gene symbols to ids: TSV, GTF, FASTA, h5ad.", metavar="FILE", default="human and mouse"),
+]
+Layer = Annotated[str | None, option("Layer with the counts.", metavar="NAME")]
+RecoverCounts = Annotated[
+    bool | None, option("Recover counts from normalized values, where that is exact.", "--recover-counts")
+]
+DuplicateGenes = Annotated[
+    str | None, option("What to do with repeated gene ids.", metavar="error|first|sum", default="error")
 ]
 UseRawOption = Annotated[
     UseRaw | None,
     option(
-        "Take counts from .raw, from .X, or from .raw if present.",
-        metavar="true|false|auto",
+        "Counts in .raw, in .X, or where whole numbers are.",
+        metavar="true|false|auto|published",
         default="auto",
         case_sensitive=False,
     ),
 ]
 RemoveDuplicateGenes = Annotated[
-    bool | None, option("Keep the first column of each repeated gene id.", "--remove-duplicate-genes")
+    bool | None, option("Published name of --duplicate-genes first.", "--remove-duplicate-genes")
 ]
 PretrainedEmbedding = Annotated[
     list[Path] | None, option("Protein embeddings of a new species; repeatable.", metavar="FILE")

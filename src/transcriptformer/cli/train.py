@@ -8,17 +8,21 @@ from transcriptformer.cli.options import (
     ConfigOverride,
     Debug,
     Device,
+    DuplicateGenes,
     GeneColName,
+    GeneMap,
+    Layer,
     NDataWorkers,
     NumGpus,
     NumNodes,
     Precision,
+    RecoverCounts,
     RemoveDuplicateGenes,
     Resume,
     UseRawOption,
+    input_settings,
     option,
     paths_setting,
-    use_raw_setting,
 )
 
 
@@ -58,7 +62,11 @@ def train(
     ] = None,
     learning_rate: Annotated[float | None, option("Peak learning rate.", metavar="NUMBER", default="3e-4")] = None,
     gene_col_name: GeneColName = None,
+    gene_map: GeneMap = None,
+    layer: Layer = None,
     use_raw: UseRawOption = None,
+    recover_counts: RecoverCounts = None,
+    duplicate_genes: DuplicateGenes = None,
     remove_duplicate_genes: RemoveDuplicateGenes = None,
     precision: Precision = None,
     device: Device = None,
@@ -78,11 +86,11 @@ def train(
     The output folder contains a checkpoint for `inference`, a table and a plot of the losses, and the training state.
     """
     options: dict[str, object] = {
-        "model.data_config.gene_col_name": gene_col_name,
-        "model.data_config.use_raw": use_raw_setting(use_raw),
-        "model.data_config.remove_duplicate_genes": remove_duplicate_genes,
+        **input_settings(
+            *(gene_col_name, gene_map, layer, use_raw, recover_counts),
+            *(duplicate_genes, remove_duplicate_genes, allow_external_links),
+        ),
         "model.data_config.n_data_workers": n_data_workers,
-        "model.data_config.allow_external_links": allow_external_links,
         "training.data_files": data_file or None,
         "training.protein_embeddings": paths_setting(protein_embedding),
         "training.checkpoint_path": checkpoint_path and str(checkpoint_path),

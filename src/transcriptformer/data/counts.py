@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from transcriptformer.data.store import Store, unreadable
+from transcriptformer.data.store import Store, attribute, unreadable
 from transcriptformer.errors import DataError
 from transcriptformer.runtime.memory import available_memory
 
@@ -75,7 +75,7 @@ class StoredCsr:
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
         group = store[key]
-        self.shape = tuple(int(n) for n in group.attrs["shape"])
+        self.shape = _sparse_shape(group)
         lengths = {name: group[name].shape[0] for name in ("data", "indices", "indptr")}
         n_entries = int(group["indptr"][-1])
         if lengths != {"data": n_entries, "indices": n_entries, "indptr": self.shape[0] + 1}:
@@ -89,8 +89,35 @@ class StoredCsr:
         first, last = int(indptr[0]), int(indptr[-1])
         if not 0 <= first <= last <= group["data"].shape[0]:
             raise ValueError(f"indptr of rows {start} to {stop} is invalid: {first} to {last}")
-        data, indices = np.asarray(group["data"][first:last]), np.asarray(group["indices"][first:last])
+        data, indices = native(group["data"][first:last]), native(group["indices"][first:last])
         return sparse.csr_matrix((data, indices, indptr - first), shape=(stop - start, self.shape[1]))
+
+
+def native(values: Any) -> np.ndarray:
+    """Return numbers in a type that SciPy can compute with: native byte order, and no float16."""
+    array = np.asarray(values)
+    if array.dtype == np.float16:
+        return array.astype(np.float32)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _sparse_shape(group: Any) -> tuple[int, ...]:
+    shape = attribute(group, "shape", None)
+    return tuple(int(n) for n in (attribute(group, "h5sparse_shape") if shape is None else shape))
+
+
+def _layout(element: Any) -> str:
+    """Return the layout of a stored matrix: array, csr, csc or what its encoding says."""
+    if not hasattr(element, "keys"):
+        return "array"
+    kind = attribute(element, "encoding-type") or attribute(element, "h5sparse_format")
+    for layout in ("csr", "csc"):
+        if kind in (layout, f"{layout}_matrix"):
+            return layout
+    if kind == "" and "indptr" in element:  # files without encodings: rows or columns, by the number of pointers
+        n_pointers, shape = element["indptr"].shape[0] - 1, _sparse_shape(element)
+        return "csr" if n_pointers == shape[0] else "csc"
+    return str(kind)
 
 
 def open_matrix(store: Store, key: str, read_in_blocks: bool) -> Matrix:
@@ -106,14 +133,19 @@ def open_matrix(store: Store, key: str, read_in_blocks: bool) -> Matrix:
     """
     try:
         element = store[key]
-        kind = str(element.attrs.get("encoding-type", "array"))
-        if read_in_blocks and kind == "csr_matrix":
-            return StoredCsr(store, key)
-        if read_in_blocks and kind == "array":
-            return StoredDense(store, key)
-        if read_in_blocks and kind == "csc_matrix":
-            _check_csc_memory(store.name, element)
-        return MatrixInMemory(anndata.io.read_elem(element))
+        layout = _layout(element)
+        if layout == "csc":
+            if read_in_blocks:
+                _check_csc_memory(store.name, element)
+            arrays = native(element["data"][:]), native(element["indices"][:]), native(element["indptr"][:])
+            return MatrixInMemory(sparse.csc_matrix(arrays, shape=_sparse_shape(element)))
+        if layout == "csr":
+            stored: Matrix = StoredCsr(store, key)
+        elif layout == "array":
+            stored = StoredDense(store, key)
+        else:
+            return MatrixInMemory(anndata.io.read_elem(element))
+        return stored if read_in_blocks else MatrixInMemory(stored.rows(0, stored.shape[0]))
     except DataError:
         raise
     except Exception as error:  # on damaged data, h5py, zarr and anndata may raise anything

@@ -8,7 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from transcriptformer.data.store import Store
+from transcriptformer.data.store import Store, attribute
 from transcriptformer.errors import DataError, one_line
 
 logger = logging.getLogger(__name__)
@@ -78,9 +78,9 @@ class StoredMetadata:
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
-        attributes = store[key].attrs
-        self.index_key = str(attributes["_index"])
-        columns = dict.fromkeys(str(column) for column in attributes["column-order"])
+        frame = store[key]
+        self.index_key = str(attribute(frame, "_index"))
+        columns = dict.fromkeys(str(column) for column in attribute(frame, "column-order", ()))
         self.columns = [column for column in columns if column != "_index" or self.index_key != "_index"]
         self.n_rows = n_rows(store[key][self.index_key])
         self.categories: dict[str, _Categories] = {}
@@ -236,7 +236,7 @@ def n_rows(element: Any) -> int:
 
 
 def _encoding(element: Any) -> str:
-    return str(element.attrs.get("encoding-type", ""))
+    return str(attribute(element, "encoding-type"))
 
 
 def _rows(element: Any, start: int, stop: int) -> Any:

@@ -64,7 +64,7 @@ class CellReader:
     ) -> None:
         self.source, self.aux_vocabs, self.config, self.seq_len = source, aux_vocabs, config, seq_len
         self.column_tokens = tokens_of_columns(source.gene_ids, gene_vocab, config.filter_to_vocabs, source.name)
-        self.column_tokens[source.is_duplicate] = -1
+        self.column_tokens[source.is_duplicate] = -1  # whose counts are dropped, or added to the first column
         self.aux_columns = [column for column in aux_vocabs if column in source.obs.columns]
 
     def __len__(self) -> int:

@@ -1,32 +1,42 @@
 """Sources of cells, in files, stores or AnnData objects: counts in blocks, gene ids and metadata."""
 
+import hashlib
+import json
 import logging
-import re
 import warnings
-from collections.abc import Iterable
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from transcriptformer.config import MAX_INT
-from transcriptformer.data.counts import Matrix, MatrixInMemory, open_matrix, to_canonical_csr
-from transcriptformer.data.metadata import Metadata, MetadataInMemory, open_metadata
+from transcriptformer.config import MAX_INT, DataConfig
+from transcriptformer.data.counts import MatrixInMemory, open_matrix, to_canonical_csr
+from transcriptformer.data.gene_map import load_symbol_maps
+from transcriptformer.data.genes import INDEX, Genes, find_genes
+from transcriptformer.data.metadata import MetadataInMemory, open_metadata
+from transcriptformer.data.places import (
+    COUNT_LAYERS,
+    RAW,
+    Choice,
+    Contents,
+    Place,
+    X,
+    choose_place,
+    recover_counts,
+    recoverable_place,
+)
+from transcriptformer.data.species import looks_like_gene_ids
 from transcriptformer.data.store import Location, Store, unreadable
-from transcriptformer.errors import DataError, UsageError
+from transcriptformer.errors import DataError
 from transcriptformer.runtime.isolated import exhaust
 from transcriptformer.storage.external import Guard
+from transcriptformer.vocab import GeneVocab
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_GENE_COLUMN, AUTO_GENE_COLUMN = "ensembl_id", "auto"
-
-# Ensembl (ENSG…, ENSMUSG…), FlyBase, WormBase and systematic yeast names.
-_GENE_ID = re.compile(r"(ENS[A-Z]*G\d{6,}|FBgn\d{6,}|WBGene\d{6,}|Y[A-P][LR]\d{3}[WC](-[A-Z])?)(\.\d+)?")
 
 
 class CellSource:
@@ -36,22 +46,43 @@ class CellSource:
     ----------
     name
         Name of the file in messages.
-    gene_ids
-        Gene id of each column (genes,), without version; empty if missing.
-    is_duplicate
-        Mask of columns whose gene id occurs in an earlier column (genes,), bool.
+    genes
+        Gene of each column, and where it was found.
+    place, reason
+        Where the counts are, and why they were taken from there.
     obs
         Metadata of the cells.
+    is_duplicate
+        Mask of columns whose gene occurs in an earlier column (genes,), bool.
     """
 
-    def __init__(
-        self, name: str, matrix: Matrix, gene_ids: np.ndarray, obs: Metadata, store: Store | None = None
-    ) -> None:
-        self.name, self.matrix, self.gene_ids, self.obs, self.store = name, matrix, gene_ids, obs, store
-        self.is_duplicate = pd.Index(gene_ids).duplicated() & (gene_ids != "")
+    def __init__(self, contents: Contents, choice: Choice, genes: Genes, config: DataConfig, is_log: bool) -> None:
+        self.name, self.obs, self.store = contents.name, contents.obs, contents.store
+        self.matrix, self.genes = choice.place.matrix, genes
+        self.place, self.reason = choice.place.name, choice.reason
+        self.recover_counts, self.is_log = config.recover_counts, is_log
+        self.is_duplicate = pd.Index(genes.ids).duplicated() & (genes.ids != "")
+        self.merged: np.ndarray | None = None  # column that each column is added to (genes,)
+        if config.duplicate_genes == "sum" and self.is_duplicate.any():
+            first = pd.Series(np.arange(len(genes.ids))).groupby(genes.ids, sort=False).transform("first").to_numpy()
+            self.merged = np.where(genes.ids == "", np.arange(len(genes.ids)), first)
 
     def __len__(self) -> int:
         return self.matrix.shape[0]
+
+    @property
+    def gene_ids(self) -> np.ndarray:
+        """Gene id of each column (genes,); empty if missing."""
+        return self.genes.ids
+
+    def describe(self) -> dict[str, str]:
+        """Describe what was inferred about the input, for the log and the provenance."""
+        reason = f" ({self.reason})" if self.reason else ""
+        return {"counts": f"counts from {self.place}{reason}", "genes": self.genes.describe()}
+
+    def identify(self) -> str:
+        """Return where the counts are and a hash of the gene ids, which depend on the vocabulary and the symbol map."""
+        return f"{self.place} {hashlib.sha256(json.dumps(self.gene_ids.tolist()).encode()).hexdigest()}"
 
     def close(self) -> None:
         """Close the file; the next read reopens it."""
@@ -64,7 +95,7 @@ class CellSource:
         Raises
         ------
         DataError
-            If they cannot be read, are negative or not finite.
+            If they cannot be read, are negative or not finite, or cannot be recovered.
         """
         try:
             values = self.matrix.rows(start, stop)
@@ -74,6 +105,11 @@ class CellSource:
             raise unreadable(self.name, error) from error
         matrix = to_canonical_csr(values, self.name)
         self._check(matrix, start)
+        if self.recover_counts:
+            matrix = self._recovered(matrix, start)
+        if self.merged is not None:
+            columns = self.merged.take(matrix.indices)
+            matrix = to_canonical_csr(sparse.csr_array((matrix.data, columns, matrix.indptr), matrix.shape), self.name)
         return matrix
 
     def _check(self, matrix: sparse.csr_array, start: int) -> None:
@@ -90,36 +126,39 @@ class CellSource:
                     f"gene {self.gene_ids[matrix.indices[entry]]}: {counts[entry]}; expected raw counts"
                 )
 
+    def _recovered(self, matrix: sparse.csr_array, start: int) -> sparse.csr_array:
+        if (matrix.data == np.rint(matrix.data)).all() and not self.is_log:
+            return matrix
+        counts, error = recover_counts(matrix, self.is_log)
+        if (is_bad := error > 0.25).any():
+            row = start + int(np.searchsorted(matrix.indptr, int(is_bad.argmax()), side="right")) - 1
+            cell = self.obs.rows(row, row + 1, []).index[0]
+            raise DataError(
+                f"{self.name}: --recover-counts: values of cell {cell!r} (row {row}) are not whole multiples of the "
+                "smallest one; use raw counts"
+            )
+        return sparse.csr_array((counts.astype(np.float32), matrix.indices, matrix.indptr), matrix.shape)
+
 
 def open_source(
     source: Location | anndata.AnnData,
-    gene_col_name: str = DEFAULT_GENE_COLUMN,
-    use_raw: bool | str | None = None,
-    remove_duplicate_genes: bool = False,
+    config: DataConfig | None = None,
+    vocab: GeneVocab | None = None,
     read_in_blocks: bool = True,
-    layer: str | None = None,
-    allow_external_links: bool = False,
 ) -> CellSource:
     """Locate counts, gene ids and cell metadata, and check that their shapes match, without checking counts.
 
     Parameters
     ----------
     source
-        h5ad file or zarr store, of which only `obs` and one matrix with its `var` are read; or an AnnData, which is
+        h5ad file or zarr store, of which only `obs` and matrices that may hold counts are read; or an AnnData, which is
         not modified.
-    gene_col_name
-        Column of `var` with the gene ids; `index` for the index of `var`; `auto` for the index if it looks like
-        gene ids and there is no `ensembl_id`, else `ensembl_id`.
-    use_raw
-        True: `.raw`; False: `.X`; None or "auto": `.raw` if there is one. Gene ids and counts come from the same place.
-    remove_duplicate_genes
-        Keep the first column of each gene id instead of raising an error.
+    config
+        Where to find counts and gene ids, and what to do with duplicate genes; None: the defaults.
+    vocab
+        Vocabulary whose genes are looked for; None: gene ids are judged by their looks.
     read_in_blocks
         Read counts on demand instead of loading them now.
-    layer
-        Layer to read the counts from, with `var`.
-    allow_external_links
-        Follow links to other files, virtual datasets and URLs that lead to other URLs.
 
     Raises
     ------
@@ -128,64 +167,54 @@ def open_source(
     DataError
         If it cannot be read, has no cells or genes, lacks the layer or column, or has duplicate genes.
     """
-    if layer is not None and use_raw is True:
-        raise UsageError(f"layer {layer!r} and use_raw=True are mutually exclusive; use only one of them")
+    config = config or DataConfig()
     if isinstance(source, anndata.AnnData):
-        name = "the AnnData"
-        found = _from_anndata(source, use_raw, read_in_blocks, layer, name, allow_external_links)
+        contents = _from_anndata(source, "the AnnData", read_in_blocks, config.allow_external_links)
     else:
-        name = str(source)
-        found = _from_store(source, use_raw, read_in_blocks, layer, allow_external_links)
-    shape = len(found.obs), len(found.var)
+        contents = _from_store(source, read_in_blocks, config.allow_external_links)
+    choose = partial(choose_place, contents, config.layer, config.use_raw)
+    choice, is_log = recoverable_place(contents, choose) if config.recover_counts else (choose(), False)
+    var = choice.place.read_var()
+    _check_shape(contents, choice.place, var)
+    known = None if vocab is None else vocab.genes
+    genes = find_genes(var, config.gene_col_name, known, partial(load_symbol_maps, config.gene_map))
+    if genes is None:
+        raise _no_gene_column(contents, choice, var, config.gene_col_name)
+    cells = CellSource(contents, choice, genes, config, is_log)
+    _check_duplicates(cells, config.duplicate_genes)
+    return cells
+
+
+def _check_shape(contents: Contents, place: Place, var: pd.DataFrame) -> None:
+    name, shape = contents.name, (len(contents.obs), len(var))
     if 0 in shape:
         raise DataError(f"{name}: contains no {'cells' if shape[0] == 0 else 'genes'}")
     if max(shape) > MAX_INT:
         raise DataError(f"{name}: declares {shape[0]:,} cells and {shape[1]:,} genes; at most {MAX_INT:,} can be read")
-    if found.matrix.shape != shape:
+    if place.matrix.shape != shape:
         raise DataError(
-            f"{name}: damaged: counts of shape {found.matrix.shape} for {shape[0]} cells and {shape[1]} genes"
+            f"{name}: damaged: counts of shape {place.matrix.shape} for {shape[0]} cells and {shape[1]} genes"
         )
-    column = _choose_gene_column(found.var) if gene_col_name == AUTO_GENE_COLUMN else gene_col_name
-    gene_ids = _without_versions(_gene_column(found, column, name))
-    cells = CellSource(name, found.matrix, gene_ids, found.obs, found.store)
-    _check_duplicates(cells, column, remove_duplicate_genes)
-    return cells
 
 
-class _Found(NamedTuple):
-    """Counts with the metadata of their genes and cells, and their store."""
-
-    matrix: Matrix
-    var: pd.DataFrame
-    obs: Metadata
-    is_raw: bool
-    store: Store | None = None
-
-
-def _from_anndata(
-    adata: anndata.AnnData,
-    use_raw: bool | str | None,
-    read_in_blocks: bool,
-    layer: str | None,
-    name: str,
-    allow_external: bool,
-) -> _Found:
+def _from_anndata(adata: anndata.AnnData, name: str, read_in_blocks: bool, allow_external: bool) -> Contents:
     if adata.isbacked:
         _check_backed(adata, name, allow_external)
-    obs = MetadataInMemory(adata.obs)
-    if layer is not None:
-        _check_layer(layer, adata.layers, name)
-        return _Found(_in_memory(adata.layers[layer], read_in_blocks, name), adata.var, obs, is_raw=False)
-    if _choose_raw(adata.raw is not None, use_raw, name):
-        return _Found(_in_memory(adata.raw.X, read_in_blocks, name), adata.raw.var, obs, is_raw=True)
-    if adata.X is None:
-        raise DataError(f"{name}: has no matrix X")
-    return _Found(_in_memory(adata.X, read_in_blocks, name), adata.var, obs, is_raw=False)
+    places = {}
+    if adata.raw is not None:
+        places[RAW] = Place(name, RAW, lambda: _in_memory(adata.raw.X, read_in_blocks, name), lambda: adata.raw.var)
+    if adata.X is not None:
+        places[X] = Place(name, X, lambda: _in_memory(adata.X, read_in_blocks, name), lambda: adata.var)
+    for key in adata.layers:
+        if key is not None:
+            places[key] = Place(
+                name, f"layers[{key!r}]", partial(_layer_in_memory, adata, key, read_in_blocks, name), lambda: adata.var
+            )
+    return Contents(name, places, MetadataInMemory(adata.obs))
 
 
-def _check_layer(layer: str, layers: Iterable[str], name: str) -> None:
-    if layer not in layers:
-        raise DataError(f"{name}: has no layer {layer!r}; its layers are: {', '.join(layers) or 'none'}")
+def _layer_in_memory(adata: anndata.AnnData, key: str, read_in_blocks: bool, name: str) -> MatrixInMemory:
+    return _in_memory(adata.layers[key], read_in_blocks, name)
 
 
 def _check_backed(adata: anndata.AnnData, name: str, allow_external: bool) -> None:
@@ -205,9 +234,7 @@ def _in_memory(values: Any, read_in_blocks: bool, name: str) -> MatrixInMemory:
         raise DataError(f"{name}: damaged: the sparse matrix of counts is inconsistent ({error})") from error
 
 
-def _from_store(
-    location: Location, use_raw: bool | str | None, read_in_blocks: bool, layer: str | None, allow_external: bool
-) -> _Found:
+def _from_store(location: Location, read_in_blocks: bool, allow_external: bool) -> Contents:
     store = Store(location, allow_external)
     with store.reading():
         if _is_old_layout(store):
@@ -215,20 +242,37 @@ def _from_store(
             store.close()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # anndata's advice to rewrite the file
-                adata = anndata.read_h5ad(Path(location))
-                return _from_anndata(adata, use_raw, True, layer, store.name, allow_external)
-        # Zarr stores may have an empty `raw`.
-        is_raw = layer is None and _choose_raw("raw/X" in store, use_raw, store.name)
-        place = "raw/" if is_raw else ""
-        key = f"{place}X" if layer is None else f"layers/{layer}"
-        if layer is not None and (not layer.strip(".") or "/" in layer or key not in store):
-            layers: Any = "layers" in store and store["layers"]
-            _check_layer(layer, layers or (), store.name)
-        if key not in store:
-            raise DataError(f"{store.name}: has no matrix {key}")
-        matrix = open_matrix(store, key, read_in_blocks)
-        var, obs = anndata.io.read_elem(store[f"{place}var"]), open_metadata(store, "obs")
-        return _Found(matrix, var, obs, is_raw, store)
+                return _from_anndata(anndata.read_h5ad(Path(location)), store.name, True, allow_external)
+        places = {}
+        for name, key, var in _matrices(store):
+            places[name] = Place(
+                store.name,
+                name if name in (RAW, X) else f"layers[{name!r}]",
+                partial(_open, store, key, read_in_blocks),
+                partial(_read_frame, store, var),
+            )
+        return Contents(store.name, places, open_metadata(store, "obs"), store)
+
+
+def _matrices(store: Store) -> list[tuple[str, str, str]]:
+    """List the matrices of a store: the key of the place, and the paths of the matrix and its var."""
+    found = []
+    if "raw/X" in store:  # zarr stores may have an empty `raw`
+        found.append((RAW, "raw/X", "raw/var"))
+    if "X" in store:
+        found.append((X, "X", "var"))
+    return found + [(name, f"layers/{name}", "var") for name in store.names_in("layers", COUNT_LAYERS)]
+
+
+def _open(store: Store, key: str, read_in_blocks: bool) -> Any:
+    with store.reading():
+        return open_matrix(store, key, read_in_blocks)
+
+
+def _read_frame(store: Store, key: str) -> pd.DataFrame:
+    with store.reading():
+        frame = open_metadata(store, key)
+        return frame.rows(0, len(frame))
 
 
 def _is_old_layout(store: Store) -> bool:
@@ -236,57 +280,30 @@ def _is_old_layout(store: Store) -> bool:
     return "raw.X" in store or any(hasattr(store[frame], "shape") for frame in ("obs", "var"))
 
 
-def _choose_raw(has_raw: bool, use_raw: bool | str | None, name: str) -> bool:
-    if use_raw is True and not has_raw:
-        raise DataError(f"{name}: has no .raw; remove --use-raw true (or set it to false) to use .X")
-    return has_raw if use_raw in (None, "auto") else bool(use_raw)
-
-
-def _choose_gene_column(var: pd.DataFrame) -> str:
-    return "index" if DEFAULT_GENE_COLUMN not in var.columns and looks_like_gene_ids(var.index) else DEFAULT_GENE_COLUMN
-
-
-def _gene_column(found: _Found, column: str, name: str) -> pd.Series | pd.Index:
-    var = found.var
-    if column in var.columns:
-        return var[column]
-    if column in ("index", var.index.name):
-        return var.index
-    candidates = [c for c in var.columns if looks_like_gene_ids(var[c])]
+def _no_gene_column(contents: Contents, choice: Choice, var: pd.DataFrame, column: str) -> DataError:
+    candidates = [repr(c) for c in var.columns if looks_like_gene_ids(var[c])]
     if looks_like_gene_ids(var.index):
-        candidates.append("index")
+        candidates.append(repr(INDEX))
     columns = ", ".join(map(str, var.columns)) or "none"
-    hint = f"; {candidates[0]!r} looks like gene ids: add --gene-col-name {candidates[0]!r}" if candidates else ""
-    where = "raw.var (--use-raw false uses X and var instead)" if found.is_raw else "var"
-    raise DataError(f"{name}: {where} has no column {column!r}; its columns are: {columns}{hint}")
+    hint = f"; {candidates[0]} looks like gene ids: remove --gene-col-name to find them" if candidates else ""
+    where = "raw.var (--use-raw false uses X and var instead)" if choice.place.name == RAW else "var"
+    return DataError(f"{contents.name}: {where} has no column {column!r}; its columns are: {columns}{hint}")
 
 
-def looks_like_gene_ids(values: Iterable[object]) -> bool:
-    """Whether most of the first hundred `values` look like gene ids, such as ENSG00000139618.19."""
-    first = [str(value) for value in islice(values, 100)]
-    return sum(_GENE_ID.fullmatch(value) is not None for value in first) > len(first) / 2
-
-
-def _without_versions(gene_ids: pd.Series | pd.Index) -> np.ndarray:
-    """Strip everything after the first dot; missing ids become the empty string, which no vocabulary contains."""
-    values = pd.Series(gene_ids, dtype=object)
-    names = [str(gene) for gene in values.where(values.notna(), "")]
-    if "." in "".join(names):
-        names = [name.partition(".")[0] for name in names]
-    return np.array(names, dtype=object)
-
-
-def _check_duplicates(cells: CellSource, column: str, remove: bool) -> None:
+def _check_duplicates(cells: CellSource, policy: str) -> None:
     n_duplicates = int(cells.is_duplicate.sum())
-    if n_duplicates and not remove:
-        some = ", ".join(pd.unique(cells.gene_ids[cells.is_duplicate])[:5])
+    if not n_duplicates:
+        return
+    some = ", ".join(pd.unique(cells.gene_ids[cells.is_duplicate])[:5])
+    if policy == "error":
         advice = (
-            "add --remove-duplicate-genes to keep the first of each"
+            "add --duplicate-genes first to keep the first of each, or sum to add them up"
             if looks_like_gene_ids(cells.gene_ids)
-            else f"{column!r} does not look like Ensembl gene ids; set --gene-col-name to a column of var that does"
+            else f"{cells.genes.column!r} does not look like Ensembl gene ids; set --gene-col-name to a column of var "
+            "that does"
         )
         raise DataError(
             f"{cells.name}: {n_duplicates} columns have duplicate gene ids (without versions), e.g. {some}; {advice}"
         )
-    if n_duplicates:
-        logger.warning("%s: dropped %d columns with duplicate gene ids", cells.name, n_duplicates)
+    done = "added to the first column of their gene" if policy == "sum" else "dropped"
+    logger.warning("%s: %d columns with duplicate gene ids, %s: %s", cells.name, n_duplicates, done, some)

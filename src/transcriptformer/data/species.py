@@ -1,4 +1,4 @@
-"""Guessing the species of gene ids from their prefix."""
+"""What gene ids look like, and the species that their prefix tells."""
 
 import re
 from collections import Counter
@@ -29,14 +29,20 @@ SPECIES_OF_PREFIX = {
 }
 """Prefixes of stable ids at Ensembl, FlyBase, WormBase, PlasmoDB and the Saccharomyces Genome Database."""
 
-# The letters before the number; for yeast, systematic names such as YAL001C.
-_PREFIX = re.compile(r"(ENS[A-Z]*G|FBgn|WBGene|PF3D7_)\d{5,}|(Y)[A-P][LR]\d{3}[WC]")
+_GENE_ID = re.compile(r"(ENS[A-Z]*G|FBgn|WBGene)\d{6,}(\.\d+)?|(PF3D7_)\d{5,}(\.\d+)?|(Y)[A-P][LR]\d{3}[WC](-[A-Z])?")
+"""Stable ids: letters before a number; for yeast, systematic names such as YAL001C."""
+
+
+def looks_like_gene_ids(values: Iterable[object]) -> bool:
+    """Whether most of the first hundred `values` look like stable gene ids, such as ENSG00000139618.19."""
+    first = [str(value) for value in islice(values, 100)]
+    return sum(_GENE_ID.fullmatch(value) is not None for value in first) > len(first) / 2
 
 
 def likely_species(gene_ids: Iterable[object]) -> str | None:
     """Return the species of the majority of the first thousand ids; None if there is no known majority."""
     first = [str(gene) for gene in islice(gene_ids, 1000)]
-    found = Counter(match[1] or match[2] for match in map(_PREFIX.match, first) if match)
+    found = Counter(match[1] or match[3] or match[5] for match in map(_GENE_ID.match, first) if match)
     if not found:
         return None
     prefix, n = found.most_common(1)[0]

@@ -1,12 +1,14 @@
 """Local or remote stores of an AnnData, h5ad files or zarr stores, which every reading process opens for itself."""
 
+import glob
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import h5py
+import numpy as np
 import zarr
 
 from transcriptformer.errors import DataError, TranscriptFormerError, UsageError, one_line
@@ -26,6 +28,23 @@ def is_url(location: Location) -> bool:
 def is_zarr(location: Location) -> bool:
     """Whether a location is opened as a zarr store: any URL, any folder, and names that end in `.zarr`."""
     return is_url(location) or os.path.isdir(location) or str(location).rstrip("/").endswith(".zarr")  # noqa: PTH112
+
+
+def find_files(name: Location) -> list[str]:
+    """Expand a path with wildcards into sorted paths; a path that exists, and a URL, stays as it is.
+
+    Raises
+    ------
+    UsageError
+        If no file matches.
+    """
+    path = str(name)
+    if is_url(name) or not glob.has_magic(path) or os.path.exists(path):  # noqa: PTH110
+        return [path]
+    found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    if not found:
+        raise UsageError(f"--data-file {name}: no file matches")
+    return found
 
 
 class Store:
@@ -116,6 +135,20 @@ class Store:
         with self.reading():
             return root[key]
 
+    def names_in(self, key: str, usual: Sequence[str]) -> list[str]:
+        """List the names in a group; of a store that cannot list, those of the usual ones that exist."""
+        if key not in self:
+            return []
+        root, guard = self.root, Guard(self.name, self.allow_external)
+        with self.reading():
+            if isinstance(root, h5py.File):
+                return list(map(str, guard.open(root, key)))
+        names: list[str] = []
+        with suppress(Exception):  # web servers may refuse to list, in any way
+            group: Any = root[key]
+            names = list(map(str, group))
+        return names or [name for name in usual if f"{key}/{name}" in self]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_root": None}
 
@@ -124,6 +157,16 @@ class Store:
         if isinstance(self._root, h5py.File):
             self._root.close()
         self._root = None
+
+
+def attribute(element: Any, name: str, default: Any = "") -> Any:
+    """Return an attribute of an element; text may be stored as bytes, as writers in other languages do."""
+    value = element.attrs.get(name, default)
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "SO":
+        return [item.decode() if isinstance(item, bytes) else str(item) for item in value]
+    return value
 
 
 def _check_h5ad(path: Path) -> None:

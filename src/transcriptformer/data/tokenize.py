@@ -9,8 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from transcriptformer.config import DataConfig
-from transcriptformer.data.source import looks_like_gene_ids
-from transcriptformer.data.species import likely_species
+from transcriptformer.data.species import likely_species, looks_like_gene_ids
 from transcriptformer.errors import DataError
 from transcriptformer.vocab import GeneVocab
 

@@ -67,7 +67,6 @@ def coexpression_features(cells: anndata.AnnData) -> np.ndarray:
 
 
 def write_gene_features(path: Path, genes: pd.Index, features: np.ndarray) -> None:
-    """Write features (genes, width) as protein embeddings; version suffixes of names are dropped, as in inputs."""
-    names = [str(gene).partition(".")[0] for gene in genes]
+    """Write features (genes, width) as protein embeddings."""
     with h5py.File(path, "w") as file:
-        write_protein_embeddings(file, names, features)
+        write_protein_embeddings(file, list(map(str, genes)), features)

@@ -7,17 +7,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
 from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.config import DataConfig
 from transcriptformer.data.batches import LENGTH_MULTIPLE, group_by_length, positions
+from transcriptformer.data.gene_map import load_symbol_maps
 from transcriptformer.data.joined import JoinedMetadata
 from transcriptformer.data.metadata import BLOCK_SIZE
 from transcriptformer.data.reader import CellReader
-from transcriptformer.data.source import CellSource, looks_like_gene_ids, open_source
-from transcriptformer.data.species import likely_species
+from transcriptformer.data.source import CellSource, open_source
+from transcriptformer.data.species import likely_species, looks_like_gene_ids
 from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.errors import TranscriptFormerError
@@ -25,12 +28,15 @@ from transcriptformer.inference.batch_size import batch_limits, bytes_per_token
 from transcriptformer.inference.inputs import Inputs, check_obs
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.runtime.device import compute_dtype
-from transcriptformer.vocab import make_gene_vocab
+from transcriptformer.vocab import GeneVocab, make_gene_vocab
 
 BASELINE_BYTES = 5 * 2**28
 """Memory of a process without weights and batches: Python, PyTorch and blocks of counts being read."""
 
 NO_CHECKPOINT_SEQ_LEN = 2**31
+
+SAMPLED_CELLS = 2048
+"""Cells that tell how much repeated genes matter."""
 
 
 @dataclass
@@ -41,8 +47,16 @@ class Report:
     ----------
     refused
         Error that `inference` would raise.
-    genes_known
-        Number of genes in the vocabulary.
+    counts_from, genes_from
+        Where counts and gene ids are, and why they are taken from there.
+    genes_known, genes_known_before
+        Number of genes in the vocabulary, and of those known without mapping symbols.
+    unknown_symbols, ambiguous_symbols
+        Symbols that stand for no gene, and for several; both are left out.
+    repeated_genes, repeated_examples, repeated_share
+        Number of columns whose gene has an earlier column, some of these genes, and the share of their counts.
+    command
+        Command that embeds the file.
     cells_too_long, unseen_share
         Number of truncated cells, with more genes than model positions, and the fraction of all counts this drops.
     unknown_values
@@ -56,10 +70,17 @@ class Report:
     cells: int | None = None
     cells_kept: int | None = None
     genes: int | None = None
+    counts_from: str | None = None
+    genes_from: str | None = None
     gene_ids: str | None = None
     species: str | None = None
     genes_known: int | None = None
+    genes_known_before: int | None = None
+    unknown_symbols: list[str] = field(default_factory=list)
+    ambiguous_symbols: list[str] = field(default_factory=list)
     repeated_genes: int | None = None
+    repeated_examples: list[str] = field(default_factory=list)
+    repeated_share: float | None = None
     repeated_cell_names: int | None = None
     whole_numbers: bool | None = None
     mean_genes_per_cell: float | None = None
@@ -69,6 +90,7 @@ class Report:
     unknown_values: dict[str, dict[str, int]] = field(default_factory=dict)
     memory_gib: float | None = None
     seconds: float | None = None
+    command: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary."""
@@ -117,27 +139,38 @@ def check(
 def _report_standalone(location: Location, config: DataConfig) -> Report:
     report = Report(str(location))
     try:
-        source = _open(location, replace(config, remove_duplicate_genes=True))
-        _describe_genes(report, source.gene_ids, int(source.is_duplicate.sum()))
+        source = open_source(location, replace(config, duplicate_genes="first"))
+        if not looks_like_gene_ids(source.gene_ids):
+            source = open_source(location, replace(config, duplicate_genes="first"), _vocab_of_symbols(source, config))
+        _describe_genes(report, source, None)
         vocab = make_gene_vocab((gene for gene in source.gene_ids if gene), ["unknown"], "unknown")
         reader = CellReader(source, vocab, {}, config, NO_CHECKPOINT_SEQ_LEN)
         report.cells = len(source)
         check_obs([source], JoinedMetadata([source.obs]))
         _describe_cells(report, survey_cells([reader], config))
-        if report.repeated_genes and not config.remove_duplicate_genes:
-            _open(location, config)
+        if report.repeated_genes and config.duplicate_genes == "error":
+            open_source(location, config)
     except TranscriptFormerError as error:
         report.refused = str(error)
     return report
 
 
+def _vocab_of_symbols(source: CellSource, config: DataConfig) -> GeneVocab | None:
+    """Return the genes of the symbol map that knows most of the source's symbols, if it knows most of them."""
+    symbols, ids = set(source.gene_ids), {gene for gene in source.gene_ids if looks_like_gene_ids([gene])}
+    maps = load_symbol_maps(config.gene_map).values()
+    best = max(maps, key=lambda symbol_map: len(symbols & symbol_map.keys()), default={})
+    if len(symbols & best.keys()) < len(symbols - ids) / 2:
+        return None
+    return make_gene_vocab((*ids, *(gene for genes in best.values() for gene in genes)), ["unknown"], "unknown")
+
+
 def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float) -> Report:
     report, data = Report(str(location)), checkpoint.config.model.data_config
     try:
-        source = _open(location, replace(data, remove_duplicate_genes=True))
-        _describe_genes(report, source.gene_ids, int(source.is_duplicate.sum()))
+        source = open_source(location, replace(data, duplicate_genes="first"), checkpoint.gene_vocab)
+        _describe_genes(report, source, checkpoint.gene_vocab)
         report.cells = len(source)
-        report.genes_known = int((checkpoint.gene_vocab.lookup(source.gene_ids) >= 0).sum())
         inputs = Inputs([location], checkpoint)
         inputs.check_obs(_as_zarr(checkpoint))
         survey = survey_cells(inputs.readers, data)
@@ -154,21 +187,25 @@ def _as_zarr(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.model.inference_config.output_filename.endswith(".zarr")
 
 
-def _open(location: Location, data: DataConfig) -> CellSource:
-    return open_source(
-        location,
-        data.gene_col_name,
-        data.use_raw,
-        data.remove_duplicate_genes,
-        layer=data.layer,
-        allow_external_links=data.allow_external_links,
-    )
-
-
-def _describe_genes(report: Report, gene_ids: Any, n_repeated: int) -> None:
-    report.genes, report.repeated_genes = len(gene_ids), n_repeated
-    report.gene_ids = "stable gene ids" if looks_like_gene_ids(gene_ids) else "not stable gene ids; symbols?"
-    report.species = likely_species(gene_ids)
+def _describe_genes(report: Report, source: CellSource, vocab: GeneVocab | None) -> None:
+    ids, symbols = source.gene_ids, source.genes.symbols
+    described = source.describe()
+    report.counts_from, report.genes_from = described["counts"], described["genes"]
+    report.genes, report.species = len(ids), likely_species(gene for gene in ids if gene)
+    report.gene_ids = "stable gene ids" if looks_like_gene_ids(ids[ids != ""]) else "not stable gene ids; symbols?"
+    if symbols is not None:
+        report.gene_ids = "symbols"
+        report.unknown_symbols, report.ambiguous_symbols = list(symbols.unknown), list(symbols.ambiguous)
+    if vocab is not None:
+        report.genes_known = source.genes.n_known
+        report.genes_known_before = (report.genes_known or 0) - (symbols.n_mapped if symbols is not None else 0)
+    report.repeated_genes = int(source.is_duplicate.sum())
+    if report.repeated_genes:
+        repeated = pd.unique(ids[source.is_duplicate])
+        report.repeated_examples = repeated[:5].tolist()
+        counts = source.counts(0, min(len(source), SAMPLED_CELLS))
+        of_gene = np.asarray(counts.sum(axis=0)).ravel()
+        report.repeated_share = float(of_gene[np.isin(ids, repeated)].sum() / max(of_gene.sum(), 1))
 
 
 def _describe_cells(report: Report, survey: Survey) -> None:

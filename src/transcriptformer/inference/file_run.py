@@ -34,6 +34,7 @@ _IDENTITY_EXCLUDED = {
     "model.data_config.n_data_workers",
     "model.data_config.block_size",
     "model.data_config.allow_external_links",
+    "model.data_config.gene_map",
     *(
         f"model.inference_config.{name}"
         for name in (
@@ -93,6 +94,7 @@ class FileRun:
                 "type of matrix products": str(compute_dtype(self.inference.precision, self.checkpoint.device)),
             },
             "inputs": self.initial_inputs,
+            "genes": [reader.source.identify() for reader in self.inputs.readers],
             "pretrained embeddings": [identify_file(Path(file)) for file in self.inference.pretrained_embedding],
             "checkpoint": {"weights": self.weights_sha256(), **self.checkpoint.identify_vocabularies()},
         }
@@ -181,7 +183,9 @@ class FileRun:
                 f"an input changed while it was read ({', '.join(map(str, self.locations))}); the results are deleted; "
                 "run the command again"
             )
-        provenance = provenance_of(self.locations, self.checkpoint, self.weights_sha256(), self.identity)
+        provenance = provenance_of(
+            self.locations, self.checkpoint, self.weights_sha256(), self.inputs.describe(), self.identity
+        )
         names, output = self.checkpoint.gene_vocab.names(), self.workspace.output
         if self.inference.cge_pool is not None:
             pool = self._new_pool()

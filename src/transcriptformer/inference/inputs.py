@@ -1,6 +1,7 @@
 """The inputs of a run as one stream of cells, aligned with a checkpoint: batches, metadata, groups."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -52,15 +53,7 @@ class Inputs:
         data, self.seq_len = model.data_config, model.model_config.seq_len
         self.readers = [
             CellReader(
-                open_source(
-                    source,
-                    data.gene_col_name,
-                    data.use_raw,
-                    data.remove_duplicate_genes,
-                    model.inference_config.oom_dataloader,
-                    data.layer,
-                    data.allow_external_links,
-                ),
+                open_source(source, data, checkpoint.gene_vocab, model.inference_config.oom_dataloader),
                 checkpoint.gene_vocab,
                 checkpoint.aux_vocabs,
                 data,
@@ -220,6 +213,12 @@ class Inputs:
         ]
         details = "".join(f"; {n} {note}" for n, note in notes if n)
         logger.info("%d cells%s%s%s", n_kept, dropped, genes, details)
+        for inferred, n_files in Counter("; ".join(found.values()) for found in self.describe()).items():
+            logger.info("%s%s", inferred, f" ({n_files} inputs)" if len(self.readers) > 1 else "")
+
+    def describe(self) -> list[dict[str, str]]:
+        """Describe what was inferred about each input, for the log and the provenance."""
+        return [reader.source.describe() for reader in self.readers]
 
 
 def check_obs(sources: Sequence[CellSource], joined: JoinedMetadata, as_zarr: bool = False) -> None:

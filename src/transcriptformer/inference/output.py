@@ -234,9 +234,18 @@ def provenance_of(
     sources: Sequence[Location | anndata.AnnData],
     checkpoint: Checkpoint,
     weights_sha256: str,
+    inferred: Sequence[Mapping[str, str]],
     identity: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
-    """Provenance of a result; `identity` allows a later run to recognize it as complete."""
+    """Provenance of a result.
+
+    Parameters
+    ----------
+    inferred
+        What was inferred about each source.
+    identity
+        Identity of the run, by which a later run recognizes the result as complete.
+    """
     names = ["AnnData" if isinstance(source, anndata.AnnData) else str(source) for source in sources]
     return {
         "version": version("transcriptformer"),
@@ -245,6 +254,7 @@ def provenance_of(
         "config": checkpoint.config.to_json(),
         # Paths may contain invalid Unicode, which HDF5 cannot store.
         "data_files": [name.encode(errors="replace").decode() for name in names],
+        "inferred": json.dumps(list(inferred)),
         **({} if identity is None else {"run": json.dumps(identity)}),
     }
 

@@ -16,7 +16,7 @@ import torch
 from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.config import Config
 from transcriptformer.data.batches import BatchLoader
-from transcriptformer.data.store import Location, is_url
+from transcriptformer.data.store import Location, find_files, is_url
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.errors import CheckpointError, UsageError
 from transcriptformer.inference.batch_size import batch_limits
@@ -133,7 +133,7 @@ def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgres
             predict(make_module(checkpoint), loader, recording, checkpoint.device)
     finally:
         inputs.close()
-    return Computed(results, groups, provenance_of(sources, checkpoint, _sha256_or_unknown(sha256)))
+    return Computed(results, groups, provenance_of(sources, checkpoint, _sha256_or_unknown(sha256), inputs.describe()))
 
 
 def _sha256_or_unknown(sha256: Future[str]) -> str:
@@ -146,11 +146,16 @@ def _sha256_or_unknown(sha256: Future[str]) -> str:
 
 
 def run(
-    locations: Sequence[Location], checkpoint_path: Path, config: Config, on_progress: OnProgress | None = None
+    names: Sequence[Location], checkpoint_path: Path, config: Config, on_progress: OnProgress | None = None
 ) -> Path | None:
     """Run `transcriptformer inference`: embed the cells of files or stores and write one file or store.
 
     Intermediate results are kept in a folder next to the output. The run may use several processes.
+
+    Parameters
+    ----------
+    names
+        Paths or URLs of the inputs, in order; paths may contain wildcards.
 
     Returns
     -------
@@ -162,6 +167,7 @@ def run(
         If an input cannot be used, or the output cannot be written and is not created.
     """
     inference = config.model.inference_config
+    locations = [location for name in names for location in find_files(name)]
     output = Path(inference.output_path) / inference.output_filename
     check_writable(output)
     if output.resolve() in [Path(location).resolve() for location in locations if not is_url(location)]:

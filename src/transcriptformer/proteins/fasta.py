@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from transcriptformer.data.genes import resolve
 from transcriptformer.errors import DataError, UsageError, one_line
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,9 @@ def read_proteins(path: Path, id_from: str = GENE) -> list[Protein]:
     Parameters
     ----------
     id_from
-        How to find the gene id in a header: `gene`, Ensembl's field `gene:…` without the version; `gene_symbol`, that
-        field, or `gene` if it is missing; or a regular expression with one group, such as `\[locus_tag=(\S+)\]`.
+        How to find the gene id in a header: `gene`, Ensembl's field `gene:…` without the version of a stable id;
+        `gene_symbol`, that field, or `gene` if it is missing; or a regular expression with one group, such as
+        `\[locus_tag=(\S+)\]`.
 
     Raises
     ------
@@ -71,7 +73,6 @@ def read_proteins(path: Path, id_from: str = GENE) -> list[Protein]:
     if not proteins:
         raise DataError(f"{path}: no proteins in the file")
     _refuse_nucleotides(path, proteins)
-    _warn_about_dots(path, proteins)
     _warn_about_shared_ids(path, full_ids)
     return proteins
 
@@ -147,7 +148,7 @@ def _field(header: str, name: str) -> str | None:
 
 def _gene(header: str) -> str | None:
     gene = _field(header, "gene")
-    return gene.partition(".")[0] if gene else None  # as `inference` does with the gene ids in `var`
+    return resolve([gene], None)[0] if gene else None  # as `inference` does with the gene ids in `var`
 
 
 def _symbol_or_gene(header: str) -> str | None:
@@ -168,18 +169,8 @@ def _refuse_nucleotides(path: Path, proteins: list[Protein]) -> None:
         )
 
 
-def _warn_about_dots(path: Path, proteins: list[Protein]) -> None:
-    with_dots = dict.fromkeys(protein.gene for protein in proteins if "." in protein.gene)
-    if with_dots:
-        logger.warning(
-            "%s: %d gene ids contain a dot, such as %s; `inference` drops the part after the first dot from gene ids "
-            "in `var`, so these never match",
-            *(path, len(with_dots), next(iter(with_dots))),
-        )
-
-
 def _warn_about_shared_ids(path: Path, full_ids: dict[str, dict[str, None]]) -> None:
-    """Warn about genes that differ only after the dot, or share a symbol."""
+    """Warn about genes that share an id, such as a symbol."""
     shared = {gene: list(full) for gene, full in full_ids.items() if len(full) > 1}
     if shared:
         gene, full = next(iter(shared.items()))

@@ -1,6 +1,5 @@
 """The cells of a training run, their labels, and the split into training and validation."""
 
-import glob
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from transcriptformer.data.batches import CellDataset
 from transcriptformer.data.metadata import factorize
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.source import CellSource, open_source
-from transcriptformer.data.store import is_url
+from transcriptformer.data.store import find_files, is_url
 from transcriptformer.data.survey import Survey
 from transcriptformer.errors import DataError, UsageError
 from transcriptformer.model.label_head import NO_LABEL
@@ -41,6 +40,8 @@ class Corpus:
         Names of the files.
     data
         Where the files hold genes and counts.
+    gene_vocab
+        Genes to look for.
 
     Raises
     ------
@@ -48,23 +49,13 @@ class Corpus:
         If a file cannot be used.
     """
 
-    def __init__(self, training: TrainingConfig, data: DataConfig) -> None:
+    def __init__(self, training: TrainingConfig, data: DataConfig, gene_vocab: GeneVocab) -> None:
         self.training, self.data = training, data
         self.files = [find_files(name) for name in training.data_files]
         self.validation_files = [file for name in training.validation_files for file in find_files(name)]
         training_files = [file for files in self.files for file in files]
         _refuse_repeated(training_files, self.validation_files)
-        self.sources = [
-            open_source(
-                file,
-                data.gene_col_name,
-                data.use_raw,
-                data.remove_duplicate_genes,
-                layer=data.layer,
-                allow_external_links=data.allow_external_links,
-            )
-            for file in (*training_files, *self.validation_files)
-        ]
+        self.sources = [open_source(file, data, gene_vocab) for file in (*training_files, *self.validation_files)]
         self.n_training_files = len(training_files)
 
     @property
@@ -128,22 +119,6 @@ def _refuse_repeated(training_files: Sequence[str], validation_files: Sequence[s
             if place in seen:
                 raise UsageError(f"{option} {file}: the same file as {seen[place]}; name it once")
             seen[place] = f"{option} {file}"
-
-
-def find_files(name: str) -> list[str]:
-    """Expand a file name with wildcards into sorted file names.
-
-    Raises
-    ------
-    UsageError
-        If no file matches.
-    """
-    if is_url(name) or not glob.has_magic(name) or Path(name).exists():
-        return [name]
-    found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
-    if not found:
-        raise UsageError(f"--data-file {name}: no file matches")
-    return found
 
 
 class Split:

@@ -34,7 +34,7 @@ from transcriptformer.training.data_module import TrainingData, count_streams
 from transcriptformer.training.folder import AtomicCheckpointIO, TrainingFolder
 from transcriptformer.training.metrics import MetricsFile, plot_losses, read_metrics
 from transcriptformer.training.module import TrainingModule, Weights
-from transcriptformer.training.start import StartingPoint, count_parameters, prepare
+from transcriptformer.training.start import StartingPoint, count_parameters, prepare, read_gene_vocab
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ LIGHTNING_PRECISION: dict[torch.dtype, Any] = {
 _MAY_CHANGE_ON_RESUME = {
     "model.data_config.n_data_workers",
     "model.data_config.allow_external_links",
+    "model.data_config.gene_map",
     *(
         f"training.{name}"
         for name in (
@@ -127,7 +128,7 @@ def fit(config: TrainConfig, on_step: OnStep | None = None) -> Trained | None:
     trainer = _trainer(config, device, options, folder, saving)
     if not trainer.is_global_zero:  # all processes would log the same
         logging.getLogger("transcriptformer").setLevel(logging.ERROR)
-    with watchdog, closing(Corpus(training, config.model.data_config)) as corpus:
+    with watchdog, closing(Corpus(training, config.model.data_config, read_gene_vocab(config))) as corpus:
         try:
             start = prepare(config, corpus)
             n_trainable, n_weights = count_parameters(start.model, start.label_head)
@@ -269,5 +270,6 @@ def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, 
         },
         "streams": n_streams,
         "cells": [identify(source.name) for source in corpus.sources],
+        "genes": [source.identify() for source in corpus.sources],
         "start": [identify_file(file) for file in start],
     }

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from transcriptformer.checkpoint import vocabs
 from transcriptformer.checkpoint.load import (
     WEIGHTS,
     check_values,
@@ -18,7 +19,6 @@ from transcriptformer.checkpoint.load import (
     read_vocabs,
     read_weights,
 )
-from transcriptformer.checkpoint.vocabs import read_protein_embeddings
 from transcriptformer.errors import UsageError
 from transcriptformer.model.label_head import LabelHead
 from transcriptformer.model.lora import LoraLinear, add_lora
@@ -91,12 +91,21 @@ def prepare(config: TrainConfig, corpus: Corpus) -> StartingPoint:
     return StartingPoint(model.train(), label_head, gene_vocab, aux_vocabs, gene_files, labels)
 
 
+def read_gene_vocab(config: TrainConfig) -> GeneVocab:
+    """Read the gene vocabulary of a configuration, without protein embeddings or weights."""
+    data, training = config.model.data_config, config.training
+    if training.checkpoint_path is not None:
+        return read_vocabs(Path(training.checkpoint_path), config.model)[0]
+    files = [Path(file) for file in training.protein_embeddings]
+    return vocabs.read_gene_vocab(files, data.special_tokens, data.gene_pad_token, data.allow_external_links)
+
+
 _Start = tuple[TranscriptFormer, GeneVocab, dict[str, AuxVocab], list[Path]]
 
 
 def _from_scratch(config: TrainConfig, corpus: Corpus) -> _Start:
     data, files = config.model.data_config, [Path(file) for file in config.training.protein_embeddings]
-    genes, rows = read_protein_embeddings(files, data.allow_external_links)
+    genes, rows = vocabs.read_protein_embeddings(files, data.allow_external_links)
     gene_vocab = make_gene_vocab(genes, data.special_tokens, data.gene_pad_token)
     aux_vocabs = {column: make_aux_vocab(column, corpus.values(column), data.aux_pad_token) for column in data.aux_cols}
     model = TranscriptFormer(

@@ -1,0 +1,283 @@
+"""Where an input holds raw counts: the places with a matrix, what kind of values each holds, and the choice."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from transcriptformer.data.counts import Matrix, to_canonical_csr
+from transcriptformer.data.metadata import Metadata
+from transcriptformer.data.store import Store, unreadable
+from transcriptformer.errors import DataError, UsageError
+
+logger = logging.getLogger(__name__)
+
+RAW, X = ".raw.X", ".X"
+
+COUNT_LAYERS = ("counts", "raw_counts", "raw", "count", "umi_counts", "UMI", "umis", "spliced")
+"""Usual names of layers with counts, in order of preference."""
+
+PUBLISHED = "published"
+"""Value of `use_raw`: `.raw` if there is one, whatever it holds, as in the published package."""
+
+_SAMPLED_BLOCKS, _SAMPLED_ROWS = 3, 128
+"""Rows that tell what kind of values a matrix holds."""
+
+_MAX_LOG = 30.0
+"""Logarithms of counts are lower; among counts of hundreds of cells, some are higher."""
+
+
+_MIN_WHOLE = 0.1
+"""Share of whole numbers above which values are corrected counts; hardly any normalized value is whole."""
+
+
+_MIN_MULTIPLES = 0.9
+"""Share of values that are whole multiples of their cell's smallest one, above which a matrix is normalized."""
+
+
+class Kind(StrEnum):
+    """What the values of a matrix are, in words for messages."""
+
+    WHOLE = "whole numbers"
+    LOG = "log-normalized"
+    NORMALIZED = "normalized"
+    SCALED = "scaled, some negative"
+    FRACTIONAL = "not whole numbers"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix of an input, and the metadata of its columns.
+
+    Attributes
+    ----------
+    source
+        Name of the input, for messages.
+    name
+        As in messages, such as .raw.X or layers['counts'].
+    open_matrix, read_var
+        Functions that open the matrix and read its `var`.
+    """
+
+    source: str
+    name: str
+    open_matrix: Callable[[], Matrix]
+    read_var: Callable[[], pd.DataFrame]
+
+    @cached_property
+    def matrix(self) -> Matrix:
+        """The matrix, opened once."""
+        return self.open_matrix()
+
+    @cached_property
+    def sample(self) -> sparse.csr_array:
+        """Some hundred rows, from the start, the middle and the end.
+
+        Raises
+        ------
+        DataError
+            If they cannot be read.
+        """
+        return sample_rows(self.matrix, self.source)
+
+
+class Contents(NamedTuple):
+    """What an input holds.
+
+    Attributes
+    ----------
+    name
+        Name of the input, for messages.
+    places
+        Matrices by key: `RAW`, `X`, or the name of a layer.
+    obs
+        Metadata of the cells.
+    store
+        The file or store, if there is one.
+    """
+
+    name: str
+    places: dict[str, Place]
+    obs: Metadata
+    store: Store | None = None
+
+
+class Choice(NamedTuple):
+    """The place with the counts, the kind of its values, and why it was taken, for the log."""
+
+    place: Place
+    kind: Kind | None
+    reason: str
+
+
+def sample_rows(matrix: Matrix, source: str) -> sparse.csr_array:
+    """Read rows from the start, the middle and the end of a matrix; `source` names the input, for messages."""
+    n_rows = matrix.shape[0]
+    last = max(0, n_rows - _SAMPLED_ROWS)
+    starts = sorted({last * i // (_SAMPLED_BLOCKS - 1) for i in range(_SAMPLED_BLOCKS)})
+    try:
+        parts = [to_canonical_csr(matrix.rows(start, min(start + _SAMPLED_ROWS, n_rows)), source) for start in starts]
+    except DataError:
+        raise
+    except Exception as error:  # on damaged data, h5py and zarr may raise anything
+        raise unreadable(source, error) from error
+    return sparse.csr_array(sparse.vstack(parts))
+
+
+def kind_of(rows: sparse.csr_array) -> Kind:
+    """Classify the values of some rows; whole numbers may be negative or not finite, which is reported elsewhere."""
+    values = rows.data[np.isfinite(rows.data)]
+    if (values == np.rint(values)).all():
+        return Kind.WHOLE
+    if values.min() < 0:
+        return Kind.SCALED
+    if (values == np.rint(values)).mean() > _MIN_WHOLE:
+        return Kind.FRACTIONAL
+    if values.max() < _MAX_LOG:
+        return Kind.LOG
+    return Kind.NORMALIZED if share_of_multiples(rows, take_exp=False) > _MIN_MULTIPLES else Kind.FRACTIONAL
+
+
+def share_of_multiples(rows: sparse.csr_array, take_exp: bool) -> float:
+    """Return the share of values that are whole multiples of their row's smallest, after exp(x) − 1 if `take_exp`."""
+    recovered, error = recover_counts(rows, take_exp)
+    return float((error <= _tolerance(recovered)).mean()) if len(error) else 1.0
+
+
+def recover_counts(rows: sparse.csr_array, take_exp: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the values of each row by the smallest one, which stands for a count of 1.
+
+    Returns
+    -------
+    Whole numbers (entries,), float64, and how far each was from one.
+    """
+    values = rows.data.astype(np.float64)
+    values = np.expm1(values) if take_exp else values
+    lengths = np.diff(rows.indptr)
+    filled = rows.indptr[:-1][lengths > 0]
+    smallest = np.minimum.reduceat(values, filled) if len(filled) else np.zeros(0)
+    multiples = values / np.repeat(smallest, lengths[lengths > 0])
+    whole = np.rint(multiples)
+    return whole, np.abs(multiples - whole)
+
+
+def _tolerance(whole: np.ndarray) -> np.ndarray:
+    """Return how far float32 rounding moves multiples: relative to their size, below half a count."""
+    return np.minimum(1e-3 + 2e-5 * whole, 0.25)
+
+
+def choose_place(contents: Contents, layer: str | None, use_raw: bool | str | None) -> Choice:
+    """Choose the matrix with the counts.
+
+    Parameters
+    ----------
+    layer
+        Layer to take.
+    use_raw
+        True: `.raw.X`; False: `.X`; "published": `.raw.X` if present, else `.X`; None or "auto": the first of `.raw.X`,
+        `.X` and layers named like counts that holds whole numbers.
+
+    Raises
+    ------
+    UsageError
+        If both a layer and `.raw` are requested.
+    DataError
+        If there is no such matrix, or `auto` finds only normalized values.
+    """
+    if layer is not None and use_raw is True:
+        raise UsageError(f"layer {layer!r} and use_raw=True are mutually exclusive; use only one of them")
+    places = contents.places
+    if layer is not None:
+        layers = [name for name in places if name not in (RAW, X)]
+        if layer not in layers:
+            raise DataError(f"{contents.name}: has no layer {layer!r}; its layers are: {', '.join(layers) or 'none'}")
+        return Choice(places[layer], None, "as set by --layer")
+    if use_raw is True and RAW not in places:
+        raise DataError(f"{contents.name}: has no .raw; remove --use-raw true (or set it to false) to use .X")
+    if use_raw is True or (use_raw == PUBLISHED and RAW in places):
+        return Choice(places[RAW], None, f"as set by --use-raw {str(use_raw).lower()}")
+    if use_raw is False or use_raw == PUBLISHED:
+        if X not in places:
+            raise DataError(f"{contents.name}: has no matrix X")
+        return Choice(places[X], None, f"as set by --use-raw {str(use_raw).lower()}")
+    return _choose_by_values(contents)
+
+
+def _choose_by_values(contents: Contents) -> Choice:
+    places = [contents.places[key] for key in (RAW, X, *COUNT_LAYERS) if key in contents.places]
+    if not places:
+        layers = ", ".join(contents.places) or "none"
+        raise DataError(f"{contents.name}: has no matrix X; its layers are: {layers}; name one with --layer")
+    kinds: list[Kind] = []
+    for i, place in enumerate(places):
+        kinds.append(kind_of(place.sample))
+        if kinds[-1] == Kind.WHOLE:
+            _warn_if_different(place, places[i + 1 :])
+            others = [f"{other.name} is {kind}" for other, kind in zip(places, kinds[:-1], strict=False)]
+            return Choice(place, Kind.WHOLE, "; ".join(others))
+    if Kind.FRACTIONAL in kinds:
+        return Choice(places[kinds.index(Kind.FRACTIONAL)], Kind.FRACTIONAL, "no matrix holds whole numbers")
+    raise DataError(f"{contents.name}: {_describe_lack(contents, places, kinds)}")
+
+
+def _warn_if_different(chosen: Place, others: Sequence[Place]) -> None:
+    """Warn if another matrix of the same shape holds other whole numbers; unreadable ones are not needed."""
+    for other in others:
+        with suppress(DataError):
+            is_same_shape = other.matrix.shape == chosen.matrix.shape
+            if is_same_shape and kind_of(other.sample) == Kind.WHOLE and (other.sample != chosen.sample).nnz:
+                logger.warning(
+                    "%s: %s and %s hold different whole numbers; taking %s (choose with --use-raw or --layer)",
+                    *(chosen.source, chosen.name, other.name, chosen.name),
+                )
+
+
+def _describe_lack(contents: Contents, places: Sequence[Place], kinds: Sequence[Kind]) -> str:
+    """Say what is where, and what to do."""
+    found = ", ".join(f"{place.name} is {_with_question(kind)}" for place, kind in zip(places, kinds, strict=True))
+    others = [f"layers[{key!r}]" for key in contents.places if key not in (RAW, X, *COUNT_LAYERS)]
+    more = f"; not looked at: {', '.join(others)} (name one with --layer)" if others else ""
+    is_exact = [_are_multiples(place, kind) for place, kind in zip(places, kinds, strict=True)]
+    recover = (
+        "; the counts can be read off exactly: add --recover-counts"
+        if any(exact and kind in (Kind.LOG, Kind.NORMALIZED) for exact, kind in zip(is_exact, kinds, strict=True))
+        else ""
+    )
+    return (
+        f"no raw counts: {found}{more}{recover}; the model needs whole numbers of molecules or reads (to embed these "
+        "values anyway, set --use-raw true or false)"
+    )
+
+
+def _are_multiples(place: Place, kind: Kind) -> bool:
+    return share_of_multiples(place.sample, kind == Kind.LOG) == 1
+
+
+def _with_question(kind: Kind) -> str:
+    return f"{kind}?" if kind == Kind.LOG else str(kind)
+
+
+def recoverable_place(contents: Contents, choose: Callable[[], Choice]) -> tuple[Choice, bool]:
+    """Return a place whose counts can be recovered, and whether they are logarithms; whole numbers stay as they are."""
+    try:
+        choice = choose()
+        kind = choice.kind or kind_of(choice.place.sample)
+        if kind == Kind.WHOLE:
+            return choice, False
+        chosen: list[Any] = [choice.place]
+    except DataError:
+        chosen = [contents.places[key] for key in (RAW, X, *COUNT_LAYERS) if key in contents.places]
+    for place in chosen:
+        kind = kind_of(place.sample)
+        if kind in (Kind.LOG, Kind.NORMALIZED) and _are_multiples(place, kind):
+            return Choice(place, kind, f"counts recovered from {kind} values"), kind == Kind.LOG
+    raise DataError(
+        f"{contents.name}: --recover-counts: no values are whole multiples of each cell's smallest one; use raw counts"
+    )

@@ -1,0 +1,159 @@
+"""Counts are taken from where whole numbers are, or one line says what is where."""
+
+import anndata
+import numpy as np
+import pytest
+from scipy import sparse
+
+from tests.h5ad_files import make_adata, random_adata
+from transcriptformer.config import DataConfig
+from transcriptformer.data.places import Kind, kind_of
+from transcriptformer.data.source import CellSource, open_source
+from transcriptformer.errors import DataError
+
+
+def log_normalized(counts: sparse.csr_matrix, scale: float = 1e4) -> sparse.csr_matrix:
+    scaled = sparse.diags(scale / np.asarray(counts.sum(1)).ravel()) @ counts
+    return sparse.csr_matrix(scaled.log1p().astype(np.float32))
+
+
+def normalized(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    return sparse.csr_matrix((sparse.diags(1e4 / np.asarray(counts.sum(1)).ravel()) @ counts).astype(np.float32))
+
+
+def centered(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    return sparse.csr_matrix(log_normalized(counts).toarray() - 0.3)
+
+
+def corrected(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    values = counts.copy()
+    values.data[::3] -= 0.37
+    values.data[0] = 400
+    return values
+
+
+KINDS = {
+    Kind.WHOLE: lambda counts: counts,
+    Kind.LOG: log_normalized,
+    Kind.NORMALIZED: normalized,
+    Kind.SCALED: centered,
+    Kind.FRACTIONAL: corrected,
+}
+
+
+def cells() -> anndata.AnnData:
+    """Cells whose smallest count is 1, as in most data."""
+    adata = random_adata(300, n_genes=120, density=0.4)
+    adata.X.data[adata.X.indptr[:-1][np.diff(adata.X.indptr) > 0]] = 1
+    return adata
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_values_are_told_apart(kind: Kind) -> None:
+    assert kind_of(sparse.csr_array(KINDS[kind](cells().X))) == kind
+
+
+def test_zeros_are_whole_numbers() -> None:
+    assert kind_of(sparse.csr_array((3, 4), dtype=np.float32)) == Kind.WHOLE
+
+
+def assert_counts(source: CellSource, expected: sparse.csr_matrix) -> None:
+    np.testing.assert_array_equal(source.counts(0, len(source)).toarray(), expected.toarray())
+
+
+@pytest.mark.parametrize("where", [".raw.X", ".X", "layers['counts']", "layers['raw_counts']"])
+def test_whole_numbers_are_found(where: str) -> None:
+    adata = cells()
+    counts = adata.X.copy()
+    adata.X = log_normalized(counts)
+    adata.raw = adata.copy()
+    if where == ".raw.X":
+        raw = adata.copy()
+        raw.X = counts
+        adata.raw = raw
+    elif where == ".X":
+        adata.X = counts
+    else:
+        adata.layers[where.split("'")[1]] = counts
+    source = open_source(adata)
+    assert source.place == where
+    assert_counts(source, counts)
+    if where != ".raw.X":
+        assert source.describe()["counts"].startswith(f"counts from {where} (.raw.X is log-normalized")
+
+
+def test_the_published_rule_takes_raw_whatever_it_holds() -> None:
+    adata = cells()
+    adata.raw = adata.copy()
+    adata.raw.X.data[:] = 0.5
+    assert open_source(adata).place == ".X"
+    assert open_source(adata, DataConfig(use_raw="published")).place == ".raw.X"
+    assert open_source(cells(), DataConfig(use_raw="published")).place == ".X"
+
+
+def test_where_nothing_is_whole_one_line_says_what_is_where() -> None:
+    adata = cells()
+    adata.layers["scaled"] = centered(adata.X)
+    adata.X = log_normalized(adata.X)
+    adata.raw = adata.copy()
+    with pytest.raises(DataError) as refused:
+        open_source(adata)
+    assert str(refused.value) == (
+        "the AnnData: no raw counts: .raw.X is log-normalized?, .X is log-normalized?; not looked at: layers['scaled'] "
+        "(name one with --layer); the counts can be read off exactly: add --recover-counts; the model needs whole "
+        "numbers of molecules or reads (to embed these values anyway, set --use-raw true or false)"
+    )
+    assert open_source(adata, DataConfig(use_raw=False)).place == ".X"
+
+
+def test_corrected_counts_are_accepted() -> None:
+    adata = cells()
+    adata.X = corrected(adata.X)
+    assert open_source(adata).reason == "no matrix holds whole numbers"
+
+
+def test_places_with_different_whole_numbers_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    adata = cells()
+    adata.layers["counts"] = adata.X.copy()
+    assert open_source(adata).place == ".X"
+    assert caplog.text == ""
+    adata.layers["counts"].data[:] += 1
+    open_source(adata)
+    assert ".X and layers['counts'] hold different whole numbers; taking .X" in caplog.text
+
+
+def test_a_layer_can_be_named() -> None:
+    adata = make_adata([[1, 2]])
+    adata.layers["mine"] = 7 * adata.X
+    assert_counts(open_source(adata, DataConfig(layer="mine")), 7 * adata.X)
+    with pytest.raises(DataError, match="has no layer 'other'; its layers are: mine"):
+        open_source(adata, DataConfig(layer="other"))
+
+
+@pytest.mark.parametrize("change", [log_normalized, normalized])
+def test_counts_are_recovered_exactly(change: object) -> None:
+    adata = cells()
+    counts = adata.X.copy()
+    adata.X = change(counts)  # type: ignore[operator]
+    source = open_source(adata, DataConfig(recover_counts=True))
+    assert "counts recovered from" in source.reason
+    assert_counts(source, counts)
+
+
+def test_counts_that_cannot_be_recovered_are_refused() -> None:
+    adata = cells()
+    adata.X = sparse.csr_matrix(np.sqrt(adata.X.toarray()) + 0.1 * (adata.X.toarray() > 0))
+    with pytest.raises(DataError, match="no values are whole multiples of each cell's smallest one"):
+        open_source(adata, DataConfig(recover_counts=True))
+
+
+def test_whole_numbers_need_no_recovery() -> None:
+    adata = cells()
+    assert_counts(open_source(adata, DataConfig(recover_counts=True)), adata.X)
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("first", [[1, 2, 3]]), ("sum", [[5, 2, 3]])])
+def test_duplicate_genes_are_dropped_or_added(policy: str, expected: list[list[int]]) -> None:
+    genes = ["ENSG00000000001.1", "ENSG00000000002", "ENSG00000000003", "ENSG00000000001.2"]
+    source = open_source(make_adata([[1, 2, 3, 4]], genes=genes), DataConfig(duplicate_genes=policy))
+    assert source.counts(0, 1).toarray()[:, ~source.is_duplicate].tolist() == expected
