@@ -112,6 +112,8 @@ class DataConfig:
     """Column of `var` with gene ids; `index`: its index; `auto`: the one with most genes of the vocabulary."""
     gene_map: str | None = None
     """File that maps gene symbols to ids (TSV, GTF, FASTA or h5ad); None: the shipped maps of human and mouse."""
+    modality: str = "rna"
+    """Modality of a MuData (.h5mu or .zarr) with the counts."""
     layer: str | None = None
     """Layer with the counts; None: see `use_raw`."""
     use_raw: bool | str | None = None
@@ -161,6 +163,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         key = "model.data_config."
+        require(is_plain_name(self.modality), key + "modality (--modality)", f"{self.modality!r} is not a plain name")
         require_one_of(self.use_raw, (True, False, None, "auto", "published"), key + "use_raw (--use-raw)")
         require_one_of(self.duplicate_genes, ("error", "first", "sum"), key + "duplicate_genes (--duplicate-genes)")
         if self.remove_duplicate_genes and self.duplicate_genes == "error":

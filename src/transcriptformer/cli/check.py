@@ -18,6 +18,7 @@ from transcriptformer.cli.options import (
     GeneMap,
     InferenceBatchSize,
     Layer,
+    Modality,
     Precision,
     PretrainedEmbedding,
     RecoverCounts,
@@ -44,6 +45,7 @@ def check(
     gene_col_name: GeneColName = None,
     gene_map: GeneMap = None,
     layer: Layer = None,
+    modality: Modality = None,
     use_raw: UseRawOption = None,
     recover_counts: RecoverCounts = None,
     duplicate_genes: DuplicateGenes = None,
@@ -63,7 +65,7 @@ def check(
     """
     options: dict[str, object] = {
         **input_settings(
-            *(gene_col_name, gene_map, layer, use_raw, recover_counts),
+            *(gene_col_name, gene_map, layer, modality, use_raw, recover_counts),
             *(duplicate_genes, remove_duplicate_genes, allow_external_links),
         ),
         "model.inference_config.pretrained_embedding": paths_setting(pretrained_embedding),

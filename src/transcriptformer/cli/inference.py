@@ -15,6 +15,7 @@ from transcriptformer.cli.options import (
     GeneMap,
     InferenceBatchSize,
     Layer,
+    Modality,
     NDataWorkers,
     NumGpus,
     NumNodes,
@@ -48,6 +49,7 @@ def inference(
     gene_col_name: GeneColName = None,
     gene_map: GeneMap = None,
     layer: Layer = None,
+    modality: Modality = None,
     precision: Precision = None,
     pretrained_embedding: PretrainedEmbedding = None,
     clip_counts: Annotated[float | None, option("Clip counts at this value.", metavar="NUMBER", default=30)] = None,
@@ -103,7 +105,7 @@ def inference(
     """
     options: dict[str, object] = {
         **input_settings(
-            *(gene_col_name, gene_map, layer, use_raw, recover_counts),
+            *(gene_col_name, gene_map, layer, modality, use_raw, recover_counts),
             *(duplicate_genes, remove_duplicate_genes, allow_external_links),
         ),
         "model.model_type": model_type,

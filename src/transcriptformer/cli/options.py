@@ -34,6 +34,7 @@ def input_settings(
     gene_col_name: str | None,
     gene_map: str | None,
     layer: str | None,
+    modality: str | None,
     use_raw: UseRaw | None,
     recover_counts: bool | None,
     duplicate_genes: str | None,
@@ -45,6 +46,7 @@ def input_settings(
         "gene_col_name": gene_col_name,
         "gene_map": gene_map,
         "layer": layer,
+        "modality": modality,
         "use_raw": use_raw_setting(use_raw),
         "recover_counts": recover_counts,
         "duplicate_genes": duplicate_genes,
@@ -72,6 +74,7 @@ GeneMap = Annotated[
     option("Map of gene symbols to ids: TSV, GTF, FASTA, h5ad.", metavar="FILE", default="human and mouse"),
 ]
 Layer = Annotated[str | None, option("Layer with the counts.", metavar="NAME")]
+Modality = Annotated[str | None, option("Modality of a MuData file.", metavar="NAME", default="rna")]
 RecoverCounts = Annotated[
     bool | None, option("Recover counts from normalized values, where that is exact.", "--recover-counts")
 ]

@@ -12,6 +12,7 @@ from transcriptformer.cli.options import (
     GeneColName,
     GeneMap,
     Layer,
+    Modality,
     NDataWorkers,
     NumGpus,
     NumNodes,
@@ -64,6 +65,7 @@ def train(
     gene_col_name: GeneColName = None,
     gene_map: GeneMap = None,
     layer: Layer = None,
+    modality: Modality = None,
     use_raw: UseRawOption = None,
     recover_counts: RecoverCounts = None,
     duplicate_genes: DuplicateGenes = None,
@@ -87,7 +89,7 @@ def train(
     """
     options: dict[str, object] = {
         **input_settings(
-            *(gene_col_name, gene_map, layer, use_raw, recover_counts),
+            *(gene_col_name, gene_map, layer, modality, use_raw, recover_counts),
             *(duplicate_genes, remove_duplicate_genes, allow_external_links),
         ),
         "model.data_config.n_data_workers": n_data_workers,

@@ -70,12 +70,18 @@ class StoredDense:
 
 
 class StoredCsr:
-    """`Matrix` of a CSR matrix in a file; a block of rows takes one contiguous read per array."""
+    """`Matrix` of a CSR matrix in a file; a block of rows takes one contiguous read per array.
 
-    def __init__(self, store: Store, key: str) -> None:
+    Parameters
+    ----------
+    shape
+        Number of cells and of genes; None: as in the attributes of the group.
+    """
+
+    def __init__(self, store: Store, key: str, shape: tuple[int, int] | None = None) -> None:
         self.store, self.key = store, key
         group = store[key]
-        self.shape = _sparse_shape(group)
+        self.shape: tuple[int, ...] = shape or _sparse_shape(group)
         lengths = {name: group[name].shape[0] for name in ("data", "indices", "indptr")}
         n_entries = int(group["indptr"][-1])
         if lengths != {"data": n_entries, "indices": n_entries, "indptr": self.shape[0] + 1}:
@@ -91,6 +97,27 @@ class StoredCsr:
             raise ValueError(f"indptr of rows {start} to {stop} is invalid: {first} to {last}")
         data, indices = native(group["data"][first:last]), native(group["indices"][first:last])
         return sparse.csr_matrix((data, indices, indptr - first), shape=(stop - start, self.shape[1]))
+
+
+class ColumnSubset:
+    """`Matrix` of some columns of another one.
+
+    Parameters
+    ----------
+    matrix
+        Matrix whose rows are CSR.
+    columns
+        Indices of the columns (genes,).
+    """
+
+    def __init__(self, matrix: Matrix, columns: np.ndarray) -> None:
+        self.matrix, self.columns = matrix, columns
+        self.shape: tuple[int, ...] = matrix.shape[0], len(columns)
+
+    def rows(self, start: int, stop: int) -> Any:  # noqa: D102
+        block = self.matrix.rows(start, stop)
+        check_sparse(block)  # SciPy may crash on out-of-range indices
+        return block[:, self.columns]
 
 
 def native(values: Any) -> np.ndarray:

@@ -74,15 +74,21 @@ class ColumnError(DataError):
 
 
 class StoredMetadata:
-    """`Metadata` of a data frame in an h5ad file or a zarr store; columns are validated when they are read."""
+    """`Metadata` of columns in an HDF5 file or a zarr store, which are validated when they are read.
 
-    def __init__(self, store: Store, key: str) -> None:
-        self.store, self.key = store, key
-        frame = store[key]
-        self.index_key = str(attribute(frame, "_index"))
-        columns = dict.fromkeys(str(column) for column in attribute(frame, "column-order", ()))
-        self.columns = [column for column in columns if column != "_index" or self.index_key != "_index"]
-        self.n_rows = n_rows(store[key][self.index_key])
+    Parameters
+    ----------
+    store, key
+        Group of the columns.
+    index_key
+        Column with the cell names.
+    columns
+        The other columns.
+    """
+
+    def __init__(self, store: Store, key: str, index_key: str, columns: Sequence[str]) -> None:
+        self.store, self.key, self.index_key, self.columns = store, key, index_key, list(columns)
+        self.n_rows = n_rows(store[key][index_key])
         self.categories: dict[str, _Categories] = {}
         self.warnings: set[str] = set()
 
@@ -143,7 +149,10 @@ class StoredMetadata:
 
     def _values(self, column: str, element: Any, start: int, stop: int) -> Any:
         if _encoding(element) == "categorical":
-            return self._categorical(column, element, start, stop)
+            return self._categorical(column, element["codes"], element["categories"], element, start, stop)
+        if "categories" in element.attrs:  # anndata < 0.8 refers to `__categories`
+            categories = self.store[self.key][element.attrs["categories"]]
+            return self._categorical(column, element, categories, categories, start, stop)
         values = _rows(element, start, stop)
         if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
             self._warn_once(f"column {column!r} is an array of shape {element.shape}; reading it as one column")
@@ -154,13 +163,15 @@ class StoredMetadata:
             raise DataError(f"contains records of {', '.join(values.dtype.names or ['bytes'])}; expected single values")
         return values
 
-    def _categorical(self, column: str, element: Any, start: int, stop: int) -> pd.Categorical:
+    def _categorical(
+        self, column: str, stored_codes: Any, categories: Any, with_order: Any, start: int, stop: int
+    ) -> pd.Categorical:
         if column not in self.categories:
-            self.categories[column] = _Categories(element)
+            self.categories[column] = _Categories(categories)
             for problem in self.categories[column].problems:
                 self._warn_once(f"column {column!r} {problem}")
         found = self.categories[column]
-        codes = np.asarray(element["codes"][start:stop])
+        codes = np.asarray(stored_codes[start:stop])
         is_bad = (codes < -1) | (codes >= len(found.codes))
         if is_bad.any():
             row = int(is_bad.argmax())
@@ -169,7 +180,7 @@ class StoredMetadata:
             )
         if found.problems:
             codes = np.append(found.codes, -1)[codes]
-        is_ordered = bool(element.attrs.get("ordered", False)) and not found.problems
+        is_ordered = bool(with_order.attrs.get("ordered", False)) and not found.problems
         return pd.Categorical.from_codes(codes, found.values, ordered=is_ordered)
 
     def _cell(self, row: int) -> str:
@@ -198,8 +209,7 @@ class _Categories:
         Descriptions of the problems that were repaired.
     """
 
-    def __init__(self, element: Any) -> None:
-        stored = element["categories"]
+    def __init__(self, stored: Any) -> None:
         found = pd.Index(_rows(stored, 0, n_rows(stored)))
         self.values, self.codes, self.problems = found, np.arange(len(found)), list[str]()
         if found.has_duplicates:
@@ -212,11 +222,13 @@ class _Categories:
 
 
 def open_metadata(store: Store, key: str) -> Metadata:
-    """Open the table under `key`; tables in the layout of early anndata releases are loaded completely."""
-    attributes = store[key].attrs
-    if "column-order" not in attributes or "__categories" in store[key]:
-        return MetadataInMemory(anndata.io.read_elem(store[key]))
-    return StoredMetadata(store, key)
+    """Open the data frame under `key`; tables in the layout of early anndata releases are loaded completely."""
+    frame = store[key]
+    if "column-order" not in frame.attrs:
+        return MetadataInMemory(anndata.io.read_elem(frame))
+    index_key = str(attribute(frame, "_index"))
+    columns = dict.fromkeys(str(column) for column in attribute(frame, "column-order", ()))
+    return StoredMetadata(store, key, index_key, [c for c in columns if c != "_index" or index_key != "_index"])
 
 
 def n_rows(element: Any) -> int:

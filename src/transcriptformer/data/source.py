@@ -3,10 +3,7 @@
 import hashlib
 import json
 import logging
-import warnings
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import anndata
 import numpy as np
@@ -14,26 +11,15 @@ import pandas as pd
 from scipy import sparse
 
 from transcriptformer.config import MAX_INT, DataConfig
-from transcriptformer.data.counts import MatrixInMemory, open_matrix, to_canonical_csr
+from transcriptformer.data.anndata_contents import contents_of_adata
+from transcriptformer.data.counts import to_canonical_csr
+from transcriptformer.data.formats import open_contents
 from transcriptformer.data.gene_map import load_symbol_maps
 from transcriptformer.data.genes import INDEX, Genes, find_genes
-from transcriptformer.data.metadata import MetadataInMemory, open_metadata
-from transcriptformer.data.places import (
-    COUNT_LAYERS,
-    RAW,
-    Choice,
-    Contents,
-    Place,
-    X,
-    choose_place,
-    recover_counts,
-    recoverable_place,
-)
+from transcriptformer.data.places import RAW, Choice, Contents, Place, choose_place, recover_counts, recoverable_place
 from transcriptformer.data.species import looks_like_gene_ids
-from transcriptformer.data.store import Location, Store, unreadable
-from transcriptformer.errors import DataError
-from transcriptformer.runtime.isolated import exhaust
-from transcriptformer.storage.external import Guard
+from transcriptformer.data.store import Location, unreadable
+from transcriptformer.errors import DataError, TranscriptFormerError
 from transcriptformer.vocab import GeneVocab
 
 logger = logging.getLogger(__name__)
@@ -151,8 +137,8 @@ def open_source(
     Parameters
     ----------
     source
-        h5ad file or zarr store, of which only `obs` and matrices that may hold counts are read; or an AnnData, which is
-        not modified.
+        File, folder or URL of a format of `transcriptformer.data.formats`, of which only metadata and matrices that may
+        hold counts are read; or an AnnData, which is not modified.
     config
         Where to find counts and gene ids, and what to do with duplicate genes; None: the defaults.
     vocab
@@ -169,11 +155,10 @@ def open_source(
     """
     config = config or DataConfig()
     if isinstance(source, anndata.AnnData):
-        contents = _from_anndata(source, "the AnnData", read_in_blocks, config.allow_external_links)
+        contents = contents_of_adata(source, "the AnnData", read_in_blocks, config.allow_external_links)
     else:
-        contents = _from_store(source, read_in_blocks, config.allow_external_links)
-    choose = partial(choose_place, contents, config.layer, config.use_raw)
-    choice, is_log = recoverable_place(contents, choose) if config.recover_counts else (choose(), False)
+        contents = open_contents(source, config, read_in_blocks)
+    choice, is_log = _choose(contents, config)
     var = choice.place.read_var()
     _check_shape(contents, choice.place, var)
     known = None if vocab is None else vocab.genes
@@ -183,6 +168,17 @@ def open_source(
     cells = CellSource(contents, choice, genes, config, is_log)
     _check_duplicates(cells, config.duplicate_genes)
     return cells
+
+
+def _choose(contents: Contents, config: DataConfig) -> tuple[Choice, bool]:
+    """Return the matrix with the counts, and whether they are logarithms."""
+    choose = partial(choose_place, contents, config.layer, config.use_raw)
+    try:
+        return recoverable_place(contents, choose) if config.recover_counts else (choose(), False)
+    except TranscriptFormerError:
+        raise
+    except Exception as error:  # on damaged data, h5py and zarr may raise anything
+        raise unreadable(contents.name, error) from error
 
 
 def _check_shape(contents: Contents, place: Place, var: pd.DataFrame) -> None:
@@ -195,89 +191,6 @@ def _check_shape(contents: Contents, place: Place, var: pd.DataFrame) -> None:
         raise DataError(
             f"{name}: damaged: counts of shape {place.matrix.shape} for {shape[0]} cells and {shape[1]} genes"
         )
-
-
-def _from_anndata(adata: anndata.AnnData, name: str, read_in_blocks: bool, allow_external: bool) -> Contents:
-    if adata.isbacked:
-        _check_backed(adata, name, allow_external)
-    places = {}
-    if adata.raw is not None:
-        places[RAW] = Place(name, RAW, lambda: _in_memory(adata.raw.X, read_in_blocks, name), lambda: adata.raw.var)
-    if adata.X is not None:
-        places[X] = Place(name, X, lambda: _in_memory(adata.X, read_in_blocks, name), lambda: adata.var)
-    for key in adata.layers:
-        if key is not None:
-            places[key] = Place(
-                name, f"layers[{key!r}]", partial(_layer_in_memory, adata, key, read_in_blocks, name), lambda: adata.var
-            )
-    return Contents(name, places, MetadataInMemory(adata.obs))
-
-
-def _layer_in_memory(adata: anndata.AnnData, key: str, read_in_blocks: bool, name: str) -> MatrixInMemory:
-    return _in_memory(adata.layers[key], read_in_blocks, name)
-
-
-def _check_backed(adata: anndata.AnnData, name: str, allow_external: bool) -> None:
-    """Check the matrices in the file of a backed AnnData."""
-    if not adata.file.is_open:
-        adata.file.open()
-    guard = Guard(name, allow_external)
-    for key in ("X", "raw/X"):
-        if guard.contains(adata.file["/"], key):
-            exhaust(guard.steps(guard.open(adata.file["/"], key), key))
-
-
-def _in_memory(values: Any, read_in_blocks: bool, name: str) -> MatrixInMemory:
-    try:
-        return MatrixInMemory(values, read_in_blocks)
-    except ValueError as error:
-        raise DataError(f"{name}: damaged: the sparse matrix of counts is inconsistent ({error})") from error
-
-
-def _from_store(location: Location, read_in_blocks: bool, allow_external: bool) -> Contents:
-    store = Store(location, allow_external)
-    with store.reading():
-        if _is_old_layout(store):
-            store.check("")
-            store.close()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # anndata's advice to rewrite the file
-                return _from_anndata(anndata.read_h5ad(Path(location)), store.name, True, allow_external)
-        places = {}
-        for name, key, var in _matrices(store):
-            places[name] = Place(
-                store.name,
-                name if name in (RAW, X) else f"layers[{name!r}]",
-                partial(_open, store, key, read_in_blocks),
-                partial(_read_frame, store, var),
-            )
-        return Contents(store.name, places, open_metadata(store, "obs"), store)
-
-
-def _matrices(store: Store) -> list[tuple[str, str, str]]:
-    """List the matrices of a store: the key of the place, and the paths of the matrix and its var."""
-    found = []
-    if "raw/X" in store:  # zarr stores may have an empty `raw`
-        found.append((RAW, "raw/X", "raw/var"))
-    if "X" in store:
-        found.append((X, "X", "var"))
-    return found + [(name, f"layers/{name}", "var") for name in store.names_in("layers", COUNT_LAYERS)]
-
-
-def _open(store: Store, key: str, read_in_blocks: bool) -> Any:
-    with store.reading():
-        return open_matrix(store, key, read_in_blocks)
-
-
-def _read_frame(store: Store, key: str) -> pd.DataFrame:
-    with store.reading():
-        frame = open_metadata(store, key)
-        return frame.rows(0, len(frame))
-
-
-def _is_old_layout(store: Store) -> bool:
-    """Whether the file was written by anndata < 0.7, with data frames as HDF5 tables and a key `raw.X`."""
-    return "raw.X" in store or any(hasattr(store[frame], "shape") for frame in ("obs", "var"))
 
 
 def _no_gene_column(contents: Contents, choice: Choice, var: pd.DataFrame, column: str) -> DataError:

@@ -1,9 +1,11 @@
-"""Local or remote stores of an AnnData, h5ad files or zarr stores, which every reading process opens for itself."""
+"""Local or remote stores of cells, HDF5 files or zarr stores, which every reading process opens for itself."""
 
 import glob
 import os
+import sys
+import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,13 +13,15 @@ import h5py
 import numpy as np
 import zarr
 
+from transcriptformer.data.temporary import TemporaryCopy, decompress, is_gzipped
 from transcriptformer.errors import DataError, TranscriptFormerError, UsageError, one_line
-from transcriptformer.storage.external import OPTION, Guard, check_folder, check_hdf5, check_structure
+from transcriptformer.storage.external import OPTION, Guard, check_folder, check_hdf5, check_structure, load_plugins
 
 Location: TypeAlias = str | Path
 """Path, or URL such as s3://bucket/cells.zarr."""
 
-_REQUIRED = ("obs", "var")
+_FRAMES = ("obs", "var")
+"""Groups that are checked when an HDF5 file is opened; others when they are read."""
 
 
 def is_url(location: Location) -> bool:
@@ -26,8 +30,9 @@ def is_url(location: Location) -> bool:
 
 
 def is_zarr(location: Location) -> bool:
-    """Whether a location is opened as a zarr store: any URL, any folder, and names that end in `.zarr`."""
-    return is_url(location) or os.path.isdir(location) or str(location).rstrip("/").endswith(".zarr")  # noqa: PTH112
+    """Whether a location is opened as a zarr store: any URL, any folder, and names in `.zarr` or `.zarr.zip`."""
+    is_named = str(location).rstrip("/").endswith((".zarr", ".zarr.zip"))
+    return is_named or is_url(location) or os.path.isdir(location)  # noqa: PTH112
 
 
 def find_files(name: Location) -> list[str]:
@@ -48,14 +53,14 @@ def find_files(name: Location) -> list[str]:
 
 
 class Store:
-    """Read-only AnnData on disk or behind a URL, opened on first access.
+    """Read-only hierarchy of arrays on disk or behind a URL, opened on first access.
 
     Can be pickled and forked, because processes do not share file handles.
 
     Parameters
     ----------
     location
-        Path or URL.
+        Path or URL; HDF5 files may be gzipped.
     allow_external
         Follow links to other files, virtual datasets, and URLs that lead to other URLs.
 
@@ -64,18 +69,19 @@ class Store:
     UsageError
         If the location does not exist.
     DataError
-        If it is not an AnnData, or damaged.
+        If it is neither an HDF5 file nor a zarr store, or damaged.
     """
 
     def __init__(self, location: Location, allow_external: bool = False) -> None:
         self.location = location if is_url(location) else Path(location)
         self.name, self.allow_external = str(location), allow_external
+        self.group = ""
         self._root: h5py.File | zarr.Group | None = None
         self._process = -1
         self._checked: set[str] = set()
+        self._copy: TemporaryCopy | None = None
+        self._is_gzipped = self._uses_plugins = False
         self._check_location()
-        if not all(key in self for key in _REQUIRED):  # by key, because web servers may not list keys
-            raise DataError(f"{self.name}: not an AnnData (h5ad or zarr): requires 'obs' and 'var'")
 
     def _check_location(self) -> None:
         if is_url(self.location):
@@ -83,12 +89,41 @@ class Store:
             if is_chain and not self.allow_external:
                 raise UsageError(f"--data-file {self.name}: refers to other files; add {OPTION} to follow it")
         elif not is_zarr(self.location):
-            _check_h5ad(Path(self.location))
-            with self.reading():
-                check_structure(Path(self.location), _REQUIRED, self.allow_external)
-            self._checked.update(_REQUIRED)
+            self._check_file(Path(self.location))
         elif os.path.isdir(self.location):  # noqa: PTH112
             check_folder(Path(self.location), self.allow_external)
+
+    def _check_file(self, path: Path) -> None:
+        if not os.path.isfile(path):  # noqa: PTH113  (os.path returns False for invalid names, where Path raises)
+            raise UsageError(f"--data-file {path}: no such file")
+        with self.reading():
+            self._is_gzipped = is_gzipped(path)
+            if not self._is_gzipped and not h5py.is_hdf5(path):
+                raise DataError(f"{path}: not an HDF5 file; expected an h5ad file, as written by adata.write_h5ad")
+            check_structure(self.path, _FRAMES, self.allow_external, self.name)
+        self._uses_plugins = "hdf5plugin" in sys.modules
+        self._checked.update(_FRAMES)
+
+    @property
+    def path(self) -> Path:
+        """The HDF5 file, or its decompressed copy."""
+        if not self._is_gzipped:
+            return Path(self.location)
+        if self._copy is None or not self._copy.path.exists():
+            self._copy = decompress(Path(self.location))
+        return self._copy.path
+
+    @property
+    def is_zarr(self) -> bool:
+        """Whether this is a zarr store rather than an HDF5 file."""
+        return is_zarr(self.location)
+
+    def enter(self, group: str) -> None:
+        """Make all keys relative to a group."""
+        self.group = group
+
+    def _full(self, key: str) -> str:
+        return f"{self.group}/{key}".strip("/")
 
     def check(self, *keys: str) -> None:
         """Check everything below `keys`, once; "" stands for the whole file.
@@ -98,11 +133,13 @@ class Store:
         DataError
             If something is missing, damaged, or stored in another file that may not be read.
         """
-        if is_zarr(self.location) or self._checked.issuperset(keys):
+        full = {self._full(key) for key in keys}
+        if is_zarr(self.location) or self._checked.issuperset(full):
             return
         with self.reading():
-            check_hdf5(Path(self.location), keys, self.allow_external)
-        self._checked.update(keys)
+            check_hdf5(self.path, sorted(full), self.allow_external, self.name)
+        self._uses_plugins = "hdf5plugin" in sys.modules
+        self._checked.update(full)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -118,45 +155,55 @@ class Store:
     def root(self) -> h5py.File | zarr.Group:
         """Root of the hierarchy, opened once per process."""
         if self._root is None or self._process != os.getpid():
-            self._root = _open_zarr(self.location) if is_zarr(self.location) else _open_h5ad(Path(self.location))
+            self._root = _open_zarr(self.location) if is_zarr(self.location) else self._open_hdf5()
             self._process = os.getpid()
         return self._root
+
+    def _open_hdf5(self) -> h5py.File:
+        if self._uses_plugins:
+            load_plugins()
+        try:
+            return h5py.File(self.path, locking="best-effort")
+        except OSError as error:
+            raise unreadable(self.name, error) from error
 
     def __contains__(self, key: str) -> bool:
         root = self.root
         with self.reading():
             if isinstance(root, h5py.File):
-                return Guard(self.name, self.allow_external).contains(root, key)
-            return key in root
+                return Guard(self.name, self.allow_external).contains(root, self._full(key))
+            return self._full(key) in root
 
     def __getitem__(self, key: str) -> Any:
         root = self.root
         self.check(key)
         with self.reading():
-            return root[key]
+            return root[self._full(key)]
 
     def names_in(self, key: str, usual: Sequence[str]) -> list[str]:
         """List the names in a group; of a store that cannot list, those of the usual ones that exist."""
-        if key not in self:
+        if key and key not in self:
             return []
-        root, guard = self.root, Guard(self.name, self.allow_external)
+        root, full = self.root, self._full(key)
         with self.reading():
             if isinstance(root, h5py.File):
-                return list(map(str, guard.open(root, key)))
-        names: list[str] = []
-        with suppress(Exception):  # web servers may refuse to list, in any way
-            group: Any = root[key]
-            names = list(map(str, group))
-        return names or [name for name in usual if f"{key}/{name}" in self]
+                return list(map(str, Guard(self.name, self.allow_external).open(root, full)))
+            with suppress(Exception) if is_url(self.location) else nullcontext():  # web servers may refuse to list
+                group: Any = root[full] if full else root
+                if names := list(map(str, group)):
+                    return names
+        return [name for name in usual if f"{key}/{name}" in self]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_root": None}
 
     def close(self) -> None:
-        """Close the file; the next access reopens it."""
+        """Close the file and delete its decompressed copy; the next access reopens it."""
         if isinstance(self._root, h5py.File):
             self._root.close()
-        self._root = None
+        elif self._root is not None and str(self.location).endswith(".zip"):
+            self._root.store.close()
+        self._root = self._copy = None
 
 
 def attribute(element: Any, name: str, default: Any = "") -> Any:
@@ -169,23 +216,11 @@ def attribute(element: Any, name: str, default: Any = "") -> Any:
     return value
 
 
-def _check_h5ad(path: Path) -> None:
-    if not os.path.isfile(path):  # noqa: PTH113  (os.path returns False for invalid names, where Path raises)
-        raise UsageError(f"--data-file {path}: no such file")
-    if not h5py.is_hdf5(path):
-        raise DataError(f"{path}: not an HDF5 file; expected an h5ad file, as written by adata.write_h5ad")
-
-
-def _open_h5ad(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path, locking="best-effort")
-    except OSError as error:
-        raise unreadable(str(path), error) from error
-
-
 def _open_zarr(location: Location) -> zarr.Group:
     if not is_url(location) and not os.path.exists(location):  # noqa: PTH110
         raise UsageError(f"--data-file {location}: no such file or folder")
+    if not is_url(location) and os.path.isfile(location):  # noqa: PTH113
+        return _open_zipped(Path(location))
     try:
         return zarr.open_group(str(location), mode="r")
     except ImportError as error:
@@ -199,7 +234,24 @@ def _open_zarr(location: Location) -> zarr.Group:
                 f"--data-file {location}: cannot be read as a zarr store ({one_line(error)}); only zarr stores can be "
                 "read from URLs, so download h5ad files first"
             ) from error
-        raise UsageError(f"--data-file {location}: is a folder, but not a zarr store") from error
+        raise UsageError(
+            f"--data-file {location}: is a folder, but not a zarr store, a Cell Ranger folder (with matrix.mtx, "
+            "features.tsv or genes.tsv, and barcodes.tsv) or a TileDB-SOMA experiment"
+        ) from error
+
+
+def _open_zipped(path: Path) -> zarr.Group:
+    """Open a zarr store in a zip file, where it may be in a folder."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        folders = {name.partition("/")[0] for name in names}
+        inside = folders.pop() if len(folders) == 1 else ""
+        return zarr.open_group(zarr.storage.ZipStore(path, mode="r"), path=inside, mode="r")
+    except Exception as error:  # zipfile and zarr may raise anything
+        raise DataError(
+            f"{path}: cannot be read as a zipped zarr store: truncated, damaged or of other content ({one_line(error)})"
+        ) from error
 
 
 def unreadable(name: str, error: Exception) -> DataError:

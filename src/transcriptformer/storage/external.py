@@ -7,6 +7,8 @@ links. An untrusted input could thus copy the user's other files into the result
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,23 +26,35 @@ MAX_SOFT_LINKS = 16
 CHUNK_STRINGS = 65_536
 
 
-def check_hdf5(path: Path, keys: Sequence[str], allow_external: bool) -> None:
+class MissingFilterError(DataError):
+    """Dataset compressed by a filter that is not installed."""
+
+
+def check_hdf5(path: Path, keys: Sequence[str], allow_external: bool, name: str | None = None) -> None:
     """Check every link, attribute and string under `keys` of an HDF5 file, in a child process that may crash.
 
-    Missing keys are skipped.
+    Missing keys are skipped. The package hdf5plugin is imported if the data is compressed by one of its filters.
+
+    Parameters
+    ----------
+    name
+        Name of the file in messages; None: its path.
 
     Raises
     ------
     DataError
         If data is in another file that is not allowed or missing, if a link is broken, or if damage makes HDF5 crash
         or hang.
+    MissingFilterError
+        If hdf5plugin is required, but not installed.
     RuntimeError
         If the file is damaged otherwise.
     """
-    _run(path, lambda file: Guard(str(path), allow_external).steps_of_keys(file, keys))
+    name = name or str(path)
+    _run(path, name, lambda file: Guard(name, allow_external).steps_of_keys(file, keys))
 
 
-def check_structure(path: Path, keys: Sequence[str], allow_external: bool) -> None:
+def check_structure(path: Path, keys: Sequence[str], allow_external: bool, name: str | None = None) -> None:
     """Open every object of an HDF5 file, in a child process that may crash, then check `keys` as `check_hdf5` does.
 
     Objects outside `keys` are opened, but not read, and their links are not followed. Damage there suggests damage in
@@ -51,23 +65,34 @@ def check_structure(path: Path, keys: Sequence[str], allow_external: bool) -> No
     DataError, RuntimeError
         See `check_hdf5`.
     """
+    name = name or str(path)
 
     def steps(file: h5py.File) -> Generator[None]:
         yield from _open_all(file)
-        yield from Guard(str(path), allow_external).steps_of_keys(file, keys)
+        yield from Guard(name, allow_external).steps_of_keys(file, keys)
 
-    _run(path, steps)
+    _run(path, name, steps)
 
 
-def _run(path: Path, steps: Callable[[h5py.File], Generator[None]]) -> None:
+def _run(path: Path, name: str, steps: Callable[[h5py.File], Generator[None]]) -> None:
     def steps_of_file() -> Generator[None]:
         with h5py.File(path, locking="best-effort") as file:
             yield from steps(file)
 
     try:
-        run_isolated(steps_of_file)
+        try:
+            run_isolated(steps_of_file)
+        except MissingFilterError:
+            if not load_plugins():
+                raise
+            run_isolated(steps_of_file)
     except CrashedError as error:
-        raise DataError(f"{path}: damaged: {error}; write the file again") from error
+        raise DataError(f"{name}: damaged: {error}; write the file again") from error
+
+
+def load_plugins() -> bool:
+    """Make the filters of hdf5plugin available to HDF5; return whether it is installed."""
+    return find_spec("hdf5plugin") is not None and import_module("hdf5plugin") is not None
 
 
 def _open_all(file: h5py.File) -> Generator[None]:
@@ -164,6 +189,7 @@ class Guard:
                     yield
                     continue
                 waiting += self._sources(element, place, files)
+                self._check_filters(element, place)
                 with suppress(Exception):
                     yield from _read_strings(element)
 
@@ -178,6 +204,17 @@ class Guard:
         known = key in self.seen
         self.seen.add(key)
         return known
+
+    def _check_filters(self, dataset: h5py.Dataset, place: str) -> None:
+        settings = dataset.id.get_create_plist()
+        for number in range(settings.get_nfilters()):
+            code, _, _, label = settings.get_filter(number)
+            if not h5py.h5z.filter_avail(code):
+                described = label.decode(errors="replace").partition(";")[0] or "unknown"
+                raise MissingFilterError(
+                    f"{self.name}: {place} is compressed by a filter that is not installed ({described}, {code}); run: "
+                    "pip install hdf5plugin"
+                )
 
     def _sources(self, dataset: h5py.Dataset, place: str, files: ExitStack) -> list[tuple[h5py.Dataset, str]]:
         """Return the source datasets of a dataset, after checking that its data is complete."""

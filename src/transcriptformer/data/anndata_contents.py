@@ -1,0 +1,103 @@
+"""Contents of an AnnData: in memory, backed, in an h5ad file or in a zarr store."""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import anndata
+import pandas as pd
+
+from transcriptformer.data.counts import MatrixInMemory, open_matrix
+from transcriptformer.data.metadata import MetadataInMemory, open_metadata
+from transcriptformer.data.places import COUNT_LAYERS, RAW, Contents, Place, X
+from transcriptformer.data.store import Store
+from transcriptformer.errors import DataError
+from transcriptformer.runtime.isolated import exhaust
+from transcriptformer.storage.external import Guard
+
+
+def contents_of_adata(adata: anndata.AnnData, name: str, read_in_blocks: bool, allow_external: bool) -> Contents:
+    """Return what an AnnData holds, which may be backed."""
+    if adata.isbacked:
+        _check_backed(adata, name, allow_external)
+    places = {}
+    if adata.raw is not None:
+        places[RAW] = Place(name, RAW, lambda: _in_memory(adata.raw.X, read_in_blocks, name), lambda: adata.raw.var)
+    if adata.X is not None:
+        places[X] = Place(name, X, lambda: _in_memory(adata.X, read_in_blocks, name), lambda: adata.var)
+    for key in adata.layers:
+        if key is not None:
+            places[key] = Place(
+                name, f"layers[{key!r}]", partial(_layer_in_memory, adata, key, read_in_blocks, name), lambda: adata.var
+            )
+    return Contents(name, places, MetadataInMemory(adata.obs))
+
+
+def _layer_in_memory(adata: anndata.AnnData, key: str, read_in_blocks: bool, name: str) -> MatrixInMemory:
+    return _in_memory(adata.layers[key], read_in_blocks, name)
+
+
+def _check_backed(adata: anndata.AnnData, name: str, allow_external: bool) -> None:
+    """Check the matrices in the file of a backed AnnData."""
+    if not adata.file.is_open:
+        adata.file.open()
+    guard = Guard(name, allow_external)
+    for key in ("X", "raw/X"):
+        if guard.contains(adata.file["/"], key):
+            exhaust(guard.steps(guard.open(adata.file["/"], key), key))
+
+
+def _in_memory(values: Any, read_in_blocks: bool, name: str) -> MatrixInMemory:
+    try:
+        return MatrixInMemory(values, read_in_blocks)
+    except ValueError as error:
+        raise DataError(f"{name}: damaged: the sparse matrix of counts is inconsistent ({error})") from error
+
+
+def contents_of_store(store: Store, read_in_blocks: bool) -> Contents:
+    """Return what the AnnData in a store holds."""
+    if _is_old_layout(store):
+        return _contents_of_old_layout(store)
+    places = {}
+    for name, key, var in _matrices(store):
+        places[name] = Place(
+            store.name,
+            name if name in (RAW, X) else f"layers[{name!r}]",
+            partial(_open, store, key, read_in_blocks),
+            partial(_read_frame, store, var),
+        )
+    return Contents(store.name, places, open_metadata(store, "obs"), store)
+
+
+def _contents_of_old_layout(store: Store) -> Contents:
+    store.check("")
+    store.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anndata's advice to rewrite the file
+        return contents_of_adata(anndata.read_h5ad(store.path), store.name, True, store.allow_external)
+
+
+def _matrices(store: Store) -> list[tuple[str, str, str]]:
+    """List the matrices of a store: the key of the place, and the paths of the matrix and its var."""
+    found = []
+    if "raw/X" in store:  # zarr stores may have an empty `raw`
+        found.append((RAW, "raw/X", "raw/var"))
+    if "X" in store:
+        found.append((X, "X", "var"))
+    return found + [(name, f"layers/{name}", "var") for name in store.names_in("layers", COUNT_LAYERS)]
+
+
+def _open(store: Store, key: str, read_in_blocks: bool) -> Any:
+    with store.reading():
+        return open_matrix(store, key, read_in_blocks)
+
+
+def _read_frame(store: Store, key: str) -> pd.DataFrame:
+    with store.reading():
+        frame = open_metadata(store, key)
+        return frame.rows(0, len(frame))
+
+
+def _is_old_layout(store: Store) -> bool:
+    """Whether the file was written by anndata < 0.7, with data frames as HDF5 tables and a key `raw.X`."""
+    return not store.group and ("raw.X" in store or any(hasattr(store[frame], "shape") for frame in ("obs", "var")))
