@@ -137,6 +137,8 @@ def embed(
         result = embed_sources(_to_sources(data), model)
         result.obsm[key_added] = result.obsm.pop(EMBEDDINGS_KEY)
         return result
+    if model.config.model.inference_config.make_names_unique:
+        logger.warning("the names of an AnnData stay as they are; make_names_unique only applies to files")
     target = _output_adata(data, copy)
     cells = survey_sources(data, model)
     computed = compute(cells, model)

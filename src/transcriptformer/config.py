@@ -290,6 +290,8 @@ class InferenceConfig(ComputeConfig):
     """Add predicted labels to `obs` if the checkpoint has a label head; needs cell embeddings."""
     obs_keys: list[str] = field(default_factory=lambda: ["all"])
     """Columns of `obs` to keep in the output, or `all`."""
+    make_names_unique: bool = False
+    """Append the name of the input, without its suffix, to cell names, and a running number to those that repeat."""
     output_path: str = "./inference_results"
     """Output folder."""
     output_filename: str = "embeddings.h5ad"
@@ -329,6 +331,11 @@ class InferenceConfig(ComputeConfig):
             self.cge_pool is None or (self.emb_type == "cge" and self.output_keys == ["embeddings"]),
             key + "cge_pool (--cge-pool)",
             "requires --emb-type cge, and embeddings as the only output key",
+        )
+        require(
+            self.cge_pool is None or not self.make_names_unique,
+            key + "make_names_unique (--make-names-unique)",
+            "has no effect with --cge-pool, which writes genes; leave it out",
         )
         require(
             not self.reference_stale_indices or len(self.pretrained_embedding) > 0,

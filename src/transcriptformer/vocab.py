@@ -1,6 +1,6 @@
 """Vocabularies, which map gene ids and cell metadata to token ids."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -79,10 +79,16 @@ class AuxVocab:
     def __len__(self) -> int:
         return max(self.ids.values()) + 1
 
-    def lookup(self, values: pd.Series) -> np.ndarray:
-        """Map `values` (n,) to tokens, int64; `unknown` for values outside the vocabulary."""
+    def lookup(self, values: pd.Series, find: Callable[[str], str] = str) -> np.ndarray:
+        """Map `values` (n,) to tokens, int64; `unknown` for values outside the vocabulary.
+
+        Parameters
+        ----------
+        find
+            Returns the entry of the vocabulary that a value stands for.
+        """
         codes, distinct = pd.factorize(values)  # one look-up per distinct value; missing values have code -1
-        tokens = np.array([self.ids.get(str(value), self.unknown) for value in distinct] + [self.unknown])
+        tokens = np.array([self.ids.get(find(str(value)), self.unknown) for value in distinct] + [self.unknown])
         return tokens[codes].astype(np.int64)
 
 

@@ -93,6 +93,7 @@ NAMES = {
         "--gene-col-name",
         "--gene-map",
         "--layer",
+        "--make-names-unique",
         "--modality",
         "--model-type",
         "--n-data-workers",

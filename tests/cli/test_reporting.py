@@ -163,3 +163,39 @@ def test_training_lists_columns_plainly(tmp_path: Path) -> None:
     assert "--label-column nothing: " in result.stderr.splitlines()[-1]
     assert r"\x1b]0;owned" in result.stderr
     assert_plain(result.stderr)
+
+
+WARNS = """
+import warnings, pandas, anndata
+from transcriptformer.cli.reporting import plain_errors
+with plain_errors(debug={debug}):
+    warnings.simplefilter("always")
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.warn("of a library", category)
+    anndata.AnnData(obs=pandas.DataFrame(index=["a", "a"]))
+"""
+
+
+@pytest.mark.parametrize(("debug", "n_shown"), [(False, 0), (True, 4)])
+def test_warnings_of_other_packages_are_only_shown_for_debugging(debug: bool, n_shown: int) -> None:
+    done = subprocess.run([sys.executable, "-c", WARNS.format(debug=debug)], capture_output=True, text=True, check=True)
+    assert len(re.findall(r"^\S+:\d+: \w*Warning: |^.*Warning: Observation", done.stderr, re.MULTILINE)) == n_shown
+    assert done.stderr == "" or debug
+
+
+@pytest.mark.parametrize("kind", ["zarr v2", "repeated names", "csc"])
+@pytest.mark.filterwarnings("ignore")
+def test_stderr_has_only_our_lines(kind: str, tmp_path: Path) -> None:
+    adata, path = random_adata(5), tmp_path / "cells.h5ad"
+    if kind == "zarr v2":
+        path = tmp_path / "cells.zarr"
+        with anndata.settings.override(zarr_write_format=2):
+            adata.write_zarr(path)
+    else:
+        adata.obs_names = ["twice"] * 5
+        adata.X = adata.X.tocsc() if kind == "csc" else adata.X
+        adata.write_h5ad(path)
+    command = [sys.executable, "-W", "always", "-c", "from transcriptformer.cli.main import app; app()", "inference"]
+    options = ["--checkpoint-path", CHECKPOINT, "--data-file", path, "--output-path", tmp_path, "--device", "cpu"]
+    done = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if not re.match("(INFO|WARNING): ", line)] == []

@@ -6,7 +6,7 @@ import pytest
 
 from tests.data.test_batches import make_readers
 from tests.golden_cases import CELLS
-from tests.h5ad_files import make_adata, random_adata
+from tests.h5ad_files import GENES, make_adata, random_adata
 from transcriptformer.config import DataConfig
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.errors import DataError
@@ -63,9 +63,20 @@ def test_non_integer_counts_are_a_warning(caplog: pytest.LogCaptureFixture) -> N
     assert caplog.text == ""
 
 
-def test_duplicate_cell_names_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_cell_names_are_counted() -> None:
     assert survey(random_adata(3), random_adata(2, seed=1)).n_repeated_names == 2
-    assert "2 cell names are not unique" in caplog.text
+
+
+def test_genes_of_two_species_are_a_warning_with_their_counts(caplog: pytest.LogCaptureFixture) -> None:
+    mouse = [f"mm10___ENSMUSG{i:011d}" for i in range(2)]
+    survey(make_adata([[1, 2, 3], [4, 0, 6], [0, 0, 4]], [GENES[0], *mouse]), block_size=2)
+    found = "homo_sapiens (1 genes, 5 counts, 25.0 %), mus_musculus (2 genes, 15 counts, 75.0 %)"
+    assert f"genes of several species: {found}; embed" in caplog.text
+
+
+def test_a_few_genes_of_another_species_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    survey(make_adata(np.ones((2, 200)), [*GENES[:199], "ENSMUSG00000000001"]))
+    assert "species" not in caplog.text
 
 
 def test_filters_that_remove_all_cells_are_an_error() -> None:

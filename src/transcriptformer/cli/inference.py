@@ -15,6 +15,7 @@ from transcriptformer.cli.options import (
     GeneMap,
     InferenceBatchSize,
     Layer,
+    MakeNamesUnique,
     Modality,
     NDataWorkers,
     NumGpus,
@@ -82,6 +83,7 @@ def inference(
         str | None, option("Average cge per gene, or per gene and obs column.", metavar="gene|COLUMN")
     ] = None,
     remove_duplicate_genes: RemoveDuplicateGenes = None,
+    make_names_unique: MakeNamesUnique = None,
     device: Device = None,
     num_gpus: NumGpus = None,
     num_nodes: NumNodes = None,
@@ -121,6 +123,7 @@ def inference(
         "model.inference_config.emb_type": emb_type,
         "model.inference_config.device": device,
         "model.inference_config.cge_pool": cge_pool,
+        "model.inference_config.make_names_unique": make_names_unique,
         "model.inference_config.num_gpus": num_gpus,
         "model.inference_config.num_nodes": num_nodes,
         "model.inference_config.resume": resume or None,

@@ -93,6 +93,9 @@ UseRawOption = Annotated[
 RemoveDuplicateGenes = Annotated[
     bool | None, option("Published name of --duplicate-genes first.", "--remove-duplicate-genes")
 ]
+MakeNamesUnique = Annotated[
+    bool | None, option("Append file names to cell names, and numbers to repeated ones.", "--make-names-unique")
+]
 PretrainedEmbedding = Annotated[
     list[Path] | None, option("Protein embeddings of a new species; repeatable.", metavar="FILE")
 ]

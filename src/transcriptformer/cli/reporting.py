@@ -6,8 +6,9 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -81,6 +82,8 @@ class PrintableFormatter(logging.Formatter):
 def plain_errors(debug: bool) -> Iterator[None]:
     """Log to stderr, and report errors as one line and an exit code, after the traceback if `debug`.
 
+    Python warnings, all of which come from other packages, are shown only if `debug`.
+
     SIGTERM and SIGHUP raise TerminatedError.
     """
     handler = logging.StreamHandler(sys.stderr)
@@ -90,7 +93,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
     ours.setLevel(logging.INFO)
     exit_with_launcher()
     try:
-        with handle_signals():
+        with nullcontext() if debug else _hidden_warnings(), handle_signals():
             yield
     except _HANDLED_BY_TYPER:
         raise
@@ -101,6 +104,20 @@ def plain_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(getattr(error, "exit_code", 1)) from error
     finally:
         ours.removeHandler(handler)
+
+
+@contextmanager
+def _hidden_warnings() -> Iterator[None]:
+    """Show no Python warnings.
+
+    Filters stay, because other packages change them, and to let `-W error` raise.
+    """
+    shown = warnings.showwarning
+    warnings.showwarning = lambda *_args, **_details: None
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 def _in_one_line(error: Exception) -> str:

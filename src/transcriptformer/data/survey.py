@@ -11,7 +11,8 @@ import pandas as pd
 
 from transcriptformer.config import DataConfig
 from transcriptformer.data.reader import CellReader
-from transcriptformer.data.tokenize import cells_to_keep
+from transcriptformer.data.species import SpeciesCounts
+from transcriptformer.data.tokenize import cells_to_keep, select_genes
 from transcriptformer.errors import DataError
 from transcriptformer.storage.sealed import read_sealed, write_sealed
 
@@ -108,11 +109,13 @@ def survey_cells(
     name_hashes = np.zeros(n_cells, np.uint64)
     kept, n_fractional, first = np.ones(n_cells, bool), 0, 0
     for reader in readers:
-        is_integer = True
+        is_integer, species = True, SpeciesCounts(reader.source.gene_ids)
         for start in range(0, len(reader), config.block_size):
             stop = min(start + config.block_size, len(reader))
             here = slice(first + start, first + stop)
-            genes = reader.selected_genes(start, stop)
+            counts = reader.source.counts(start, stop)
+            species.add(counts)
+            genes = select_genes(counts, reader.column_tokens)
             lengths[here], totals[here] = genes.lengths, genes.totals()
             if genes.lengths.max(initial=0) > reader.seq_len:
                 unseen[here] = totals[here] - reader.counts_seen(genes, start)
@@ -130,7 +133,13 @@ def survey_cells(
                 "%s: counts are not integers; the model expects raw counts, not normalized ones",
                 reader.source.name,
             )
-        reader.warn_of_missing_columns()
+        if species.is_mixed:
+            logger.warning(
+                "%s: genes of several species: %s; embed the cells of each species by themselves",
+                reader.source.name,
+                species.describe(),
+            )
+        reader.log_aux_values()
     if not kept.any():
         raise DataError(
             f"the filters removed all {n_cells} cells; relax model.data_config."
@@ -138,6 +147,4 @@ def survey_cells(
             f"min_expressed_genes={config.min_expressed_genes}"
         )
     n_repeated = int(kept.sum()) - len(np.unique(name_hashes[kept]))
-    if n_repeated:
-        logger.warning("%d cell names are not unique; match results to cells by row, in input order", n_repeated)
     return Survey(kept, lengths, unknown_aux, totals, unseen, n_fractional, n_repeated)

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from transcriptformer.config import DataConfig
-from transcriptformer.data.species import likely_species, looks_like_gene_ids
+from transcriptformer.data.species import likely_species, looks_like_gene_ids, species_of
 from transcriptformer.errors import DataError
 from transcriptformer.vocab import GeneVocab
 
@@ -101,16 +101,25 @@ def tokens_of_columns(gene_ids: np.ndarray, vocab: GeneVocab, filter_to_vocabs: 
 
 def _describe_mismatch(gene_ids: np.ndarray, vocab: GeneVocab) -> str:
     """Return the first gene ids of the file and of the vocabulary, and the likely cause of the mismatch."""
-    ours, theirs = (", ".join(islice(genes, 3)) for genes in (vocab.genes, gene_ids))
+    gene_ids = gene_ids[gene_ids != ""]
+    ours, theirs = (", ".join(islice(genes, 3)) or "none" for genes in (vocab.genes, gene_ids))
     kinds = [looks_like_gene_ids(genes) for genes in (vocab.genes, gene_ids)]
     species = likely_species(gene_ids)
     advice = (
-        "these look like gene symbols: set --gene-col-name to a column of var with Ensembl ids"
+        "these look like gene symbols: map them to ids with --gene-map"
         if kinds == [True, False]
         else f"the cells may be of another species{f' ({species})' if species else ''}, or the checkpoint is the wrong "
-        "one; for a new species, add --pretrained-embedding"
+        f"one; for a new species, {_pretrained_advice(species, vocab)}"
     )
     return f"vocabulary: the file has {theirs}, …; the vocabulary has {ours}, …; {advice}"
+
+
+def _pretrained_advice(species: str | None, vocab: GeneVocab) -> str:
+    """Return what to do about genes of a species that the vocabulary lacks."""
+    if species is None or species in map(species_of, vocab.genes):
+        return "add --pretrained-embedding"
+    file = f"checkpoints/all_embeddings/{species}_gene.h5"
+    return f"run 'transcriptformer download all-embeddings', then add --pretrained-embedding {file}"
 
 
 def select_genes(counts: sparse.csr_array, column_tokens: np.ndarray) -> Tokens:

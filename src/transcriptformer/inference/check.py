@@ -1,7 +1,6 @@
 """`transcriptformer check`: validate inputs and estimate an inference run without computing embeddings."""
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from transcriptformer.config import DataConfig
 from transcriptformer.data.batches import LENGTH_MULTIPLE, group_by_length, positions
 from transcriptformer.data.gene_map import load_symbol_maps
 from transcriptformer.data.joined import JoinedMetadata
-from transcriptformer.data.metadata import BLOCK_SIZE
 from transcriptformer.data.reader import CellReader
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.data.species import likely_species, looks_like_gene_ids
@@ -216,16 +214,13 @@ def _describe_cells(report: Report, survey: Survey) -> None:
 
 
 def _unknown_values(reader: CellReader) -> dict[str, dict[str, int]]:
-    unknown: dict[str, Counter[str]] = {column: Counter() for column in reader.aux_vocabs}
-    for start in range(0, len(reader), BLOCK_SIZE):
-        obs = reader.source.obs.rows(start, min(start + BLOCK_SIZE, len(reader)), reader.aux_columns)
-        for column in reader.aux_columns:
-            counts = obs[column].astype(object).fillna("missing").value_counts()
-            known = reader.aux_vocabs[column].ids
-            unknown[column].update({str(value): int(n) for value, n in counts.items() if str(value) not in known})
-    for column in reader.aux_vocabs.keys() - set(reader.aux_columns):
-        unknown[column]["(no such column)"] = len(reader)
-    return {column: dict(counts.most_common()) for column, counts in unknown.items() if counts}
+    unknown = {}
+    for column, values in reader.aux_values.items():
+        if not reader.columns_of(column):
+            unknown[column] = {"(no such column)": len(reader)}
+        elif values.unknown:
+            unknown[column] = {"missing" if value is None else value: n for value, n in values.unknown.items()}
+    return unknown
 
 
 def _estimate(report: Report, survey: Survey, checkpoint: Checkpoint, seconds_per_flop: float) -> None:

@@ -93,8 +93,10 @@ class FileRun:
                 },
                 "type of matrix products": str(compute_dtype(self.inference.precision, self.checkpoint.device)),
             },
-            "inputs": self.initial_inputs,
-            "genes": [reader.source.identify() for reader in self.inputs.readers],
+            "inputs": [
+                {**content, "counts and genes": reader.source.identify()}
+                for content, reader in zip(self.initial_inputs, self.inputs.readers, strict=True)
+            ],
             "pretrained embeddings": [identify_file(Path(file)) for file in self.inference.pretrained_embedding],
             "checkpoint": {"weights": self.weights_sha256(), **self.checkpoint.identify_vocabularies()},
         }
@@ -184,7 +186,7 @@ class FileRun:
                 "run the command again"
             )
         provenance = provenance_of(
-            self.locations, self.checkpoint, self.weights_sha256(), self.inputs.describe(), self.identity
+            self.locations, self.checkpoint, self.weights_sha256(), self.inputs.inferred(), self.identity
         )
         names, output = self.checkpoint.gene_vocab.names(), self.workspace.output
         if self.inference.cge_pool is not None:

@@ -21,6 +21,7 @@ from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.data.species import likely_species
 from transcriptformer.data.survey import Survey
 from transcriptformer.errors import DataError
+from transcriptformer.inference.cell_names import UniqueNames, stem_of, with_stem
 from transcriptformer.inference.output import N_CELLS_COLUMN, label_columns, select_columns
 from transcriptformer.inference.pooling import NO_GROUP, pool_obs
 from transcriptformer.inference.recording import layout_of
@@ -61,12 +62,14 @@ class Inputs:
             )
             for source in sources
         ]
+        self.stems = [stem_of(source) for source in sources]
         self.metadata = [reader.source.obs for reader in self.readers]
         columns = dict.fromkeys(column for part in self.metadata for column in part.columns)
         self.columns = self._select_columns(list(columns))
         pool = model.inference_config.cge_pool
         self.group_column = None if pool == ALL_CELLS else pool
         self._groups: tuple[np.ndarray, pd.Index] | None = None
+        self._unique_names: UniqueNames | None = None
         if self.group_column not in (None, *columns):
             raise DataError(
                 f"--cge-pool {pool}: obs has no such column; its columns are: {', '.join(map(str, columns)) or 'none'}"
@@ -122,11 +125,11 @@ class Inputs:
 
     @contextmanager
     def _suggest_dropping_column(self) -> Iterator[None]:
-        """Extend errors about a column with the option that drops it."""
+        """Extend errors about a column that the model does not need with the option that drops it."""
         try:
             yield
         except ColumnError as error:
-            if error.column not in self.columns:
+            if error.column not in self.columns or error.column in self.checkpoint.aux_vocabs:
                 raise
             others = ",".join(repr(str(column)) for column in self.columns if column != error.column)
             keys = f"[{others if len(others) < 300 else '...'}]"
@@ -157,8 +160,24 @@ class Inputs:
         )
 
     def obs_blocks(self, survey: Survey) -> Iterator[pd.DataFrame]:
-        """Iterate over the metadata of the kept cells in blocks, in order."""
-        yield from self._blocks(self.joined, survey)
+        """Iterate over the metadata of the kept cells in blocks, in order.
+
+        The survey must be the same in every call.
+        """
+        names = self._names(survey) if self.checkpoint.config.model.inference_config.make_names_unique else None
+        start = 0
+        for i, block in self._blocks(self.joined, survey):
+            if names is not None:
+                renamed = names.rename(with_stem(block.index, self.stems[i]), start)
+                block = block.set_axis(pd.Index(renamed, name=block.index.name), axis="index")
+            yield block
+            start += len(block)
+
+    def _names(self, survey: Survey) -> UniqueNames:
+        if self._unique_names is None:
+            blocks = self._blocks(JoinedMetadata(self.metadata, []), survey)
+            self._unique_names = UniqueNames(with_stem(block.index, self.stems[i]) for i, block in blocks)
+        return self._unique_names
 
     def obs(self, survey: Survey) -> pd.DataFrame:
         """Metadata of the kept cells."""
@@ -179,13 +198,14 @@ class Inputs:
         if self.group_column is None:
             return np.zeros(survey.n_kept, np.int32), pd.Index(["all"])
         blocks = self._blocks(JoinedMetadata(self.metadata, [self.group_column]), survey)
-        group_of_row, groups = _factorize(block[self.group_column] for block in blocks)
+        group_of_row, groups = _factorize(block[self.group_column] for _, block in blocks)
         n_without = int((group_of_row == NO_GROUP).sum())
         if n_without:
             logger.warning("%d cells without a value of %r are excluded from the pool", n_without, self.group_column)
         return group_of_row, groups
 
-    def _blocks(self, metadata: JoinedMetadata, survey: Survey) -> Iterator[pd.DataFrame]:
+    def _blocks(self, metadata: JoinedMetadata, survey: Survey) -> Iterator[tuple[int, pd.DataFrame]]:
+        """Iterate over the rows of the kept cells in blocks, each with the index of its source."""
         first = 0
         for i, part in enumerate(self.metadata):
             for start in range(0, len(part), BLOCK_SIZE):
@@ -193,7 +213,7 @@ class Inputs:
                 kept = survey.kept[first + start : first + stop]
                 if kept.any():
                     block = metadata.rows(i, start, stop)
-                    yield block if kept.all() else block.iloc[np.flatnonzero(kept)]
+                    yield i, block if kept.all() else block.iloc[np.flatnonzero(kept)]
             first += len(part)
 
     def log_summary(self, survey: Survey) -> None:
@@ -215,10 +235,27 @@ class Inputs:
         logger.info("%d cells%s%s%s", n_kept, dropped, genes, details)
         for inferred, n_files in Counter("; ".join(found.values()) for found in self.describe()).items():
             logger.info("%s%s", inferred, f" ({n_files} inputs)" if len(self.readers) > 1 else "")
+        if survey.n_repeated_names:
+            self._log_repeated_names(survey.n_repeated_names)
 
     def describe(self) -> list[dict[str, str]]:
-        """Describe what was inferred about each input, for the log and the provenance."""
+        """Describe what was inferred about each input, for the log."""
         return [reader.source.describe() for reader in self.readers]
+
+    def inferred(self) -> list[dict[str, object]]:
+        """Return what was inferred about each input, for the provenance."""
+        return [{**reader.source.describe(), "metadata": reader.aux_names_taken()} for reader in self.readers]
+
+    def _log_repeated_names(self, n: int) -> None:
+        inference = self.checkpoint.config.model.inference_config
+        if inference.make_names_unique:
+            logger.info("%d cell names are not unique; names of inputs and running numbers are appended", n)
+        elif inference.cge_pool is None:
+            logger.warning(
+                "%d cell names are not unique; add --make-names-unique to append the names of inputs, or match "
+                "results to cells by row, in input order",
+                n,
+            )
 
 
 def check_obs(sources: Sequence[CellSource], joined: JoinedMetadata, as_zarr: bool = False) -> None:

@@ -234,7 +234,7 @@ def provenance_of(
     sources: Sequence[Location | anndata.AnnData],
     checkpoint: Checkpoint,
     weights_sha256: str,
-    inferred: Sequence[Mapping[str, str]],
+    inferred: Sequence[Mapping[str, object]],
     identity: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """Provenance of a result.

@@ -133,7 +133,7 @@ def compute(cells: SurveyedCells, checkpoint: Checkpoint, on_progress: OnProgres
             predict(make_module(checkpoint), loader, recording, checkpoint.device)
     finally:
         inputs.close()
-    return Computed(results, groups, provenance_of(sources, checkpoint, _sha256_or_unknown(sha256), inputs.describe()))
+    return Computed(results, groups, provenance_of(sources, checkpoint, _sha256_or_unknown(sha256), inputs.inferred()))
 
 
 def _sha256_or_unknown(sha256: Future[str]) -> str:

@@ -269,7 +269,6 @@ def _identify(config: TrainConfig, corpus: Corpus, n_streams: int) -> dict[str, 
             "type of matrix products": str(compute_dtype(training.precision, choose_device(training.device))),
         },
         "streams": n_streams,
-        "cells": [identify(source.name) for source in corpus.sources],
-        "genes": [source.identify() for source in corpus.sources],
+        "cells": [{**identify(source.name), "counts and genes": source.identify()} for source in corpus.sources],
         "start": [identify_file(file) for file in start],
     }
