@@ -16,25 +16,25 @@ from transcriptformer.runtime.isolated import exhaust
 from transcriptformer.storage.external import Guard
 
 
-def contents_of_adata(adata: anndata.AnnData, name: str, read_in_blocks: bool, allow_external: bool) -> Contents:
+def contents_of_adata(adata: anndata.AnnData, name: str, allow_external: bool) -> Contents:
     """Return what an AnnData holds, which may be backed."""
     if adata.isbacked:
         _check_backed(adata, name, allow_external)
     places = {}
     if adata.raw is not None:
-        places[RAW] = Place(name, RAW, lambda: _in_memory(adata.raw.X, read_in_blocks, name), lambda: adata.raw.var)
+        places[RAW] = Place(name, RAW, lambda: _in_memory(adata.raw.X, name), lambda: adata.raw.var)
     if adata.X is not None:
-        places[X] = Place(name, X, lambda: _in_memory(adata.X, read_in_blocks, name), lambda: adata.var)
+        places[X] = Place(name, X, lambda: _in_memory(adata.X, name), lambda: adata.var)
     for key in adata.layers:
         if key is not None:
             places[key] = Place(
-                name, f"layers[{key!r}]", partial(_layer_in_memory, adata, key, read_in_blocks, name), lambda: adata.var
+                name, f"layers[{key!r}]", partial(_layer_in_memory, adata, key, name), lambda: adata.var
             )
     return Contents(name, places, MetadataInMemory(adata.obs))
 
 
-def _layer_in_memory(adata: anndata.AnnData, key: str, read_in_blocks: bool, name: str) -> MatrixInMemory:
-    return _in_memory(adata.layers[key], read_in_blocks, name)
+def _layer_in_memory(adata: anndata.AnnData, key: str, name: str) -> MatrixInMemory:
+    return _in_memory(adata.layers[key], name)
 
 
 def _check_backed(adata: anndata.AnnData, name: str, allow_external: bool) -> None:
@@ -47,14 +47,14 @@ def _check_backed(adata: anndata.AnnData, name: str, allow_external: bool) -> No
             exhaust(guard.steps(guard.open(adata.file["/"], key), key))
 
 
-def _in_memory(values: Any, read_in_blocks: bool, name: str) -> MatrixInMemory:
+def _in_memory(values: Any, name: str) -> MatrixInMemory:
     try:
-        return MatrixInMemory(values, read_in_blocks)
+        return MatrixInMemory(values)
     except ValueError as error:
         raise DataError(f"{name}: damaged: the sparse matrix of counts is inconsistent ({error})") from error
 
 
-def contents_of_store(store: Store, read_in_blocks: bool) -> Contents:
+def contents_of_store(store: Store) -> Contents:
     """Return what the AnnData in a store holds."""
     if _is_old_layout(store):
         return _contents_of_old_layout(store)
@@ -63,7 +63,7 @@ def contents_of_store(store: Store, read_in_blocks: bool) -> Contents:
         places[name] = Place(
             store.name,
             name if name in (RAW, X) else f"layers[{name!r}]",
-            partial(_open, store, key, read_in_blocks),
+            partial(_open, store, key),
             partial(_read_frame, store, var),
         )
     return Contents(store.name, places, open_metadata(store, "obs"), store)
@@ -74,7 +74,7 @@ def _contents_of_old_layout(store: Store) -> Contents:
     store.close()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata's advice to rewrite the file
-        return contents_of_adata(anndata.read_h5ad(store.path), store.name, True, store.allow_external)
+        return contents_of_adata(anndata.read_h5ad(store.path), store.name, store.allow_external)
 
 
 def _matrices(store: Store) -> list[tuple[str, str, str]]:
@@ -87,9 +87,9 @@ def _matrices(store: Store) -> list[tuple[str, str, str]]:
     return found + [(name, f"layers/{name}", "var") for name in store.names_in("layers", COUNT_LAYERS)]
 
 
-def _open(store: Store, key: str, read_in_blocks: bool) -> Any:
+def _open(store: Store, key: str) -> Any:
     with store.reading():
-        return open_matrix(store, key, read_in_blocks)
+        return open_matrix(store, key)
 
 
 def _read_frame(store: Store, key: str) -> pd.DataFrame:

@@ -55,7 +55,7 @@ def find_group(store: Store) -> str | None:
     return genomes[0] if genomes else None
 
 
-def contents_of_h5(store: Store, group: str, read_in_blocks: bool) -> Contents:
+def contents_of_h5(store: Store, group: str) -> Contents:
     """Return what the group of a Cell Ranger file holds.
 
     Raises
@@ -76,7 +76,7 @@ def contents_of_h5(store: Store, group: str, read_in_blocks: bool) -> Contents:
         features["genome"] = group
     is_gene = _are_genes(features, store.name)
     obs = StoredMetadata(store, group, "barcodes", [])
-    open_counts = partial(_open_counts, store, group, is_gene, read_in_blocks)
+    open_counts = partial(_open_counts, store, group, is_gene)
     place = Place(store.name, f"/{group}", open_counts, lambda: features[is_gene])
     return Contents(store.name, {X: place}, obs, store)
 
@@ -102,15 +102,14 @@ def _are_genes(features: pd.DataFrame, name: str) -> np.ndarray:
     return is_gene
 
 
-def _open_counts(store: Store, group: str, is_gene: np.ndarray, read_in_blocks: bool) -> Matrix:
+def _open_counts(store: Store, group: str, is_gene: np.ndarray) -> Matrix:
     """Open a CSC matrix of features and cells as the CSR matrix of cells and genes that it is."""
     with store.reading():
         n_features, n_cells = map(int, store[group]["shape"][:])
         stored: Matrix = StoredCsr(store, group, (n_cells, n_features))
         if n_features != len(is_gene):
             raise DataError(f"{store.name}: damaged: {group} has {n_features} rows for {len(is_gene)} features")
-        counts = stored if is_gene.all() else ColumnSubset(stored, np.flatnonzero(is_gene))
-        return counts if read_in_blocks else MatrixInMemory(counts.rows(0, n_cells))
+        return stored if is_gene.all() else ColumnSubset(stored, np.flatnonzero(is_gene))
 
 
 class MatrixFolder(NamedTuple):

@@ -4,7 +4,6 @@ import logging
 from typing import Any, Protocol
 
 import anndata
-import h5py
 import numpy as np
 from scipy import sparse
 
@@ -32,22 +31,12 @@ class Matrix(Protocol):
 
 
 class MatrixInMemory:
-    """`Matrix` of a SciPy matrix, a NumPy array or the matrix of a backed AnnData.
+    """`Matrix` of a SciPy matrix, a NumPy array or the matrix of a backed AnnData, which is loaded if it is CSC."""
 
-    Parameters
-    ----------
-    values
-        The counts.
-    read_in_blocks
-        Do not load the matrix of a backed AnnData, unless it is CSC.
-    """
-
-    def __init__(self, values: Any, read_in_blocks: bool = True) -> None:
+    def __init__(self, values: Any) -> None:
         is_csc = getattr(values, "format", None) == "csc"  # slow to slice by row
-        if hasattr(values, "to_memory") and (is_csc or not read_in_blocks):
+        if hasattr(values, "to_memory") and is_csc:
             values = values.to_memory()
-        if isinstance(values, h5py.Dataset) and not read_in_blocks:
-            values = values[:]
         if sparse.issparse(values):
             check_sparse(values)  # SciPy may crash on out-of-range indices
         if is_csc:
@@ -56,6 +45,13 @@ class MatrixInMemory:
 
     def rows(self, start: int, stop: int) -> Any:  # noqa: D102
         return self.values[start:stop]
+
+
+def loaded(matrix: Matrix) -> Matrix:
+    """Return a matrix in memory, with all rows of the given one."""
+    if isinstance(matrix, MatrixInMemory) and isinstance(matrix.values, np.ndarray | sparse.spmatrix | sparse.sparray):
+        return matrix
+    return MatrixInMemory(matrix.rows(0, matrix.shape[0]))
 
 
 class StoredDense:
@@ -147,11 +143,10 @@ def _layout(element: Any) -> str:
     return str(kind)
 
 
-def open_matrix(store: Store, key: str, read_in_blocks: bool) -> Matrix:
+def open_matrix(store: Store, key: str) -> Matrix:
     """Open the matrix under `key`.
 
-    With `read_in_blocks`, dense and CSR matrices are not loaded. CSC matrices are always loaded, because reading a row
-    takes reading the whole matrix.
+    Dense and CSR matrices are not loaded. CSC matrices are, because reading a row takes reading the whole matrix.
 
     Raises
     ------
@@ -162,17 +157,12 @@ def open_matrix(store: Store, key: str, read_in_blocks: bool) -> Matrix:
         element = store[key]
         layout = _layout(element)
         if layout == "csc":
-            if read_in_blocks:
-                _check_csc_memory(store.name, element)
+            _check_csc_memory(store.name, element)
             arrays = native(element["data"][:]), native(element["indices"][:]), native(element["indptr"][:])
             return MatrixInMemory(sparse.csc_matrix(arrays, shape=_sparse_shape(element)))
         if layout == "csr":
-            stored: Matrix = StoredCsr(store, key)
-        elif layout == "array":
-            stored = StoredDense(store, key)
-        else:
-            return MatrixInMemory(anndata.io.read_elem(element))
-        return stored if read_in_blocks else MatrixInMemory(stored.rows(0, stored.shape[0]))
+            return StoredCsr(store, key)
+        return StoredDense(store, key) if layout == "array" else MatrixInMemory(anndata.io.read_elem(element))
     except DataError:
         raise
     except Exception as error:  # on damaged data, h5py, zarr and anndata may raise anything

@@ -28,15 +28,13 @@ _READ_IN_R = {
 _USUAL_MODALITIES = ("rna", "RNA", "gex")
 
 
-def open_contents(location: Location, config: DataConfig, read_in_blocks: bool) -> Contents:
+def open_contents(location: Location, config: DataConfig) -> Contents:
     """Open a file, folder or URL of any format.
 
     Parameters
     ----------
     config
         Which modality to read, and whether to follow links to other files.
-    read_in_blocks
-        Read counts on demand instead of loading them; some formats are always loaded.
 
     Raises
     ------
@@ -55,7 +53,7 @@ def open_contents(location: Location, config: DataConfig, read_in_blocks: bool) 
         _refuse(Path(location))
     store = Store(location, config.allow_external_links)
     with store.reading():
-        return _contents(store, config.modality, read_in_blocks)
+        return _contents(store, config.modality)
 
 
 def _refuse(path: Path) -> None:
@@ -73,16 +71,16 @@ def _refuse(path: Path) -> None:
         )
 
 
-def _contents(store: Store, modality: str, read_in_blocks: bool) -> Contents:
+def _contents(store: Store, modality: str) -> Contents:
     if "mod" in store:
         _enter_modality(store, modality)
     if "obs" in store and "var" in store:
-        return contents_of_store(store, read_in_blocks)
+        return contents_of_store(store)
     if not store.is_zarr:
         if all(group in store for group in loom.GROUPS):
-            return loom.contents_of_loom(store, read_in_blocks)
+            return loom.contents_of_loom(store)
         if (group := cell_ranger.find_group(store)) is not None:
-            return cell_ranger.contents_of_h5(store, group, read_in_blocks)
+            return cell_ranger.contents_of_h5(store, group)
     found = ", ".join(store.names_in("", ())[:8]) or "nothing"
     others = (
         "" if store.is_zarr else "; or a loom file, or a matrix of Cell Ranger such as filtered_feature_bc_matrix.h5"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from transcriptformer.data.counts import Matrix, MatrixInMemory, native
+from transcriptformer.data.counts import Matrix, native
 from transcriptformer.data.metadata import Metadata, MetadataInMemory, StoredMetadata
 from transcriptformer.data.places import COUNT_LAYERS, Contents, Place, X
 from transcriptformer.data.store import Store
@@ -29,14 +29,14 @@ class StoredTransposed:
         return native(self.store[self.key][:, start:stop]).T
 
 
-def contents_of_loom(store: Store, read_in_blocks: bool) -> Contents:
+def contents_of_loom(store: Store) -> Contents:
     """Return what a loom file holds."""
     n_genes, n_cells = store["matrix"].shape
     var = _attributes(store, "row_attrs", _GENE_NAMES, n_genes)
     obs = _attributes(store, "col_attrs", _CELL_NAMES, n_cells)
     keys = {X: "matrix", **{name: f"layers/{name}" for name in store.names_in("layers", COUNT_LAYERS)}}
     places = {
-        name: Place(store.name, f"/{key}", partial(_open, store, key, read_in_blocks), lambda: var.rows(0, len(var)))
+        name: Place(store.name, f"/{key}", partial(_open, store, key), lambda: var.rows(0, len(var)))
         for name, key in keys.items()
     }
     return Contents(store.name, places, obs, store)
@@ -55,7 +55,6 @@ def _attributes(store: Store, key: str, names: tuple[str, str], n_rows: int) -> 
     return MetadataInMemory(frame.set_axis(numbers[: len(frame)]))
 
 
-def _open(store: Store, key: str, read_in_blocks: bool) -> Matrix:
+def _open(store: Store, key: str) -> Matrix:
     with store.reading():
-        stored = StoredTransposed(store, key)
-        return stored if read_in_blocks else MatrixInMemory(stored.rows(0, stored.shape[0]))
+        return StoredTransposed(store, key)

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from transcriptformer.config import MAX_INT, DataConfig
 from transcriptformer.data.anndata_contents import contents_of_adata
-from transcriptformer.data.counts import to_canonical_csr
+from transcriptformer.data.counts import Matrix, loaded, to_canonical_csr
 from transcriptformer.data.formats import open_contents
 from transcriptformer.data.gene_map import load_symbol_maps
 from transcriptformer.data.genes import INDEX, Genes, find_genes
@@ -44,7 +44,8 @@ class CellSource:
 
     def __init__(self, contents: Contents, choice: Choice, genes: Genes, config: DataConfig, is_log: bool) -> None:
         self.name, self.obs, self.store = contents.name, contents.obs, contents.store
-        self.matrix, self.genes = choice.place.matrix, genes
+        self.matrix: Matrix = choice.place.matrix
+        self.genes = genes
         self.place, self.reason = choice.place.name, choice.reason
         self.recover_counts, self.is_log = config.recover_counts, is_log
         self.is_duplicate = pd.Index(genes.ids).duplicated() & (genes.ids != "")
@@ -74,6 +75,21 @@ class CellSource:
         """Close the file; the next read reopens it."""
         if self.store is not None:
             self.store.close()
+
+    def load(self) -> None:
+        """Read all counts into memory.
+
+        Raises
+        ------
+        DataError
+            If they cannot be read.
+        """
+        try:
+            self.matrix = loaded(self.matrix)
+        except DataError:
+            raise
+        except Exception as error:  # on damaged data, h5py and zarr may raise anything
+            raise unreadable(self.name, error) from error
 
     def counts(self, start: int, stop: int) -> sparse.csr_array:
         """Read the counts (cells, genes), float32, of cells `start:stop` with `to_canonical_csr`.
@@ -155,9 +171,9 @@ def open_source(
     """
     config = config or DataConfig()
     if isinstance(source, anndata.AnnData):
-        contents = contents_of_adata(source, "the AnnData", read_in_blocks, config.allow_external_links)
+        contents = contents_of_adata(source, "the AnnData", config.allow_external_links)
     else:
-        contents = open_contents(source, config, read_in_blocks)
+        contents = open_contents(source, config)
     choice, is_log = _choose(contents, config)
     var = choice.place.read_var()
     _check_shape(contents, choice.place, var)
@@ -166,6 +182,8 @@ def open_source(
     if genes is None:
         raise _no_gene_column(contents, choice, var, config.gene_col_name)
     cells = CellSource(contents, choice, genes, config, is_log)
+    if not read_in_blocks:
+        cells.load()
     _check_duplicates(cells, config.duplicate_genes)
     return cells
 
