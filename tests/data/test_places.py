@@ -53,8 +53,22 @@ def test_kinds_of_values_are_told_apart(kind: Kind) -> None:
     assert kind_of(sparse.csr_array(KINDS[kind](cells().X))) == kind
 
 
-def test_zeros_are_whole_numbers() -> None:
-    assert kind_of(sparse.csr_array((3, 4), dtype=np.float32)) == Kind.WHOLE
+def test_a_matrix_of_zeros_or_ones_is_taken_only_if_there_is_no_other() -> None:
+    adata = cells()
+    counts = adata.X.copy()
+    for empty in (0 * counts, (counts > 0).astype(np.float32)):
+        adata.X = sparse.csr_matrix(empty)
+        adata.layers["counts"] = counts
+        assert open_source(adata).place == "layers['counts']"
+        del adata.layers["counts"]
+        assert open_source(adata).describe()["counts"] == "counts from .X"
+
+
+def test_logarithms_of_counts_that_were_not_scaled_are_recovered() -> None:
+    adata = make_adata([[2, 4, 0], [0, 6, 2]])
+    counts = adata.X.copy()
+    adata.X = sparse.csr_matrix(np.log1p(counts.toarray()))
+    assert_counts(open_source(adata, DataConfig(recover_counts=True)), counts)
 
 
 def assert_counts(source: CellSource, expected: sparse.csr_matrix) -> None:

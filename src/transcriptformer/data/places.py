@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -46,6 +46,7 @@ class Kind(StrEnum):
     """What the values of a matrix are, in words for messages."""
 
     WHOLE = "whole numbers"
+    BINARY = "0 and 1 only"
     LOG = "log-normalized"
     NORMALIZED = "normalized"
     SCALED = "scaled, some negative"
@@ -135,7 +136,7 @@ def kind_of(rows: sparse.csr_array) -> Kind:
     """Classify the values of some rows; whole numbers may be negative or not finite, which is reported elsewhere."""
     values = rows.data[np.isfinite(rows.data)]
     if (values == np.rint(values)).all():
-        return Kind.WHOLE
+        return Kind.BINARY if len(values) == 0 or (values.min(), values.max()) == (1, 1) else Kind.WHOLE
     if values.min() < 0:
         return Kind.SCALED
     if (values == np.rint(values)).mean() > _MIN_WHOLE:
@@ -152,7 +153,7 @@ def share_of_multiples(rows: sparse.csr_array, take_exp: bool) -> float:
 
 
 def recover_counts(rows: sparse.csr_array, take_exp: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the values of each row by the smallest one, which stands for a count of 1.
+    """Divide the values of each row by the smallest one, which stands for a count of 1, unless all are whole already.
 
     Returns
     -------
@@ -160,6 +161,8 @@ def recover_counts(rows: sparse.csr_array, take_exp: bool) -> tuple[np.ndarray, 
     """
     values = rows.data.astype(np.float64)
     values = np.expm1(values) if take_exp else values
+    if (np.abs(values - np.rint(values)) <= _tolerance(values)).all():  # without scaling
+        return np.rint(values), np.abs(values - np.rint(values))
     lengths = np.diff(rows.indptr)
     filled = rows.indptr[:-1][lengths > 0]
     smallest = np.minimum.reduceat(values, filled) if len(filled) else np.zeros(0)
@@ -220,11 +223,15 @@ def _choose_by_values(contents: Contents) -> Choice:
         kinds.append(kind_of(place.sample))
         if kinds[-1] == Kind.WHOLE:
             _warn_if_different(place, places[i + 1 :])
-            others = [f"{other.name} is {kind}" for other, kind in zip(places, kinds[:-1], strict=False)]
-            return Choice(place, Kind.WHOLE, "; ".join(others))
-    if Kind.FRACTIONAL in kinds:
-        return Choice(places[kinds.index(Kind.FRACTIONAL)], Kind.FRACTIONAL, "no matrix holds whole numbers")
+            return Choice(place, Kind.WHOLE, _why_not(places[:i], kinds))
+    for kind, reason in ((Kind.FRACTIONAL, "no matrix holds whole numbers"), (Kind.BINARY, "no matrix holds more")):
+        if kind in kinds:
+            return Choice(places[kinds.index(kind)], kind, reason if len(places) > 1 or kind != Kind.BINARY else "")
     raise DataError(f"{contents.name}: {_describe_lack(contents, places, kinds)}")
+
+
+def _why_not(places: Sequence[Place], kinds: Sequence[Kind]) -> str:
+    return "; ".join(f"{place.name} is {kind}" for place, kind in zip(places, kinds, strict=False))
 
 
 def _warn_if_different(chosen: Place, others: Sequence[Place]) -> None:
@@ -269,9 +276,9 @@ def recoverable_place(contents: Contents, choose: Callable[[], Choice]) -> tuple
     try:
         choice = choose()
         kind = choice.kind or kind_of(choice.place.sample)
-        if kind == Kind.WHOLE:
+        if kind in (Kind.WHOLE, Kind.BINARY):
             return choice, False
-        chosen: list[Any] = [choice.place]
+        chosen = [choice.place]
     except DataError:
         chosen = [contents.places[key] for key in (RAW, X, *COUNT_LAYERS) if key in contents.places]
     for place in chosen:
