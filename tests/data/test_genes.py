@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -88,7 +89,7 @@ def test_ids_are_found_in_any_column(column: str) -> None:
 def test_ids_are_found_in_the_index() -> None:
     found = genes_in(index=[A, B], symbol=["TP53", "BRCA1"])
     assert found is not None
-    assert (found.column, list(found.ids)) == ("index", [A, B])
+    assert (found.column, list(found.ids)) == (None, [A, B])
 
 
 def test_the_column_that_covers_most_of_the_vocabulary_wins() -> None:
@@ -159,10 +160,16 @@ FASTA = "".join(
     f">P{i} pep gene:{gene}.4 transcript:T gene_symbol:{name} description:x\nMKV\n"
     for i, (gene, name) in enumerate(((A, "TP53"), (B, "BRCA1"), (C, "TWICE"), (D, "TWICE")))
 )
+BIOMART = "Gene stable ID,Gene description,Gene name\n" + "".join(
+    f'{gene},"a gene, described",{name}\n' for gene, name in ((A, "TP53"), (B, "BRCA1"), (C, "TWICE"), (D, "TWICE"))
+)
+FROM_R = "".join(
+    f"{line}\n" for line in ("gene_id\tsymbol", f"1\t{A}\tTP53", f"2\t{B}\tBRCA1", f"3\t{C}\tTWICE", f"4\t{D}\tTWICE")
+)
 PLAIN = f"TP53,{A}\nBRCA1,{B}\nTWICE,{C}\nTWICE,{D}\n"
 
 
-@pytest.mark.parametrize("text", [TABLE, GTF, FASTA, PLAIN], ids=["table", "gtf", "fasta", "two columns"])
+@pytest.mark.parametrize("text", [TABLE, GTF, FASTA, BIOMART, FROM_R, PLAIN])
 @pytest.mark.parametrize("is_gzip", [False, True])
 def test_maps_are_read_from_files(text: str, is_gzip: bool, tmp_path: Path) -> None:
     path = tmp_path / "map"
@@ -174,6 +181,37 @@ def test_a_map_is_read_from_the_var_of_an_h5ad(tmp_path: Path) -> None:
     var = pd.DataFrame({"gene_symbols": ["TP53", "BRCA1"]}, index=[A, B])
     anndata.AnnData(np.ones((1, 2), np.float32), var=var).write_h5ad(tmp_path / "map.h5ad")
     assert read_symbol_map(tmp_path / "map.h5ad") == {"TP53": (A,), "BRCA1": (B,)}
+
+
+def test_a_table_whose_columns_are_not_named_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "map.csv"
+    path.write_text(f"accession_number,what,kind\n{A},TP53,protein\n{B},BRCA1,protein\n")
+    with pytest.raises(DataError, match="none of its columns accession_number, what, kind is named like gene_symbol"):
+        read_symbol_map(path)
+
+
+@pytest.mark.parametrize("dtype", ["string", object])
+def test_missing_ids_are_left_out(dtype: Any) -> None:
+    found = genes_in(gene_ids=pd.array([A, None, B], dtype=dtype))
+    assert found is not None
+    assert list(found.ids) == [A, "", B]
+
+
+def test_a_column_named_index_does_not_hide_the_index() -> None:
+    found = find_genes(pd.DataFrame({"index": ["0", "1"]}, index=[A, B]), "auto", KNOWN)
+    assert found is not None
+    assert (found.column, list(found.ids)) == (None, [A, B])
+
+
+def test_columns_that_cannot_be_read_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adata = anndata.AnnData(np.ones((1, 2), np.float32), var=pd.DataFrame({"text": ["x", "y"]}, index=[A, B]))
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    with h5py.File(tmp_path / "x.h5ad", "r+") as file:
+        del file["var/text"]
+        file["var"].create_dataset("text", data=np.array([b"caf\xe9", b"y"], object), dtype=h5py.string_dtype())
+        file["var/text"].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+    assert list(open_source(tmp_path / "x.h5ad").gene_ids) == [A, B]
+    assert "column 'text' contains text that is not UTF-8" in caplog.text
 
 
 def test_a_file_without_a_map_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
@@ -10,6 +11,7 @@ from transcriptformer.config import DataConfig
 from transcriptformer.data.places import Kind, kind_of
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.errors import DataError
+from transcriptformer.vocab import make_gene_vocab
 
 
 def log_normalized(counts: sparse.csr_matrix, scale: float = 1e4) -> sparse.csr_matrix:
@@ -154,6 +156,46 @@ def test_counts_are_recovered_exactly(change: object) -> None:
     assert_counts(source, counts)
 
 
+@pytest.mark.parametrize(("log", "base"), [(np.log1p, "e"), (lambda x: np.log2(x + 1), "2"), (np.log10, "10")])
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_logarithms_to_any_usual_base_are_known(log: object, base: str, is_scaled: bool) -> None:
+    adata = cells()
+    counts = adata.X.copy()
+    adata.X = normalized(counts) if is_scaled else counts.copy()
+    adata.X.data = log(adata.X.data + (base == "10")).astype(np.float32)  # type: ignore[operator]
+    with pytest.raises(DataError, match=r"\.X is log-normalized\?; the counts can be read off exactly"):
+        open_source(adata)
+    source = open_source(adata, DataConfig(recover_counts=True))
+    assert f"logarithms to base {base} undone" in source.reason
+    assert ("taken as a count of 1" in source.reason) == is_scaled
+    assert_counts(source, counts)
+
+
+def test_recovered_counts_do_not_depend_on_the_block() -> None:
+    adata = cells()
+    counts = adata.X.copy()
+    adata.X = normalized(counts)
+    whole = sparse.csr_matrix(2 * counts[7].toarray(), dtype=np.float32)  # its factor happens to be 2
+    adata.X = sparse.csr_matrix(sparse.vstack([adata.X[:7], whole, adata.X[8:]]))
+    source = open_source(adata, DataConfig(recover_counts=True))
+    assert (source.counts(7, 8).toarray() == source.counts(5, 9).toarray()[2:3]).all()
+    assert_counts(source, counts)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DataConfig(recover_counts=True, layer="countz"), "has no layer 'countz'"),
+        (DataConfig(recover_counts=True, use_raw=True), r"has no \.raw"),
+    ],
+)
+def test_a_place_that_is_named_is_not_replaced_to_recover_counts(config: DataConfig, message: str) -> None:
+    adata = cells()
+    adata.X = log_normalized(adata.X)
+    with pytest.raises(DataError, match=message):
+        open_source(adata, config)
+
+
 def test_counts_that_cannot_be_recovered_are_refused() -> None:
     adata = cells()
     adata.X = sparse.csr_matrix(np.sqrt(adata.X.toarray()) + 0.1 * (adata.X.toarray() > 0))
@@ -171,3 +213,21 @@ def test_duplicate_genes_are_dropped_or_added(policy: str, expected: list[list[i
     genes = ["ENSG00000000001.1", "ENSG00000000002", "ENSG00000000003", "ENSG00000000001.2"]
     source = open_source(make_adata([[1, 2, 3, 4]], genes=genes), DataConfig(duplicate_genes=policy))
     assert source.counts(0, 1).toarray()[:, ~source.is_duplicate].tolist() == expected
+
+
+def test_duplicates_outside_the_vocabulary_change_nothing() -> None:
+    known, other = "ENSG00000000001", "ENSG00000000009"
+    vocab = make_gene_vocab([known], ["unknown"], "unknown")
+    adata = make_adata([[1, 2, 3]], genes=[known, other, other])
+    assert len(open_source(adata, vocab=vocab)) == 1
+    with pytest.raises(DataError, match="1 columns have duplicate gene ids"):
+        open_source(adata)
+    with pytest.raises(DataError, match="1 columns have duplicate gene ids"):
+        open_source(adata, DataConfig(filter_to_vocabs=False), vocab)
+
+
+def test_a_gene_column_that_occurs_twice_is_refused() -> None:
+    adata = make_adata([[1, 2]])
+    adata.var = pd.DataFrame([["a", "b"], ["c", "d"]], columns=["gene_ids", "gene_ids"], index=adata.var_names)
+    with pytest.raises(DataError, match="var has several columns 'gene_ids'"):
+        open_source(adata, DataConfig(gene_col_name="gene_ids"))

@@ -12,7 +12,7 @@ from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
 from transcriptformer.cli.main import app
 from transcriptformer.inference import inputs
-from transcriptformer.inference.cell_names import UniqueNames, stem_of, with_stem
+from transcriptformer.inference.cell_names import UniqueNames, stems_of, with_stem
 
 SETTING = "model.inference_config.make_names_unique"
 
@@ -45,6 +45,7 @@ def test_names_of_random_collisions_are_unique() -> None:
     ("source", "stem"),
     [
         ("runs/day 1.h5ad", "day 1"),
+        ("runs/day 1.h5ad.gz", "day 1"),
         (Path("x.zarr/"), "x"),
         ("s3://bucket/a.b.zarr", "a.b"),
         ("https://host/x.zarr?signature=1/2.h5ad", "x"),
@@ -53,7 +54,23 @@ def test_names_of_random_collisions_are_unique() -> None:
     ],
 )
 def test_the_stem_is_the_name_of_the_input(source: str | Path | anndata.AnnData, stem: str | None) -> None:
-    assert stem_of(source) == stem
+    assert stems_of([source]) == [stem]
+
+
+@pytest.mark.parametrize(
+    ("sources", "stems"),
+    [
+        (["runs/a.h5ad", "runs/b.h5ad"], ["a", "b"]),
+        (["runs/one/counts.h5", "runs/two/counts.h5", "runs/other.h5"], ["one_counts", "two_counts", "other"]),
+        (["1/x/full.h5ad", "2/x/full.h5ad", "2/y/full.h5ad"], ["1_x_full", "2_x_full", "y_full"]),
+        (["a.h5ad", "a.h5ad"], ["a", "a"]),
+        ([anndata.AnnData(), "a.h5ad"], [None, "a"]),
+    ],
+)
+def test_stems_that_repeat_are_told_apart_by_their_folders(
+    sources: list[str | anndata.AnnData], stems: list[str | None]
+) -> None:
+    assert stems_of(sources) == stems
 
 
 def embed_files(folder: Path, *options: str, name: str = "embeddings.h5ad") -> list[str]:

@@ -76,13 +76,15 @@ def check(
     from transcriptformer.cli.reporting import plain_errors
 
     with plain_errors(debug):
+        from transcriptformer.data.store import find_files
         from transcriptformer.errors import UsageError
         from transcriptformer.inference.check import check as check_files
 
         if checkpoint_path is None and (config_override or pretrained_embedding or batch_size or precision or device):
             raise UsageError("without --checkpoint-path, only options about the file's own counts and genes apply")
-        logging.getLogger("transcriptformer").setLevel(logging.ERROR)  # the report says it all
-        reports = check_files(files, checkpoint_path, options, config_override or [])
+        logging.getLogger("transcriptformer").setLevel(logging.WARNING)  # the report says what is inferred
+        locations = [location for name in files for location in find_files(name)]
+        reports = check_files(locations, checkpoint_path, options, config_override or [])
         for report in reports:
             if report.refused is None:
                 report.command = _command(context, report.file, checkpoint_path)
@@ -162,7 +164,7 @@ def _gene_rows(report: "Report") -> list[tuple[str, str]]:
         return rows
     species = f", likely {report.species}" if report.species else ""
     rows.append(("genes", f"{report.genes:,}: {report.gene_ids}{species}"))
-    rows.append(("named by", str(report.genes_from).removeprefix("gene ids from ")))
+    rows.append(("named by", str(report.genes_from).removeprefix("gene ids from ").removeprefix("gene symbols from ")))
     if report.genes_known is not None:
         share = 100 * report.genes_known / report.genes
         before = report.genes_known_before

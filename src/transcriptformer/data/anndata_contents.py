@@ -1,5 +1,6 @@
 """Contents of an AnnData: in memory, backed, in an h5ad file or in a zarr store."""
 
+import logging
 import warnings
 from functools import partial
 from typing import Any
@@ -8,12 +9,14 @@ import anndata
 import pandas as pd
 
 from transcriptformer.data.counts import MatrixInMemory, open_matrix
-from transcriptformer.data.metadata import MetadataInMemory, open_metadata
+from transcriptformer.data.metadata import ColumnError, Metadata, MetadataInMemory, open_metadata
 from transcriptformer.data.places import COUNT_LAYERS, RAW, Contents, Place, X
 from transcriptformer.data.store import Store
 from transcriptformer.errors import DataError
 from transcriptformer.runtime.isolated import exhaust
 from transcriptformer.storage.external import Guard
+
+logger = logging.getLogger(__name__)
 
 
 def contents_of_adata(adata: anndata.AnnData, name: str, allow_external: bool) -> Contents:
@@ -95,7 +98,24 @@ def _open(store: Store, key: str) -> Any:
 def _read_frame(store: Store, key: str) -> pd.DataFrame:
     with store.reading():
         frame = open_metadata(store, key)
-        return frame.rows(0, len(frame))
+        try:
+            return frame.rows(0, len(frame))
+        except ColumnError as error:
+            if error.column is None:
+                raise
+    return _read_valid_columns(store, frame)
+
+
+def _read_valid_columns(store: Store, frame: Metadata) -> pd.DataFrame:
+    """Read the columns that can be read, and name the others in warnings."""
+    columns = [frame.rows(0, len(frame), [])]
+    for column in frame.columns:
+        try:
+            with store.reading():
+                columns.append(frame.rows(0, len(frame), [column]))
+        except ColumnError as error:
+            logger.warning("%s; left out", error)
+    return pd.concat(columns, axis=1)
 
 
 def _is_old_layout(store: Store) -> bool:

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -55,12 +55,15 @@ class Symbols:
         Number of columns whose symbol stands for one gene.
     unknown, ambiguous
         Symbols that stand for no gene of the map, and for several.
+    n_known_before
+        Number of genes of the vocabulary that are known without the map.
     """
 
     source: str
     n_mapped: int
     unknown: tuple[str, ...] = ()
     ambiguous: tuple[str, ...] = ()
+    n_known_before: int = 0
 
     def describe(self) -> str:
         """Summarize the outcome in one line."""
@@ -81,7 +84,7 @@ class Genes:
     ids
         Gene ids (genes,), in the vocabulary's spelling where they are known; empty if missing or left out.
     column
-        Column of `var`, or `index`.
+        Column of `var`; None: its index.
     n_known
         Number of different genes of the vocabulary; None without a vocabulary.
     n_respelled
@@ -93,7 +96,7 @@ class Genes:
     """
 
     ids: np.ndarray
-    column: str
+    column: str | None
     n_known: int | None = None
     n_respelled: int = 0
     n_par_y: int = 0
@@ -101,9 +104,9 @@ class Genes:
 
     def describe(self) -> str:
         """Describe where the ids come from."""
-        place = "the index of var" if self.column == INDEX else f"var[{self.column!r}]"
+        place = "the index of var" if self.column is None else f"var[{self.column!r}]"
         notes = [
-            f"{self.n_respelled} without their version, blanks or genome" if self.n_respelled else "",
+            f"{self.n_respelled} ids matched after removing versions, blanks or genomes" if self.n_respelled else "",
             f"{self.n_par_y} copies on Y (…_PAR_Y) left out" if self.n_par_y else "",
         ]
         details = "".join(f"; {note}" for note in notes if note)
@@ -197,29 +200,29 @@ def find_genes(
     mapped = max(symbols, key=_coverage, default=best)
     # Ids are exact; symbols only help where they name genes without an id, or where there are hardly any ids.
     factor = 1 if mapped.column == best.column else 2
-    return mapped if _coverage(mapped) > factor * _coverage(best) else best
+    if mapped.symbols is None or _coverage(mapped) <= factor * _coverage(best):
+        return best
+    return replace(mapped, symbols=replace(mapped.symbols, n_known_before=_coverage(best)))
 
 
 def _coverage(genes: Genes) -> int:
     return genes.n_known or 0
 
 
-def _named_column(var: pd.DataFrame, wanted: str) -> dict[str, pd.Series | pd.Index]:
+def _named_column(var: pd.DataFrame, wanted: str) -> dict[str | None, pd.Series | pd.Index]:
     if wanted in var.columns:
         return {wanted: var[wanted]}
-    return {INDEX: var.index} if wanted in (INDEX, var.index.name) else {}
+    return {None: var.index} if wanted in (INDEX, var.index.name) else {}
 
 
-def _candidates(var: pd.DataFrame) -> Iterator[tuple[str, pd.Series | pd.Index]]:
+def _candidates(var: pd.DataFrame) -> Iterator[tuple[str | None, pd.Series | pd.Index]]:
     """Yield the columns that may name genes: usual id columns, the index, usual symbol columns, then other text."""
     columns = [str(column) for column in var.columns if isinstance(column, str) and not _is_repeated(var, column)]
-    usual = [column for column in (*ID_COLUMNS, INDEX, *SYMBOL_COLUMNS) if column in columns or column == INDEX]
-    others = [column for column in columns if column not in usual and _is_text(var[column])]
-    for column in (*usual, *others):
-        if column in columns:
-            yield column, var[column]
-        else:
-            yield INDEX, var.index
+    yield from ((column, var[column]) for column in ID_COLUMNS if column in columns)
+    yield None, var.index
+    yield from ((column, var[column]) for column in SYMBOL_COLUMNS if column in columns)
+    others = [column for column in columns if column not in ID_COLUMNS and column not in SYMBOL_COLUMNS]
+    yield from ((column, var[column]) for column in others if _is_text(var[column]))
 
 
 def _is_repeated(var: pd.DataFrame, column: str) -> bool:
@@ -231,23 +234,29 @@ def _is_text(values: pd.Series) -> bool:
     return len(set(first)) > len(values[:_SAMPLE]) / 2
 
 
-def _by_id(column: str, values: pd.Series | pd.Index, known: Container[str] | None) -> Genes:
-    texts = values.astype(object)
+def _texts(values: pd.Series | pd.Index) -> list[object]:
+    """Return values as objects; empty text if missing."""
+    objects = values.astype(object)
+    return list(np.where(objects.isna(), "", objects))
+
+
+def _by_id(column: str | None, values: pd.Series | pd.Index, known: Container[str] | None) -> Genes:
+    texts = _texts(values)
     ids = resolve(texts, known)
     if known is None:
         return Genes(np.array(ids, dtype=object), column, n_known=sum(map(bool, map(_STABLE_ID.fullmatch, ids))))
-    respelled = sum(new != old and new in known for new, old in zip(ids, texts, strict=True))
+    respelled = sum(isinstance(old, str) and new != old and new in known for new, old in zip(ids, texts, strict=True))
     n_known = len({gene for gene in ids if gene in known})
     return Genes(np.array(ids, dtype=object), column, n_known, respelled, sum(gene.endswith(_PAR_Y) for gene in ids))
 
 
 def _by_symbol(
-    column: str, values: pd.Series | pd.Index, known: Container[str], source: str, symbol_map: SymbolMap
+    column: str | None, values: pd.Series | pd.Index, known: Container[str], source: str, symbol_map: SymbolMap
 ) -> Genes:
     """Map symbols to ids; values that are ids already stay."""
     ids, unknown, ambiguous = [], Counter[str](), Counter[str]()
     n_mapped = 0
-    for name in resolve(values.astype(object), known):
+    for name in resolve(_texts(values), known):
         found = (name,) if name == "" or name in known else symbol_map.get(name, ())
         ids.append(found[0] if len(found) == 1 else "")
         if len(found) == 1 and name not in known and name:

@@ -24,6 +24,9 @@ RAW, X = ".raw.X", ".X"
 COUNT_LAYERS = ("counts", "raw_counts", "raw", "count", "umi_counts", "UMI", "umis", "spliced")
 """Usual names of layers with counts, in order of preference."""
 
+AUTO = "auto"
+"""Value of `use_raw`: the first matrix with whole numbers."""
+
 PUBLISHED = "published"
 """Value of `use_raw`: `.raw` if there is one, whatever it holds, as in the published package."""
 
@@ -33,10 +36,11 @@ _SAMPLED_BLOCKS, _SAMPLED_ROWS = 3, 128
 _MAX_LOG = 30.0
 """Logarithms of counts are lower; among counts of hundreds of cells, some are higher."""
 
+_MAX_EXACT = 2**24
+"""Count above which float32 does not hold every whole number."""
 
 _MIN_WHOLE = 0.1
 """Share of whole numbers above which values are corrected counts; hardly any normalized value is whole."""
-
 
 _MIN_MULTIPLES = 0.9
 """Share of values that are whole multiples of their cell's smallest one, above which a matrix is normalized."""
@@ -78,6 +82,11 @@ class Place:
         return self.open_matrix()
 
     @cached_property
+    def kind(self) -> "Kind":
+        """Kind of the sampled values."""
+        return kind_of(self.sample)
+
+    @cached_property
     def sample(self) -> sparse.csr_array:
         """Some hundred rows, from the start, the middle and the end.
 
@@ -110,6 +119,51 @@ class Contents(NamedTuple):
     store: Store | None = None
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """How values were made of counts, and so how to undo it.
+
+    Attributes
+    ----------
+    base
+        Base of the logarithm of value + 1; None: no logarithm.
+    is_scaled
+        Whether the counts of each cell were multiplied by a factor. Its smallest value then stands for a count of 1.
+    """
+
+    base: float | None
+    is_scaled: bool
+
+    def counts(self, rows: sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
+        """Return whole numbers (entries,), float64, and a mask of those the values are equal to (entries,)."""
+        with np.errstate(all="ignore"):  # damaged values may overflow; they are not exact
+            values = rows.data.astype(np.float64)
+            if self.base is not None:
+                values = np.expm1(values * np.log(self.base))
+            if self.is_scaled:
+                lengths = np.diff(rows.indptr)
+                filled = rows.indptr[:-1][lengths > 0]
+                smallest = np.minimum.reduceat(values, filled) if len(filled) else np.zeros(0)
+                values = values / np.repeat(smallest, lengths[lengths > 0])
+            whole = np.rint(values)
+            return whole, (np.abs(values - whole) <= _tolerance(whole)) & (whole < _MAX_EXACT)
+
+    def describe(self) -> str:
+        """Describe how counts are recovered, for the log."""
+        base = "e" if self.base == np.e else f"{self.base:.0f}" if self.base else ""
+        steps = [
+            f"logarithms to base {base} undone" if base else "",
+            "the smallest value of each cell taken as a count of 1" if self.is_scaled else "",
+        ]
+        return ", ".join(step for step in steps if step)
+
+
+_RECOVERIES = (
+    *(Recovery(base, is_scaled) for base in (np.e, 2.0, 10.0) for is_scaled in (False, True)),
+    Recovery(None, is_scaled=True),
+)
+
+
 class Choice(NamedTuple):
     """The place with the counts, the kind of its values, and why it was taken, for the log."""
 
@@ -139,36 +193,20 @@ def kind_of(rows: sparse.csr_array) -> Kind:
         return Kind.BINARY if len(values) == 0 or (values.min(), values.max()) == (1, 1) else Kind.WHOLE
     if values.min() < 0:
         return Kind.SCALED
+    recovery = recovery_of(rows)
+    if recovery is not None and recovery.base is not None:  # log2(count + 1) of counts of 1 is whole, too
+        return Kind.LOG
     if (values == np.rint(values)).mean() > _MIN_WHOLE:
         return Kind.FRACTIONAL
     if values.max() < _MAX_LOG:
-        return Kind.LOG
-    return Kind.NORMALIZED if share_of_multiples(rows, take_exp=False) > _MIN_MULTIPLES else Kind.FRACTIONAL
+        return Kind.LOG if recovery is None else Kind.NORMALIZED
+    _, is_multiple = Recovery(None, is_scaled=True).counts(rows)
+    return Kind.NORMALIZED if is_multiple.mean() > _MIN_MULTIPLES else Kind.FRACTIONAL
 
 
-def share_of_multiples(rows: sparse.csr_array, take_exp: bool) -> float:
-    """Return the share of values that are whole multiples of their row's smallest, after exp(x) − 1 if `take_exp`."""
-    recovered, error = recover_counts(rows, take_exp)
-    return float((error <= _tolerance(recovered)).mean()) if len(error) else 1.0
-
-
-def recover_counts(rows: sparse.csr_array, take_exp: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the values of each row by the smallest one, which stands for a count of 1, unless all are whole already.
-
-    Returns
-    -------
-    Whole numbers (entries,), float64, and how far each was from one.
-    """
-    values = rows.data.astype(np.float64)
-    values = np.expm1(values) if take_exp else values
-    if (np.abs(values - np.rint(values)) <= _tolerance(values)).all():  # without scaling
-        return np.rint(values), np.abs(values - np.rint(values))
-    lengths = np.diff(rows.indptr)
-    filled = rows.indptr[:-1][lengths > 0]
-    smallest = np.minimum.reduceat(values, filled) if len(filled) else np.zeros(0)
-    multiples = values / np.repeat(smallest, lengths[lengths > 0])
-    whole = np.rint(multiples)
-    return whole, np.abs(multiples - whole)
+def recovery_of(rows: sparse.csr_array) -> Recovery | None:
+    """Return how the counts of all rows can be recovered exactly; None if they cannot."""
+    return next((recovery for recovery in _RECOVERIES if recovery.counts(rows)[1].all()), None)
 
 
 def _tolerance(whole: np.ndarray) -> np.ndarray:
@@ -220,8 +258,8 @@ def _choose_by_values(contents: Contents) -> Choice:
         raise DataError(f"{contents.name}: has no matrix X; its layers are: {layers}; name one with --layer")
     kinds: list[Kind] = []
     for i, place in enumerate(places):
-        kinds.append(kind_of(place.sample))
-        if kinds[-1] == Kind.WHOLE:
+        kinds.append(place.kind)
+        if place.kind == Kind.WHOLE:
             _warn_if_different(place, places[i + 1 :])
             return Choice(place, Kind.WHOLE, _why_not(places[:i], kinds))
     for kind, reason in ((Kind.FRACTIONAL, "no matrix holds whole numbers"), (Kind.BINARY, "no matrix holds more")):
@@ -239,7 +277,7 @@ def _warn_if_different(chosen: Place, others: Sequence[Place]) -> None:
     for other in others:
         with suppress(DataError):
             is_same_shape = other.matrix.shape == chosen.matrix.shape
-            if is_same_shape and kind_of(other.sample) == Kind.WHOLE and (other.sample != chosen.sample).nnz:
+            if is_same_shape and other.kind == Kind.WHOLE and (other.sample != chosen.sample).nnz:
                 logger.warning(
                     "%s: %s and %s hold different whole numbers; taking %s (choose with --use-raw or --layer)",
                     *(chosen.source, chosen.name, other.name, chosen.name),
@@ -251,40 +289,41 @@ def _describe_lack(contents: Contents, places: Sequence[Place], kinds: Sequence[
     found = ", ".join(f"{place.name} is {_with_question(kind)}" for place, kind in zip(places, kinds, strict=True))
     others = [f"layers[{key!r}]" for key in contents.places if key not in (RAW, X, *COUNT_LAYERS)]
     more = f"; not looked at: {', '.join(others)} (name one with --layer)" if others else ""
-    is_exact = [_are_multiples(place, kind) for place, kind in zip(places, kinds, strict=True)]
-    recover = (
-        "; the counts can be read off exactly: add --recover-counts"
-        if any(exact and kind in (Kind.LOG, Kind.NORMALIZED) for exact, kind in zip(is_exact, kinds, strict=True))
-        else ""
-    )
+    is_exact = any(recovery_of(place.sample) is not None for place in places)
+    recover = "; the counts can be read off exactly: add --recover-counts" if is_exact else ""
     return (
         f"no raw counts: {found}{more}{recover}; the model needs whole numbers of molecules or reads (to embed these "
         "values anyway, set --use-raw true or false)"
     )
 
 
-def _are_multiples(place: Place, kind: Kind) -> bool:
-    return share_of_multiples(place.sample, kind == Kind.LOG) == 1
-
-
 def _with_question(kind: Kind) -> str:
     return f"{kind}?" if kind == Kind.LOG else str(kind)
 
 
-def recoverable_place(contents: Contents, choose: Callable[[], Choice]) -> tuple[Choice, bool]:
-    """Return a place whose counts can be recovered, and whether they are logarithms; whole numbers stay as they are."""
-    try:
-        choice = choose()
-        kind = choice.kind or kind_of(choice.place.sample)
-        if kind in (Kind.WHOLE, Kind.BINARY):
-            return choice, False
-        chosen = [choice.place]
-    except DataError:
-        chosen = [contents.places[key] for key in (RAW, X, *COUNT_LAYERS) if key in contents.places]
-    for place in chosen:
-        kind = kind_of(place.sample)
-        if kind in (Kind.LOG, Kind.NORMALIZED) and _are_multiples(place, kind):
-            return Choice(place, kind, f"counts recovered from {kind} values"), kind == Kind.LOG
+def recoverable_place(
+    contents: Contents, layer: str | None, use_raw: bool | str | None
+) -> tuple[Choice, Recovery | None]:
+    """Choose a matrix as `choose_place`, or one whose counts can be recovered, and how; whole numbers stay as they are.
+
+    Raises
+    ------
+    UsageError, DataError
+        As `choose_place`, or if counts cannot be recovered.
+    """
+    if layer is None and use_raw in (None, AUTO):
+        places = [contents.places[key] for key in (RAW, X, *COUNT_LAYERS) if key in contents.places]
+    else:
+        places = [choose_place(contents, layer, use_raw).place]
+    if not places or any(place.kind == Kind.WHOLE for place in places):
+        return choose_place(contents, layer, use_raw), None
+    for place in places:
+        if place.kind != Kind.BINARY and (recovery := recovery_of(place.sample)) is not None:
+            return Choice(
+                place, place.kind, f"counts recovered from {place.kind} values: {recovery.describe()}"
+            ), recovery
+    if any(place.kind == Kind.BINARY for place in places):
+        return choose_place(contents, layer, use_raw), None
     raise DataError(
         f"{contents.name}: --recover-counts: no values are whole multiples of each cell's smallest one; use raw counts"
     )

@@ -87,7 +87,11 @@ class CellReader:
         seq_len: int,
     ) -> None:
         self.source, self.aux_vocabs, self.config, self.seq_len = source, aux_vocabs, config, seq_len
-        self.column_tokens = tokens_of_columns(source.gene_ids, gene_vocab, config.filter_to_vocabs, source.name)
+        symbols = source.genes.symbols
+        unmapped = symbols.describe() if symbols is not None and symbols.unknown else None
+        self.column_tokens = tokens_of_columns(
+            *(source.gene_ids, gene_vocab, config.filter_to_vocabs, source.name, unmapped)
+        )
         self.column_tokens[source.is_duplicate] = -1  # whose counts are dropped, or added to the first column
         self.aux_names = {column: AuxNames(vocab) for column, vocab in aux_vocabs.items()}
 
@@ -121,10 +125,11 @@ class CellReader:
                 continue
             for value, name in taken.items():
                 logger.info("%s: %s %r taken as %r", self.source.name, column, value, name)
-            listed = [self._describe_unknown(column, value, n) for value, n in unknown.items() if value is not None]
-            if listed:
-                more = f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
-                logger.warning("%s: unknown %s: %s%s", self.source.name, column, ", ".join(listed[:MAX_LISTED]), more)
+            named = [(value, n) for value, n in unknown.items() if value is not None]
+            if named:
+                more = f" and {len(named) - MAX_LISTED} more" if len(named) > MAX_LISTED else ""
+                listed = [self._describe_unknown(column, value, n) for value, n in named[:MAX_LISTED]]
+                logger.warning("%s: unknown %s: %s%s", self.source.name, column, ", ".join(listed), more)
 
     def _describe_unknown(self, column: str, value: str, n_cells: int) -> str:
         names = self.aux_names[column]

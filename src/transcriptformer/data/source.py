@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Container
 from functools import partial
 
 import anndata
@@ -16,7 +17,7 @@ from transcriptformer.data.counts import Matrix, loaded, to_canonical_csr
 from transcriptformer.data.formats import open_contents
 from transcriptformer.data.gene_map import load_symbol_maps
 from transcriptformer.data.genes import INDEX, Genes, find_genes
-from transcriptformer.data.places import RAW, Choice, Contents, Place, choose_place, recover_counts, recoverable_place
+from transcriptformer.data.places import RAW, Choice, Contents, Place, Recovery, choose_place, recoverable_place
 from transcriptformer.data.species import looks_like_gene_ids
 from transcriptformer.data.store import Location, unreadable
 from transcriptformer.errors import DataError, TranscriptFormerError
@@ -42,12 +43,14 @@ class CellSource:
         Mask of columns whose gene occurs in an earlier column (genes,), bool.
     """
 
-    def __init__(self, contents: Contents, choice: Choice, genes: Genes, config: DataConfig, is_log: bool) -> None:
+    def __init__(
+        self, contents: Contents, choice: Choice, genes: Genes, config: DataConfig, recovery: Recovery | None
+    ) -> None:
         self.name, self.obs, self.store = contents.name, contents.obs, contents.store
         self.matrix: Matrix = choice.place.matrix
         self.genes = genes
         self.place, self.reason = choice.place.name, choice.reason
-        self.recover_counts, self.is_log = config.recover_counts, is_log
+        self.recovery = recovery
         self.is_duplicate = pd.Index(genes.ids).duplicated() & (genes.ids != "")
         self.merged: np.ndarray | None = None  # column that each column is added to (genes,)
         if config.duplicate_genes == "sum" and self.is_duplicate.any():
@@ -107,8 +110,8 @@ class CellSource:
             raise unreadable(self.name, error) from error
         matrix = to_canonical_csr(values, self.name)
         self._check(matrix, start)
-        if self.recover_counts:
-            matrix = self._recovered(matrix, start)
+        if self.recovery is not None:
+            matrix = self._recovered(matrix, start, self.recovery)
         if self.merged is not None:
             columns = self.merged.take(matrix.indices)
             matrix = to_canonical_csr(sparse.csr_array((matrix.data, columns, matrix.indptr), matrix.shape), self.name)
@@ -128,16 +131,15 @@ class CellSource:
                     f"gene {self.gene_ids[matrix.indices[entry]]}: {counts[entry]}; expected raw counts"
                 )
 
-    def _recovered(self, matrix: sparse.csr_array, start: int) -> sparse.csr_array:
-        if (matrix.data == np.rint(matrix.data)).all() and not self.is_log:
-            return matrix
-        counts, error = recover_counts(matrix, self.is_log)
-        if (is_bad := error > 0.25).any():
-            row = start + int(np.searchsorted(matrix.indptr, int(is_bad.argmax()), side="right")) - 1
+    def _recovered(self, matrix: sparse.csr_array, start: int, recovery: Recovery) -> sparse.csr_array:
+        counts, is_exact = recovery.counts(matrix)
+        if not is_exact.all():
+            row = start + int(np.searchsorted(matrix.indptr, int(is_exact.argmin()), side="right")) - 1
             cell = self.obs.rows(row, row + 1, []).index[0]
+            unit = " multiples of the smallest one" if recovery.is_scaled else " counts"
             raise DataError(
-                f"{self.name}: --recover-counts: values of cell {cell!r} (row {row}) are not whole multiples of the "
-                "smallest one; use raw counts"
+                f"{self.name}: --recover-counts: values of cell {cell!r} (row {row}) are not whole{unit}, unlike those "
+                "of the sampled cells; use raw counts"
             )
         return sparse.csr_array((counts.astype(np.float32), matrix.indices, matrix.indptr), matrix.shape)
 
@@ -174,25 +176,27 @@ def open_source(
         contents = contents_of_adata(source, "the AnnData", config.allow_external_links)
     else:
         contents = open_contents(source, config)
-    choice, is_log = _choose(contents, config)
+    choice, recovery = _choose(contents, config)
     var = choice.place.read_var()
     _check_shape(contents, choice.place, var)
     known = None if vocab is None else vocab.genes
+    if list(var.columns).count(config.gene_col_name) > 1:
+        raise DataError(f"{contents.name}: var has several columns {config.gene_col_name!r}; rename them")
     genes = find_genes(var, config.gene_col_name, known, partial(load_symbol_maps, config.gene_map))
     if genes is None:
         raise _no_gene_column(contents, choice, var, config.gene_col_name)
-    cells = CellSource(contents, choice, genes, config, is_log)
+    cells = CellSource(contents, choice, genes, config, recovery)
     if not read_in_blocks:
         cells.load()
-    _check_duplicates(cells, config.duplicate_genes)
+    _check_duplicates(cells, config.duplicate_genes, known if config.filter_to_vocabs else None)
     return cells
 
 
-def _choose(contents: Contents, config: DataConfig) -> tuple[Choice, bool]:
-    """Return the matrix with the counts, and whether they are logarithms."""
-    choose = partial(choose_place, contents, config.layer, config.use_raw)
+def _choose(contents: Contents, config: DataConfig) -> tuple[Choice, Recovery | None]:
+    """Return the matrix with the counts, and how to recover them."""
+    wanted = (contents, config.layer, config.use_raw)
     try:
-        return recoverable_place(contents, choose) if config.recover_counts else (choose(), False)
+        return recoverable_place(*wanted) if config.recover_counts else (choose_place(*wanted), None)
     except TranscriptFormerError:
         raise
     except Exception as error:  # on damaged data, h5py and zarr may raise anything
@@ -221,20 +225,21 @@ def _no_gene_column(contents: Contents, choice: Choice, var: pd.DataFrame, colum
     return DataError(f"{contents.name}: {where} has no column {column!r}; its columns are: {columns}{hint}")
 
 
-def _check_duplicates(cells: CellSource, policy: str) -> None:
-    n_duplicates = int(cells.is_duplicate.sum())
+def _check_duplicates(cells: CellSource, policy: str, used: Container[str] | None) -> None:
+    """Check the genes that are used; None: all of them."""
+    repeated = cells.gene_ids[cells.is_duplicate]
+    repeated = repeated if used is None else np.array([gene for gene in repeated if gene in used], object)
+    n_duplicates = len(repeated)
     if not n_duplicates:
         return
-    some = ", ".join(pd.unique(cells.gene_ids[cells.is_duplicate])[:5])
+    some = ", ".join(pd.unique(repeated)[:5])
     if policy == "error":
+        column = cells.genes.column or INDEX
         advice = (
             "add --duplicate-genes first to keep the first of each, or sum to add them up"
             if looks_like_gene_ids(cells.gene_ids)
-            else f"{cells.genes.column!r} does not look like Ensembl gene ids; set --gene-col-name to a column of var "
-            "that does"
+            else f"{column!r} does not look like Ensembl gene ids; set --gene-col-name to a column of var that does"
         )
-        raise DataError(
-            f"{cells.name}: {n_duplicates} columns have duplicate gene ids (without versions), e.g. {some}; {advice}"
-        )
+        raise DataError(f"{cells.name}: {n_duplicates} columns have duplicate gene ids, e.g. {some}; {advice}")
     done = "added to the first column of their gene" if policy == "sum" else "dropped"
     logger.warning("%s: %d columns with duplicate gene ids, %s: %s", cells.name, n_duplicates, done, some)

@@ -77,8 +77,15 @@ class Tokens(NamedTuple):
         return cls(genes, counts, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def tokens_of_columns(gene_ids: np.ndarray, vocab: GeneVocab, filter_to_vocabs: bool, name: str) -> np.ndarray:
+def tokens_of_columns(
+    gene_ids: np.ndarray, vocab: GeneVocab, filter_to_vocabs: bool, name: str, unmapped: str | None = None
+) -> np.ndarray:
     """Return the token of each column (genes,), int32; -1 for columns to drop.
+
+    Parameters
+    ----------
+    unmapped
+        Description of the symbols that a map lacks, if the ids come from symbols.
 
     Raises
     ------
@@ -89,18 +96,22 @@ def tokens_of_columns(gene_ids: np.ndarray, vocab: GeneVocab, filter_to_vocabs: 
     found = int((tokens >= 0).sum())
     if found == 0:
         raise DataError(
-            f"{name}: none of its {len(gene_ids)} genes is in the checkpoint's {_describe_mismatch(gene_ids, vocab)}"
+            f"{name}: none of its {len(gene_ids)} genes is in the checkpoint's "
+            f"{_describe_mismatch(gene_ids, vocab, unmapped)}"
         )
     if found < LOW_COVERAGE * len(tokens):
         share = f"{found} of {len(tokens)} genes ({100 * found / len(tokens):.1f} %)"
-        logger.warning("%s: only %s are in the checkpoint's %s", name, share, _describe_mismatch(gene_ids, vocab))
+        mismatch = _describe_mismatch(gene_ids, vocab, unmapped)
+        logger.warning("%s: only %s are in the checkpoint's %s", name, share, mismatch)
     if not filter_to_vocabs:
         tokens[tokens < 0] = vocab.unknown
     return tokens.astype(np.int32)
 
 
-def _describe_mismatch(gene_ids: np.ndarray, vocab: GeneVocab) -> str:
+def _describe_mismatch(gene_ids: np.ndarray, vocab: GeneVocab, unmapped: str | None) -> str:
     """Return the first gene ids of the file and of the vocabulary, and the likely cause of the mismatch."""
+    if unmapped is not None:
+        return f"vocabulary: {unmapped}; map the symbols to ids with --gene-map"
     gene_ids = gene_ids[gene_ids != ""]
     ours, theirs = (", ".join(islice(genes, 3)) or "none" for genes in (vocab.genes, gene_ids))
     kinds = [looks_like_gene_ids(genes) for genes in (vocab.genes, gene_ids)]

@@ -1,6 +1,7 @@
 """Cell names made unique, for results of any size."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import anndata
@@ -49,12 +50,29 @@ class UniqueNames:
         return self.hashes[places] == hashes
 
 
-def stem_of(source: Location | anndata.AnnData) -> str | None:
-    """Return the name of a file or store without folder and suffix; None for an AnnData."""
-    if isinstance(source, anndata.AnnData):
-        return None
+def stems_of(sources: Sequence[Location | anndata.AnnData]) -> list[str | None]:
+    """Return the name of each file or store without folder and suffix; None for an AnnData.
+
+    Where names repeat, as in sample_1/counts.h5 and sample_2/counts.h5, folders come first: sample_1_counts.
+    """
+    paths = [() if isinstance(source, anndata.AnnData) else _parts_without_suffix(source) for source in sources]
+    n_parts = [1] * len(paths)
+    while True:
+        stems = ["_".join(parts[-n:]) for parts, n in zip(paths, n_parts, strict=True)]
+        n_inputs = Counter(stems)
+        longer = [
+            n + 1 if n_inputs[stem] > 1 and n < len(parts) else n
+            for stem, parts, n in zip(stems, paths, n_parts, strict=True)
+        ]
+        if longer == n_parts:
+            return [stem or None for stem in stems]
+        n_parts = longer
+
+
+def _parts_without_suffix(source: Location) -> tuple[str, ...]:
+    path = Path(str(source).partition("?")[0].removesuffix(".gz"))
     # Paths may contain invalid Unicode, which HDF5 cannot store.
-    return Path(str(source).partition("?")[0]).stem.encode(errors="replace").decode()
+    return tuple(part.strip("/").encode(errors="replace").decode() for part in (*path.parts[:-1], path.stem))
 
 
 def with_stem(names: pd.Index, stem: str | None) -> np.ndarray:

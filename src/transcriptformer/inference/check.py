@@ -196,7 +196,7 @@ def _describe_genes(report: Report, source: CellSource, vocab: GeneVocab | None)
         report.unknown_symbols, report.ambiguous_symbols = list(symbols.unknown), list(symbols.ambiguous)
     if vocab is not None:
         report.genes_known = source.genes.n_known
-        report.genes_known_before = (report.genes_known or 0) - (symbols.n_mapped if symbols is not None else 0)
+        report.genes_known_before = source.genes.n_known if symbols is None else symbols.n_known_before
     report.repeated_genes = int(source.is_duplicate.sum())
     if report.repeated_genes:
         repeated = pd.unique(ids[source.is_duplicate])

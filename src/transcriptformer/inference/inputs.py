@@ -21,7 +21,7 @@ from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.data.species import likely_species
 from transcriptformer.data.survey import Survey
 from transcriptformer.errors import DataError
-from transcriptformer.inference.cell_names import UniqueNames, stem_of, with_stem
+from transcriptformer.inference.cell_names import UniqueNames, stems_of, with_stem
 from transcriptformer.inference.output import N_CELLS_COLUMN, label_columns, select_columns
 from transcriptformer.inference.pooling import NO_GROUP, pool_obs
 from transcriptformer.inference.recording import layout_of
@@ -62,7 +62,7 @@ class Inputs:
             )
             for source in sources
         ]
-        self.stems = [stem_of(source) for source in sources]
+        self.stems = stems_of(sources)
         self.metadata = [reader.source.obs for reader in self.readers]
         columns = dict.fromkeys(column for part in self.metadata for column in part.columns)
         self.columns = self._select_columns(list(columns))
