@@ -87,6 +87,11 @@ class Place:
         return kind_of(self.sample)
 
     @cached_property
+    def recovery(self) -> "Recovery | None":
+        """How the counts of the sampled rows can be recovered; None if they cannot."""
+        return recovery_of(self.sample)
+
+    @cached_property
     def sample(self) -> sparse.csr_array:
         """Some hundred rows, from the start, the middle and the end.
 
@@ -117,6 +122,11 @@ class Contents(NamedTuple):
     places: dict[str, Place]
     obs: Metadata
     store: Store | None = None
+
+    @property
+    def usual_places(self) -> list[Place]:
+        """The matrices that usually hold counts, in order of preference."""
+        return [self.places[key] for key in (RAW, X, *COUNT_LAYERS) if key in self.places]
 
 
 @dataclass(frozen=True)
@@ -165,10 +175,9 @@ _RECOVERIES = (
 
 
 class Choice(NamedTuple):
-    """The place with the counts, the kind of its values, and why it was taken, for the log."""
+    """The place with the counts, and why it was taken, for the log."""
 
     place: Place
-    kind: Kind | None
     reason: str
 
 
@@ -239,37 +248,33 @@ def choose_place(contents: Contents, layer: str | None, use_raw: bool | str | No
         layers = [name for name in places if name not in (RAW, X)]
         if layer not in layers:
             raise DataError(f"{contents.name}: has no layer {layer!r}; its layers are: {', '.join(layers) or 'none'}")
-        return Choice(places[layer], None, "as set by --layer")
+        return Choice(places[layer], "as set by --layer")
     if use_raw is True and RAW not in places:
         raise DataError(f"{contents.name}: has no .raw; remove --use-raw true (or set it to false) to use .X")
     if use_raw is True or (use_raw == PUBLISHED and RAW in places):
-        return Choice(places[RAW], None, f"as set by --use-raw {str(use_raw).lower()}")
+        return Choice(places[RAW], f"as set by --use-raw {str(use_raw).lower()}")
     if use_raw is False or use_raw == PUBLISHED:
         if X not in places:
             raise DataError(f"{contents.name}: has no matrix X")
-        return Choice(places[X], None, f"as set by --use-raw {str(use_raw).lower()}")
+        return Choice(places[X], f"as set by --use-raw {str(use_raw).lower()}")
     return _choose_by_values(contents)
 
 
 def _choose_by_values(contents: Contents) -> Choice:
-    places = [contents.places[key] for key in (RAW, X, *COUNT_LAYERS) if key in contents.places]
+    places = contents.usual_places
     if not places:
         layers = ", ".join(contents.places) or "none"
         raise DataError(f"{contents.name}: has no matrix X; its layers are: {layers}; name one with --layer")
-    kinds: list[Kind] = []
     for i, place in enumerate(places):
-        kinds.append(place.kind)
         if place.kind == Kind.WHOLE:
             _warn_if_different(place, places[i + 1 :])
-            return Choice(place, Kind.WHOLE, _why_not(places[:i], kinds))
-    for kind, reason in ((Kind.FRACTIONAL, "no matrix holds whole numbers"), (Kind.BINARY, "no matrix holds more")):
-        if kind in kinds:
-            return Choice(places[kinds.index(kind)], kind, reason if len(places) > 1 or kind != Kind.BINARY else "")
-    raise DataError(f"{contents.name}: {_describe_lack(contents, places, kinds)}")
-
-
-def _why_not(places: Sequence[Place], kinds: Sequence[Kind]) -> str:
-    return "; ".join(f"{place.name} is {kind}" for place, kind in zip(places, kinds, strict=False))
+            return Choice(place, "; ".join(f"{before.name} is {before.kind}" for before in places[:i]))
+    no_more = "no matrix holds more" if len(places) > 1 else ""
+    for kind, reason in ((Kind.FRACTIONAL, "no matrix holds whole numbers"), (Kind.BINARY, no_more)):
+        for place in places:
+            if place.kind == kind:
+                return Choice(place, reason)
+    raise DataError(f"{contents.name}: {_describe_lack(contents)}")
 
 
 def _warn_if_different(chosen: Place, others: Sequence[Place]) -> None:
@@ -284,12 +289,13 @@ def _warn_if_different(chosen: Place, others: Sequence[Place]) -> None:
                 )
 
 
-def _describe_lack(contents: Contents, places: Sequence[Place], kinds: Sequence[Kind]) -> str:
+def _describe_lack(contents: Contents) -> str:
     """Say what is where, and what to do."""
-    found = ", ".join(f"{place.name} is {_with_question(kind)}" for place, kind in zip(places, kinds, strict=True))
+    places = contents.usual_places
+    found = ", ".join(f"{place.name} is {_with_question(place.kind)}" for place in places)
     others = [f"layers[{key!r}]" for key in contents.places if key not in (RAW, X, *COUNT_LAYERS)]
     more = f"; not looked at: {', '.join(others)} (name one with --layer)" if others else ""
-    is_exact = any(recovery_of(place.sample) is not None for place in places)
+    is_exact = any(place.recovery is not None for place in places)
     recover = "; the counts can be read off exactly: add --recover-counts" if is_exact else ""
     return (
         f"no raw counts: {found}{more}{recover}; the model needs whole numbers of molecules or reads (to embed these "
@@ -312,16 +318,14 @@ def recoverable_place(
         As `choose_place`, or if counts cannot be recovered.
     """
     if layer is None and use_raw in (None, AUTO):
-        places = [contents.places[key] for key in (RAW, X, *COUNT_LAYERS) if key in contents.places]
+        places = contents.usual_places
     else:
         places = [choose_place(contents, layer, use_raw).place]
     if not places or any(place.kind == Kind.WHOLE for place in places):
         return choose_place(contents, layer, use_raw), None
     for place in places:
-        if place.kind != Kind.BINARY and (recovery := recovery_of(place.sample)) is not None:
-            return Choice(
-                place, place.kind, f"counts recovered from {place.kind} values: {recovery.describe()}"
-            ), recovery
+        if place.kind != Kind.BINARY and (recovery := place.recovery) is not None:
+            return Choice(place, f"counts recovered from {place.kind} values: {recovery.describe()}"), recovery
     if any(place.kind == Kind.BINARY for place in places):
         return choose_place(contents, layer, use_raw), None
     raise DataError(
