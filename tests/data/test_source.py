@@ -10,10 +10,11 @@ from scipy import sparse
 
 from tests.h5ad_files import GENES, make_adata
 from transcriptformer.config import DataConfig
-from transcriptformer.data.counts import to_canonical_csr
+from transcriptformer.data.counts import check_memory, to_canonical_csr
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.data.species import looks_like_gene_ids
 from transcriptformer.errors import DataError
+from transcriptformer.runtime.memory import available_memory
 
 
 def all_counts(cells: CellSource) -> np.ndarray:
@@ -197,3 +198,11 @@ def test_invalid_counts_are_reported_with_cell_and_gene(bad: float, kind: str) -
 )
 def test_gene_ids_are_distinguished_from_symbols(values: list[str], expected: bool) -> None:
     assert looks_like_gene_ids(values) is expected
+
+
+def test_a_matrix_that_does_not_fit_into_memory_is_refused_with_advice() -> None:
+    check_memory(available_memory() // 4, "x.h5ad: converting", "store it by row", max_share=0.5)
+    with pytest.raises(
+        DataError, match=r"^x\.h5ad: converting takes \d+\.\d GiB of memory, but only .* GiB are free; store it by row$"
+    ):
+        check_memory(available_memory(), "x.h5ad: converting", "store it by row", max_share=0.5)

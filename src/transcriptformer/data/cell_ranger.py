@@ -12,12 +12,11 @@ import pandas as pd
 from scipy import sparse
 from scipy.io import mminfo, mmread
 
-from transcriptformer.data.counts import ColumnSubset, Matrix, MatrixInMemory, StoredCsr
+from transcriptformer.data.counts import ColumnSubset, Matrix, MatrixInMemory, StoredCsr, check_memory
 from transcriptformer.data.metadata import MetadataInMemory, StoredMetadata
 from transcriptformer.data.places import Contents, Place, X
 from transcriptformer.data.store import Store, unreadable
 from transcriptformer.errors import DataError, TranscriptFormerError, UsageError, one_line
-from transcriptformer.runtime.memory import available_memory
 from transcriptformer.storage.external import check_folder
 
 logger = logging.getLogger(__name__)
@@ -194,7 +193,9 @@ def _load_counts(path: Path, is_gene: np.ndarray) -> Matrix:
         n_features, _, n_entries, *_ = mminfo(path)
         if n_features != len(is_gene):
             raise DataError(f"{path}: damaged: has {n_features} rows for {len(is_gene)} features")
-        _check_memory(path, n_entries)
+        check_memory(
+            _BYTES_PER_ENTRY * n_entries, f"{path}: loading", "use the .h5 file of Cell Ranger, which is streamed"
+        )
         logger.info("%s: loading the whole matrix, because Matrix Market files cannot be streamed", path)
         counts = sparse.csr_matrix(mmread(path).T, dtype=np.float32)
         return MatrixInMemory(counts if is_gene.all() else counts[:, np.flatnonzero(is_gene)])
@@ -202,12 +203,3 @@ def _load_counts(path: Path, is_gene: np.ndarray) -> Matrix:
         raise
     except Exception as error:  # on damaged data, the parser may raise anything
         raise unreadable(str(path), error) from error
-
-
-def _check_memory(path: Path, n_entries: int) -> None:
-    needed, available = _BYTES_PER_ENTRY * n_entries, available_memory()
-    if needed > 0.8 * available:
-        raise DataError(
-            f"{path}: loading takes {needed / 2**30:.1f} GiB of memory, but only {available / 2**30:.1f} GiB are free; "
-            "use the .h5 file of Cell Ranger, which is streamed"
-        )

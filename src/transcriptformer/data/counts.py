@@ -172,13 +172,19 @@ def open_matrix(store: Store, key: str) -> Matrix:
 def _check_csc_memory(name: str, group: Any) -> None:
     n_entries = group["data"].shape[0]
     needed = 2 * n_entries * (group["data"].dtype.itemsize + group["indices"].dtype.itemsize)  # as CSC and as CSR
-    available = available_memory()
-    if needed > 0.5 * available:
-        raise DataError(
-            f"{name}: counts are stored by column (CSC); converting them to CSR takes {needed / 2**30:.1f} GiB of "
-            f"memory, but only {available / 2**30:.1f} GiB are free; store them by row: adata.X = adata.X.tocsr()"
-        )
+    action = f"{name}: counts are stored by column (CSC); converting them to CSR"
+    check_memory(needed, action, "store them by row: adata.X = adata.X.tocsr()", max_share=0.5)
     logger.warning("%s: counts are stored by column (CSC); loading the whole matrix to convert it to CSR", name)
+
+
+def check_memory(needed: int, action: str, advice: str, max_share: float = 0.8) -> None:
+    """Raise DataError if an action needs more bytes than a share of the free memory; `advice` says what to do then."""
+    available = available_memory()
+    if needed > max_share * available:
+        raise DataError(
+            f"{action} takes {needed / 2**30:.1f} GiB of memory, but only {available / 2**30:.1f} GiB are free; "
+            f"{advice}"
+        )
 
 
 def to_canonical_csr(values: Any, name: str = "the AnnData") -> sparse.csr_array:

@@ -10,12 +10,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from transcriptformer.data.counts import MatrixInMemory
+from transcriptformer.data.counts import MatrixInMemory, check_memory
 from transcriptformer.data.metadata import MetadataInMemory
 from transcriptformer.data.places import Contents, Place, X
 from transcriptformer.data.store import Location, is_url
 from transcriptformer.errors import DataError, TranscriptFormerError, UsageError, one_line
-from transcriptformer.runtime.memory import available_memory
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +101,8 @@ def _load_counts(uri: str, layer: str, cells: pd.Series, genes: pd.Series) -> Ma
     """Load a layer; `cells` and `genes` are the ids of its rows and columns, ascending."""
     with _Experiment(uri) as experiment:
         array = experiment.ms[MEASUREMENT].X[layer]
-        needed, available = _BYTES_PER_ENTRY * array.nnz, available_memory()
-        if needed > 0.8 * available:
-            raise DataError(
-                f"{uri}: loading X[{layer!r}] takes {needed / 2**30:.1f} GiB of memory, but only "
-                f"{available / 2**30:.1f} GiB are free; export some of its cells to an h5ad file"
-            )
+        action = f"{uri}: loading X[{layer!r}]"
+        check_memory(_BYTES_PER_ENTRY * array.nnz, action, "export some of its cells to an h5ad file")
         logger.info("%s: loading X[%r] into memory", uri, layer)
         table = array.read().tables().concat()
         rows, columns, values = (table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
