@@ -395,6 +395,58 @@ with signals.handle_signals():
     assert end_of(process, 3) == (143, "", "")
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_whose_exception_is_swallowed_is_repeated(sent: signal.Signals, code: int, start: Start) -> None:
+    process = start(
+        """
+class Finalized:
+    def __del__(self):
+        wait()
+
+try:
+    with signals.handle_signals(), signals.repeated_if_swallowed():
+        Finalized()
+        time.sleep(10)
+except BaseException as error:
+    sys.exit(130 if isinstance(error, KeyboardInterrupt) else error.code)
+"""
+    )
+    process.send_signal(sent)
+    assert end_of(process, 3) == (code, "", "")
+
+
+def test_a_signal_that_is_swallowed_in_a_run_ends_it_in_time(start: Start) -> None:
+    process = start(
+        """
+class Finalized:
+    def __del__(self):
+        wait()
+
+with signals.repeated_if_swallowed(), Watchdog() as dog:
+    dog.flush = lambda: print("kept", flush=True)
+    Finalized()
+    time.sleep(60)
+"""
+    )
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == (143, "kept\n", f"INFO: ended by SIGTERM; {RESUME}\n")
+
+
+def test_other_errors_that_are_swallowed_are_still_shown(start: Start) -> None:
+    process = start(
+        """
+class Broken:
+    def __del__(self):
+        raise ValueError("in __del__")
+
+with signals.repeated_if_swallowed():
+    Broken()
+ready()
+"""
+    )
+    assert "ValueError: in __del__" in end_of(process)[2]
+
+
 def test_killed_data_worker_does_not_end_a_process_that_runs_in_another_thread(start: Start) -> None:
     run = WORKERS[WORKERS.index("with Watchdog") :].replace("wait()", "print('ready', flush=True); time.sleep(3)")
     thread = f"""

@@ -29,7 +29,7 @@ from rich.text import Text
 
 from transcriptformer.errors import TranscriptFormerError, one_line
 from transcriptformer.runtime.parents import exit_with_launcher, is_launched
-from transcriptformer.runtime.signals import TerminatedError, handle_signals
+from transcriptformer.runtime.signals import TerminatedError, handle_signals, repeated_if_swallowed
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
     ours.setLevel(logging.INFO)
     exit_with_launcher()
     try:
-        with nullcontext() if debug else _hidden_warnings(), handle_signals():
+        with nullcontext() if debug else _hidden_warnings(), handle_signals(), repeated_if_swallowed():
             yield
     except _HANDLED_BY_TYPER:
         raise

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ SIGNALS = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if h
 """Signals that end a run, besides SIGINT, which Python turns into KeyboardInterrupt."""
 
 RESUME = "rerun the same command with --resume to continue"
+
+_SECONDS_TO_REPEAT = 0.05
+"""Delay of a repeated signal, by which Python has left the code that swallowed the exception."""
 
 
 class TerminatedError(SystemExit):
@@ -45,6 +49,36 @@ def handle_signals(handler: Callable[[int, FrameType | None], object] = raise_te
     finally:
         for signum, old in before.items():
             signal.signal(signum, old)
+
+
+def interrupt_main_thread(signum: int = signal.SIGTERM) -> None:
+    """Send a signal to the main thread, from any thread."""
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main, signum)
+
+
+@contextmanager
+def repeated_if_swallowed() -> Iterator[None]:
+    """Send a signal again if its exception was raised where Python swallows exceptions, such as in `__del__`.
+
+    Python would print a traceback, and the run would go on.
+    """
+    before = sys.unraisablehook
+
+    def repeat(swallowed: "sys.UnraisableHookArgs") -> None:
+        error = swallowed.exc_value
+        signum = getattr(error, "signal", signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+        if signum is None:
+            before(swallowed)
+        else:
+            threading.Timer(_SECONDS_TO_REPEAT, interrupt_main_thread, [signum]).start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class DeferredSignals:

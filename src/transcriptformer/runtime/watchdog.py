@@ -21,7 +21,7 @@ from transcriptformer.runtime.parents import (
     workers,
     write_stderr,
 )
-from transcriptformer.runtime.signals import RESUME, SIGNALS, TerminatedError, handle_signals
+from transcriptformer.runtime.signals import RESUME, SIGNALS, TerminatedError, handle_signals, interrupt_main_thread
 
 TERMINATION_TIMEOUT = 7.0
 """Seconds for the main thread to save results and exit before the process is killed."""
@@ -45,6 +45,8 @@ class ProcessEndedError(TranscriptFormerError):
 
 class _Lost(SystemExit):
     """Raised in the main thread when another process is lost; only the watchdog catches it."""
+
+    signal = signal.SIGTERM
 
 
 class Watchdog:
@@ -277,13 +279,13 @@ class Watchdog:
         self._is_lost.set()
         if self._can_interrupt:
             self._start_clock(1)
-            _interrupt_main_thread()
+            interrupt_main_thread()
 
     def _stop_deferring(self) -> None:
         """Interrupt the main thread, from the watchdog thread, after deferring a signal for too long."""
         self.is_deferred = False
         self._start_clock(128 + (self.received or signal.SIGTERM))
-        _interrupt_main_thread()
+        interrupt_main_thread()
 
     def _kill(self) -> NoReturn:
         flushing = threading.Thread(target=self.flush, daemon=True)
@@ -307,12 +309,6 @@ class Watchdog:
         who = f"process {rank} of {self.n_processes}" + (f" ({child.pid})" if child is not None else "")
         how = _named_signal(-code if code < 0 and child is not None else code - 128) or "killed"
         return f"{who} was {how}; {RESUME}"
-
-
-def _interrupt_main_thread() -> None:
-    main = threading.main_thread().ident
-    if main is not None and hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(main, signal.SIGTERM)
 
 
 def _named_signal(signum: int) -> str | None:
