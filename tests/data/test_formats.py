@@ -410,6 +410,20 @@ def test_links_out_of_a_folder_are_refused(tmp_path: Path) -> None:
     assert_holds_the_cells(open_source(folder, DataConfig(allow_external_links=True)), IS_GENE)
 
 
+def test_of_layers_of_soma_only_the_one_with_counts_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adata = the_cells()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.log1p()
+    tiledbsoma.io.from_anndata(str(tmp_path / "soma"), adata, "RNA")
+    caplog.set_level("INFO")
+    source = open_source(tmp_path / "soma")
+    assert source.describe()["counts"] == "counts from X['counts'] (X['data'] is log-normalized)"
+    assert [record.message for record in caplog.records if "loading" in record.message] == [
+        f"{tmp_path / 'soma'}: loading X['counts'] into memory"
+    ]
+    np.testing.assert_array_equal(source.counts(0, len(source)).toarray(), adata.layers["counts"].toarray())
+
+
 def test_tiledbsoma_is_named_if_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_soma(tmp_path / "soma")
     monkeypatch.setitem(sys.modules, "tiledbsoma", None)

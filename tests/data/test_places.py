@@ -1,5 +1,7 @@
 """Counts are taken from where whole numbers are, or one line says what is where."""
 
+from pathlib import Path
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -8,7 +10,9 @@ from scipy import sparse
 
 from tests.h5ad_files import make_adata, random_adata
 from transcriptformer.config import DataConfig
-from transcriptformer.data.places import Kind, kind_of
+from transcriptformer.data.anndata_contents import contents_of_adata
+from transcriptformer.data.formats import open_contents
+from transcriptformer.data.places import Kind, choose_place, kind_of
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.errors import DataError
 from transcriptformer.vocab import make_gene_vocab
@@ -136,6 +140,46 @@ def test_places_with_different_whole_numbers_are_a_warning(caplog: pytest.LogCap
     adata.layers["counts"].data[:] += 1
     open_source(adata)
     assert ".X and layers['counts'] hold different whole numbers; taking .X" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+@pytest.mark.parametrize("ending", ["h5ad", "zarr", "AnnData", "backed"])
+def test_matrices_by_column_are_not_loaded_to_choose_one(
+    tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    adata = cells()
+    adata.layers["counts"] = (2 * adata.X).tocsc()
+    adata.X = adata.X.tocsc()
+    path = tmp_path / f"cells.{ending}"
+    if ending != "AnnData":
+        (adata.write_zarr if ending == "zarr" else adata.write_h5ad)(path)
+    source = anndata.read_h5ad(path, backed="r") if ending == "backed" else adata if ending == "AnnData" else path
+    is_adata = isinstance(source, anndata.AnnData)
+    contents = contents_of_adata(source, "cells", False) if is_adata else open_contents(path, DataConfig())
+    assert choose_place(contents, None, None).place.name == ".X"
+    assert ".X and layers['counts'] hold different whole numbers; taking .X" in caplog.text
+    assert not any("in_memory" in vars(place.matrix) for place in contents.places.values())
+    assert_counts(open_source(source), adata.X)
+
+
+@pytest.mark.parametrize("kind", [Kind.LOG, Kind.SCALED, Kind.FRACTIONAL])
+def test_matrices_by_column_are_told_apart_like_those_by_row(kind: Kind) -> None:
+    adata = cells()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = sparse.csc_matrix(KINDS[kind](adata.X))
+    assert open_source(adata).reason == f".X is {kind}"
+
+
+def test_a_matrix_by_column_that_is_too_large_and_not_needed_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adata = cells()
+    adata.layers["counts"] = adata.X.tocsc()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    monkeypatch.setattr("transcriptformer.data.counts.available_memory", lambda: 1000)
+    assert_counts(open_source(tmp_path / "cells.h5ad"), adata.X)
+    with pytest.raises(DataError, match=r"stored by column .*, but only 0\.0 GiB are free"):
+        open_source(tmp_path / "cells.h5ad", DataConfig(layer="counts"))
 
 
 def test_a_layer_can_be_named() -> None:

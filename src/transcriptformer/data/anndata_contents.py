@@ -8,7 +8,7 @@ from typing import Any
 import anndata
 import pandas as pd
 
-from transcriptformer.data.counts import MatrixInMemory, open_matrix
+from transcriptformer.data.counts import Matrix, matrix_of, open_matrix
 from transcriptformer.data.metadata import ColumnError, Metadata, MetadataInMemory, open_metadata
 from transcriptformer.data.places import COUNT_LAYERS, RAW, Contents, Place, X
 from transcriptformer.data.store import Store
@@ -36,7 +36,7 @@ def contents_of_adata(adata: anndata.AnnData, name: str, allow_external: bool) -
     return Contents(name, places, MetadataInMemory(adata.obs))
 
 
-def _layer_in_memory(adata: anndata.AnnData, key: str, name: str) -> MatrixInMemory:
+def _layer_in_memory(adata: anndata.AnnData, key: str, name: str) -> Matrix:
     return _in_memory(adata.layers[key], name)
 
 
@@ -50,9 +50,9 @@ def _check_backed(adata: anndata.AnnData, name: str, allow_external: bool) -> No
             exhaust(guard.steps(guard.open(adata.file["/"], key), key))
 
 
-def _in_memory(values: Any, name: str) -> MatrixInMemory:
+def _in_memory(values: Any, name: str) -> Matrix:
     try:
-        return MatrixInMemory(values)
+        return matrix_of(values)
     except ValueError as error:
         raise DataError(f"{name}: damaged: the sparse matrix of counts is inconsistent ({error})") from error
 

@@ -1,6 +1,9 @@
 """Count matrices of any layout, in memory or in a file, read in blocks of consecutive rows."""
 
 import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import anndata
@@ -12,6 +15,9 @@ from transcriptformer.errors import DataError
 from transcriptformer.runtime.memory import available_memory
 
 logger = logging.getLogger(__name__)
+
+_SAMPLED_ENTRIES = 65_536
+"""Length of the runs of entries that tell what a matrix by column holds."""
 
 
 class Matrix(Protocol):
@@ -31,24 +37,81 @@ class Matrix(Protocol):
 
 
 class MatrixInMemory:
-    """`Matrix` of a SciPy matrix, a NumPy array or the matrix of a backed AnnData, which is loaded if it is CSC."""
+    """`Matrix` of a SciPy matrix, a NumPy array or the matrix of a backed AnnData, none of them CSC."""
 
     def __init__(self, values: Any) -> None:
-        is_csc = getattr(values, "format", None) == "csc"  # slow to slice by row
-        if hasattr(values, "to_memory") and is_csc:
-            values = values.to_memory()
         if sparse.issparse(values):
             check_sparse(values)  # SciPy may crash on out-of-range indices
-        if is_csc:
-            values = values.tocsr()
         self.values, self.shape = values, tuple(values.shape)
 
     def rows(self, start: int, stop: int) -> Any:  # noqa: D102
         return self.values[start:stop]
 
 
+class LoadedWhole(ABC):
+    """`Matrix` whose rows are slow to read one block after the other, so that it is loaded before cells are read.
+
+    Parameters
+    ----------
+    shape
+        Number of cells and of genes.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    @cached_property
+    def in_memory(self) -> MatrixInMemory:
+        """The loaded matrix."""
+        return MatrixInMemory(self._load())
+
+    @abstractmethod
+    def _load(self) -> Any:
+        """Read the matrix as CSR."""
+
+    def rows(self, start: int, stop: int) -> Any:  # noqa: D102
+        return self.in_memory.rows(start, stop)
+
+
+class ByColumn(LoadedWhole):
+    """`Matrix` stored by column (CSC).
+
+    Parameters
+    ----------
+    open_entries, read
+        Functions that return the stored values (entries,), in a file or in memory, and the matrix as CSC.
+    """
+
+    def __init__(self, shape: tuple[int, ...], open_entries: Callable[[], Any], read: Callable[[], Any]) -> None:
+        super().__init__(shape)
+        self._open_entries, self._read = open_entries, read
+
+    def some_entries(self) -> np.ndarray:
+        """Return entries (entries,) from the start, the middle and the end, without loading the matrix."""
+        entries = self._open_entries()
+        last = max(0, entries.shape[0] - _SAMPLED_ENTRIES)
+        starts = sorted({0, last // 2, last})
+        return np.concatenate([native(entries[start : start + _SAMPLED_ENTRIES]) for start in starts])
+
+    def _load(self) -> sparse.csr_matrix:
+        values = self._read()
+        check_sparse(values)  # SciPy may crash on out-of-range indices
+        return values.tocsr()
+
+
+def matrix_of(values: Any) -> Matrix:
+    """Return the `Matrix` of a SciPy matrix, a NumPy array or the matrix of a backed AnnData."""
+    if getattr(values, "format", None) != "csc":
+        return MatrixInMemory(values)
+    if sparse.issparse(values):
+        return ByColumn(tuple(values.shape), lambda: values.data, lambda: values)
+    return ByColumn(tuple(values.shape), lambda: values.group["data"], values.to_memory)
+
+
 def loaded(matrix: Matrix) -> Matrix:
     """Return a matrix in memory, with all rows of the given one."""
+    if isinstance(matrix, LoadedWhole):
+        return matrix.in_memory
     if isinstance(matrix, MatrixInMemory) and isinstance(matrix.values, np.ndarray | sparse.spmatrix | sparse.sparray):
         return matrix
     return MatrixInMemory(matrix.rows(0, matrix.shape[0]))
@@ -146,20 +209,18 @@ def _layout(element: Any) -> str:
 def open_matrix(store: Store, key: str) -> Matrix:
     """Open the matrix under `key`.
 
-    Dense and CSR matrices are not loaded. CSC matrices are, because reading a row takes reading the whole matrix.
+    Nothing is loaded yet.
 
     Raises
     ------
     DataError
-        If the matrix is damaged, of an unknown kind, or CSC and too large for memory.
+        If the matrix is damaged or of an unknown kind.
     """
     try:
         element = store[key]
         layout = _layout(element)
         if layout == "csc":
-            _check_csc_memory(store.name, element)
-            arrays = native(element["data"][:]), native(element["indices"][:]), native(element["indptr"][:])
-            return MatrixInMemory(sparse.csc_matrix(arrays, shape=_sparse_shape(element)))
+            return ByColumn(_sparse_shape(element), lambda: store[key]["data"], partial(_read_csc, store, key))
         if layout == "csr":
             return StoredCsr(store, key)
         return StoredDense(store, key) if layout == "array" else MatrixInMemory(anndata.io.read_elem(element))
@@ -167,6 +228,13 @@ def open_matrix(store: Store, key: str) -> Matrix:
         raise
     except Exception as error:  # on damaged data, h5py, zarr and anndata may raise anything
         raise unreadable(store.name, error) from error
+
+
+def _read_csc(store: Store, key: str) -> sparse.csc_matrix:
+    group = store[key]
+    _check_csc_memory(store.name, group)
+    arrays = native(group["data"][:]), native(group["indices"][:]), native(group["indptr"][:])
+    return sparse.csc_matrix(arrays, shape=_sparse_shape(group))
 
 
 def _check_csc_memory(name: str, group: Any) -> None:

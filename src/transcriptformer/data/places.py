@@ -1,8 +1,8 @@
 """Where an input holds raw counts: the places with a matrix, what kind of values each holds, and the choice."""
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from transcriptformer.data.counts import Matrix, to_canonical_csr
+from transcriptformer.data.counts import ByColumn, Matrix, to_canonical_csr
 from transcriptformer.data.metadata import Metadata
 from transcriptformer.data.store import Store, unreadable
 from transcriptformer.errors import DataError, UsageError
@@ -84,12 +84,34 @@ class Place:
     @cached_property
     def kind(self) -> "Kind":
         """Kind of the sampled values."""
+        if self.entries is not None and _values_kind(self.entries) == Kind.WHOLE:
+            return Kind.WHOLE
         return kind_of(self.sample)
 
     @cached_property
     def recovery(self) -> "Recovery | None":
         """How the counts of the sampled rows can be recovered; None if they cannot."""
         return recovery_of(self.sample)
+
+    @cached_property
+    def entries(self) -> np.ndarray | None:
+        """Some entries of a matrix by column, of which rows take loading all of it; None: a matrix of another layout.
+
+        Raises
+        ------
+        DataError
+            If they cannot be read.
+        """
+        with _reading(self.source):
+            return self.matrix.some_entries() if isinstance(self.matrix, ByColumn) else None
+
+    def holds_the_same_as(self, other: "Place") -> bool | None:
+        """Whether the samples of two matrices are equal; None if comparing them takes loading one."""
+        if self.entries is None and other.entries is None:
+            return not (self.sample != other.sample).nnz
+        if self.entries is None or other.entries is None:
+            return None
+        return np.array_equal(self.entries, other.entries)
 
     @cached_property
     def sample(self) -> sparse.csr_array:
@@ -186,22 +208,28 @@ def sample_rows(matrix: Matrix, source: str) -> sparse.csr_array:
     n_rows = matrix.shape[0]
     last = max(0, n_rows - _SAMPLED_ROWS)
     starts = sorted({last * i // (_SAMPLED_BLOCKS - 1) for i in range(_SAMPLED_BLOCKS)})
-    try:
+    with _reading(source):
         parts = [to_canonical_csr(matrix.rows(start, min(start + _SAMPLED_ROWS, n_rows)), source) for start in starts]
+    return sparse.csr_array(sparse.vstack(parts))
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Report whatever h5py and zarr raise on damaged data as DataError."""
+    try:
+        yield
     except DataError:
         raise
-    except Exception as error:  # on damaged data, h5py and zarr may raise anything
+    except Exception as error:
         raise unreadable(source, error) from error
-    return sparse.csr_array(sparse.vstack(parts))
 
 
 def kind_of(rows: sparse.csr_array) -> Kind:
     """Classify the values of some rows; whole numbers may be negative or not finite, which is reported elsewhere."""
     values = rows.data[np.isfinite(rows.data)]
-    if (values == np.rint(values)).all():
-        return Kind.BINARY if len(values) == 0 or (values.min(), values.max()) == (1, 1) else Kind.WHOLE
-    if values.min() < 0:
-        return Kind.SCALED
+    kind = _values_kind(values)
+    if kind is not None:
+        return kind
     recovery = recovery_of(rows)
     if recovery is not None and recovery.base is not None:  # log2(count + 1) of counts of 1 is whole, too
         return Kind.LOG
@@ -211,6 +239,14 @@ def kind_of(rows: sparse.csr_array) -> Kind:
         return Kind.LOG if recovery is None else Kind.NORMALIZED
     _, is_multiple = Recovery(None, is_scaled=True).counts(rows)
     return Kind.NORMALIZED if is_multiple.mean() > _MIN_MULTIPLES else Kind.FRACTIONAL
+
+
+def _values_kind(values: np.ndarray) -> Kind | None:
+    """Return the kind if the values tell it by themselves, without knowing their cells."""
+    values = values[np.isfinite(values) & (values != 0)]
+    if (values == np.rint(values)).all():
+        return Kind.BINARY if len(values) == 0 or (values.min(), values.max()) == (1, 1) else Kind.WHOLE
+    return Kind.SCALED if values.min() < 0 else None
 
 
 def recovery_of(rows: sparse.csr_array) -> Recovery | None:
@@ -282,7 +318,7 @@ def _warn_if_different(chosen: Place, others: Sequence[Place]) -> None:
     for other in others:
         with suppress(DataError):
             is_same_shape = other.matrix.shape == chosen.matrix.shape
-            if is_same_shape and other.kind == Kind.WHOLE and (other.sample != chosen.sample).nnz:
+            if is_same_shape and other.kind == Kind.WHOLE and chosen.holds_the_same_as(other) is False:
                 logger.warning(
                     "%s: %s and %s hold different whole numbers; taking %s (choose with --use-raw or --layer)",
                     *(chosen.source, chosen.name, other.name, chosen.name),

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from transcriptformer.data.counts import MatrixInMemory, check_memory
+from transcriptformer.data.counts import LoadedWhole, check_memory
 from transcriptformer.data.metadata import MetadataInMemory
 from transcriptformer.data.places import Contents, Place, X
 from transcriptformer.data.store import Location, is_url
@@ -35,7 +35,7 @@ def is_soma(location: Location) -> bool:
 
 
 def contents_of_experiment(location: Location) -> Contents:
-    """Return what an experiment holds; a matrix is loaded when it is opened.
+    """Return what an experiment holds; a matrix is loaded before its cells are read.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def contents_of_experiment(location: Location) -> Contents:
         layers = list(rna.X) if "X" in rna else []
     places = {}
     for layer in layers:
-        open_matrix = partial(_load_counts, uri, layer, obs["soma_joinid"], var["soma_joinid"])
+        open_matrix = partial(_Layer, uri, layer, obs["soma_joinid"], var["soma_joinid"])
         places[X if layer == _X_LAYER else layer] = Place(uri, f"X[{layer!r}]", open_matrix, lambda: var)
     return Contents(uri, places, MetadataInMemory(obs))
 
@@ -97,14 +97,29 @@ def _read_frame(stored: Any, name: str) -> pd.DataFrame:
     return frame.set_index(pd.Index(names.astype(str).to_numpy(object)))
 
 
-def _load_counts(uri: str, layer: str, cells: pd.Series, genes: pd.Series) -> MatrixInMemory:
-    """Load a layer; `cells` and `genes` are the ids of its rows and columns, ascending."""
-    with _Experiment(uri) as experiment:
-        array = experiment.ms[MEASUREMENT].X[layer]
-        action = f"{uri}: loading X[{layer!r}]"
-        check_memory(_BYTES_PER_ENTRY * array.nnz, action, "export some of its cells to an h5ad file")
-        logger.info("%s: loading X[%r] into memory", uri, layer)
-        table = array.read().tables().concat()
+class _Layer(LoadedWhole):
+    """`Matrix` of a layer; `cells` and `genes` are the ids of its rows and columns, ascending."""
+
+    def __init__(self, uri: str, layer: str, cells: pd.Series, genes: pd.Series) -> None:
+        super().__init__((len(cells), len(genes)))
+        self.uri, self.layer, self.cells, self.genes = uri, layer, cells.to_numpy(), genes.to_numpy()
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Read some rows without loading the others."""
+        with _Experiment(self.uri) as experiment:
+            array = experiment.ms[MEASUREMENT].X[self.layer]
+            return self._read(array, start, stop, (slice(int(self.cells[start]), int(self.cells[stop - 1])),))
+
+    def _load(self) -> sparse.csr_matrix:
+        with _Experiment(self.uri) as experiment:
+            array = experiment.ms[MEASUREMENT].X[self.layer]
+            action = f"{self.uri}: loading X[{self.layer!r}]"
+            check_memory(_BYTES_PER_ENTRY * array.nnz, action, "export some of its cells to an h5ad file")
+            logger.info("%s: loading X[%r] into memory", self.uri, self.layer)
+            return self._read(array, 0, len(self.cells), ())
+
+    def _read(self, array: Any, start: int, stop: int, ids: tuple[slice, ...]) -> sparse.csr_matrix:
+        table = array.read(ids).tables().concat()
         rows, columns, values = (table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
-        positions = np.searchsorted(cells, rows), np.searchsorted(genes, columns)
-        return MatrixInMemory(sparse.csr_matrix((values, positions), shape=(len(cells), len(genes))))
+        positions = np.searchsorted(self.cells[start:stop], rows), np.searchsorted(self.genes, columns)
+        return sparse.csr_matrix((values, positions), shape=(stop - start, len(self.genes)))

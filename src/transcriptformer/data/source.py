@@ -13,7 +13,7 @@ from scipy import sparse
 
 from transcriptformer.config import MAX_INT, DataConfig
 from transcriptformer.data.anndata_contents import contents_of_adata
-from transcriptformer.data.counts import Matrix, loaded, to_canonical_csr
+from transcriptformer.data.counts import LoadedWhole, Matrix, loaded, to_canonical_csr
 from transcriptformer.data.formats import open_contents
 from transcriptformer.data.gene_map import load_symbol_maps
 from transcriptformer.data.genes import INDEX, Genes, find_genes
@@ -186,7 +186,7 @@ def open_source(
     if genes is None:
         raise _no_gene_column(contents, choice, var, config.gene_col_name)
     cells = CellSource(contents, choice, genes, config, recovery)
-    if not read_in_blocks:
+    if not read_in_blocks or isinstance(cells.matrix, LoadedWhole):
         cells.load()
     _check_duplicates(cells, config.duplicate_genes, known if config.filter_to_vocabs else None)
     return cells
