@@ -47,8 +47,9 @@ from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint, read_v
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.data.batches import BatchLimits
 from transcriptformer.data.survey import survey_cells
-from transcriptformer.inference.inputs import Inputs
+from transcriptformer.inference.embeddings import Embeddings
 from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.runs.inputs import Inputs
 
 MIB = 2**20
 REPEATS = 5
@@ -181,7 +182,7 @@ def make_cells(path: Path, n_cells: int, seed: int = 0) -> None:
 
 def measure_streaming(file: Path, checkpoint: Checkpoint, batch_size: int) -> dict[str, float]:
     """Measure both passes over a file that stays on disk."""
-    inputs = Inputs([file], checkpoint)
+    inputs = Inputs([file], Embeddings(checkpoint))
     started = time.perf_counter()
     survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
     surveyed = time.perf_counter()
@@ -204,11 +205,11 @@ def measure_tokenizing(file: Path, checkpoint: Checkpoint, batch_size: int, copi
     """Measure the time from an AnnData in memory to all its batches, without the first pass."""
     once = anndata.read_h5ad(file)
     adata = anndata.concat([once] * copies, merge="same", index_unique="-") if copies > 1 else once
-    survey = survey_cells(Inputs([adata], checkpoint).readers, checkpoint.config.model.data_config)
+    survey = survey_cells(Inputs([adata], Embeddings(checkpoint)).readers, checkpoint.config.model.data_config)
     rates = []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        inputs = Inputs([adata], checkpoint)
+        inputs = Inputs([adata], Embeddings(checkpoint))
         for _batch in inputs.loader(survey, BatchLimits(batch_size, 2**62), 0, 1, np.zeros(survey.n_kept, bool)):
             pass
         rates.append(adata.n_obs / (time.perf_counter() - started))

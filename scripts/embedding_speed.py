@@ -16,14 +16,14 @@ from scipy import sparse
 
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.survey import survey_cells
-from transcriptformer.inference.batch_size import batch_limits
-from transcriptformer.inference.inputs import Inputs
+from transcriptformer.inference.embeddings import Embeddings
 from transcriptformer.inference.module import TranscriptFormerModule
-from transcriptformer.inference.output import to_anndata, write_anndata
-from transcriptformer.inference.recording import MemoryRecorder, layout_of
-from transcriptformer.inference.run import make_module
 from transcriptformer.model.attention.choose import ATTENTION
 from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.runs.batch_size import batch_limits
+from transcriptformer.runs.inputs import Inputs
+from transcriptformer.runs.output import to_anndata, write_anndata
+from transcriptformer.runs.recording import MemoryRecorder
 from transcriptformer.runtime.device import compute_dtype
 from transcriptformer.runtime.memory import keep_freed_memory
 
@@ -42,18 +42,19 @@ def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[st
         keep_freed_memory()
     stages: dict[str, float] = defaultdict(float)
     with timed("read", stages):
-        inputs = Inputs([cells], checkpoint)
+        task = Embeddings(checkpoint)
+        inputs = Inputs([cells], task)
         survey = survey_cells(inputs.readers, checkpoint.config.model.data_config)
     with timed("tokenize", stages):
         batches = list(inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool)))
     with timed("weights to device", stages):
-        module = make_module(checkpoint).to(device)
+        module = task.make_module().to(device)
         assert isinstance(module, TranscriptFormerModule)
     inference = checkpoint.config.model.inference_config
     dtype = compute_dtype(inference.precision, device)
     module.prepare(survey.lengths, device)
     seconds, rates = [], []
-    results = MemoryRecorder(layout_of(inference, checkpoint.width), survey.n_kept)
+    results = MemoryRecorder(task.layout, survey.n_kept)
     with torch.inference_mode():
         started = time.perf_counter()
         module(batches[0].to(device))
@@ -63,17 +64,14 @@ def measure_embedding(cells: anndata.AnnData, checkpoint: Checkpoint) -> dict[st
             with timed("transfer", stages, device):
                 on_device = batch.to(device)
             started = time.perf_counter()
-            embeddings = module(on_device).embeddings
-            assert embeddings is not None
-            arrays = {"rows": batch.rows.numpy(), "embeddings": embeddings.cpu().numpy()}  # waits for the device
+            arrays = {name: values.cpu().numpy() for name, values in module(on_device).items()}  # waits for the device
             seconds.append(time.perf_counter() - started)
             results.add(arrays)
             rates.append(matrix_rate(model.config.embed_dim, dtype, device))
         with stage_clock(model, stages, device):
             module(batches[-1].to(device))
     with timed("output", stages), tempfile.TemporaryDirectory() as folder:
-        names = checkpoint.gene_vocab.names()
-        write_anndata(to_anndata(inputs.obs(survey), results, names, {}), Path(folder) / "embeddings.h5ad")
+        write_anndata(to_anndata(inputs.obs(survey), task, results, {}), Path(folder) / "embeddings.h5ad")
     n_cells, genes = survey.n_kept, float(sum((batch.gene_counts > 0).sum() for batch in batches))
     positions = sum(batch.gene_tokens.numel() for batch in batches)
     total, rate = sum(seconds), statistics.median(rates)

@@ -9,13 +9,14 @@ import torch
 from tests.golden_cases import TOLERANCE, GoldenCase, real_cases, relative_error, synthetic_cases
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.data.survey import survey_cells
-from transcriptformer.inference.batch_size import batch_limits
-from transcriptformer.inference.inputs import Inputs
+from transcriptformer.inference.embeddings import Embeddings
 from transcriptformer.inference.run import embed
 from transcriptformer.model.attention import flex
 from transcriptformer.model.attention.choose import ATTENTION
 from transcriptformer.model.attention.definition import Attention
 from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.runs.batch_size import batch_limits
+from transcriptformer.runs.inputs import Inputs
 
 each_case = pytest.mark.parametrize(
     "case",
@@ -105,7 +106,7 @@ def assert_training_forward_equal(case: GoldenCase, attention: Attention) -> Non
     assert isinstance(model, TranscriptFormer)
     model.transformer_encoder.attention = attention
     model.transformer_encoder.requires_grad_(torch.is_grad_enabled())
-    inputs = Inputs([case.source()], checkpoint)
+    inputs = Inputs([case.source()], Embeddings(checkpoint))
     survey = survey_cells(inputs.readers, settings.data_config)
     lengths = np.minimum(survey.lengths[survey.kept], settings.model_config.seq_len)
     np.testing.assert_array_equal(lengths, case.expected["n_genes"])

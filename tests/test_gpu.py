@@ -14,8 +14,9 @@ from tests.training.training_runs import config_of, losses, write_cells
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.data.batches import Batch
+from transcriptformer.inference.embeddings import Embeddings
 from transcriptformer.inference.module import TranscriptFormerModule
-from transcriptformer.inference.run import embed, make_module
+from transcriptformer.inference.run import embed
 from transcriptformer.model.attention.blockwise import blockwise_attention
 from transcriptformer.model.attention.definition import Attention, ScoreMod, count_bias, plain_attention
 from transcriptformer.model.attention.flex import flex_attention
@@ -89,7 +90,7 @@ def test_batches_do_not_synchronize_the_device(emb_type: str) -> None:
     options = {"device": "cuda", "emb_type": emb_type, "output_keys": ["embeddings", "llh"]}
     config = load_config(CHECKPOINT, {f"model.inference_config.{key}": value for key, value in options.items()})
     checkpoint = load_checkpoint(CHECKPOINT, config)
-    module = make_module(checkpoint).cuda()
+    module = Embeddings(checkpoint).make_module().cuda()
     assert isinstance(module, TranscriptFormerModule)
     module.prepare(np.array([31] * 4), torch.device("cuda"))
     tokens = torch.randint(7, 200, (4, 32)).pin_memory()

@@ -43,7 +43,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.fixture(autouse=True)
 def _keep_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transcriptformer.storage.results.FLUSH_SECONDS", 0)
-    monkeypatch.setattr("transcriptformer.inference.pooling.FLUSH_SECONDS", 0)
+    monkeypatch.setattr("transcriptformer.runs.pooling.FLUSH_SECONDS", 0)
 
 
 def options_for(folder: Path, kind: str) -> dict[str, object]:

@@ -14,10 +14,10 @@ from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.config import InferenceConfig
 from transcriptformer.errors import UsageError
-from transcriptformer.inference.output import EMBEDDINGS_KEY, LLH_KEY, predicted_labels, to_gene_rows
-from transcriptformer.inference.recording import MemoryRecorder
-from transcriptformer.inference.run import Source, compute, survey_sources
+from transcriptformer.inference.embeddings import EMBEDDINGS_KEY, LLH_KEY, Embeddings, to_gene_rows
 from transcriptformer.inference.run import embed as embed_sources
+from transcriptformer.runs.recording import MemoryRecorder
+from transcriptformer.runs.run import Source, compute, survey_sources
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +140,9 @@ def embed(
     if model.config.model.inference_config.make_names_unique:
         logger.warning("the names of an AnnData stay as they are; make_names_unique only applies to files")
     target = _output_adata(data, copy)
-    cells = survey_sources(data, model)
-    computed = compute(cells, model)
+    task = Embeddings(model)
+    cells = survey_sources(data, task)
+    computed = compute(cells, task)
     assert isinstance(computed.results, MemoryRecorder)
     kept, n_kept = cells.survey.kept, cells.survey.n_kept
     embeddings = np.full((data.n_obs, model.width), np.nan, dtype=np.float32)
@@ -151,7 +152,7 @@ def embed(
         llh = np.full(data.n_obs, np.nan, dtype=np.float32)
         llh[kept] = computed.results.read("llh", 0, n_kept)
         target.obs[f"{key_added}_llh"] = llh
-    for column, values in predicted_labels(computed.results, 0, n_kept, model.label_head).items():
+    for column, values in task.values_of_columns(computed.results, 0, n_kept).items():
         target.obs[column] = pd.Series(values, index=np.flatnonzero(kept)).reindex(range(data.n_obs)).array
     target.uns[key_added] = computed.provenance
     return target if copy else None

@@ -16,9 +16,9 @@ from tests.h5ad_files import random_adata
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.errors import CheckpointError, TranscriptFormerError, UsageError
-from transcriptformer.inference.recording import check_finite
 from transcriptformer.inference.run import embed, run
 from transcriptformer.model.label_head import LabelHead
+from transcriptformer.runs.recording import check_finite
 from transcriptformer.training.config import load_train_config
 
 CPU_32 = {"model.inference_config.device": "cpu", "model.inference_config.precision": "32"}

@@ -280,7 +280,7 @@ def test_a_single_table_is_unchanged() -> None:
 
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
 def test_files_with_different_columns_are_joined(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transcriptformer.inference.inputs.BLOCK_SIZE", 2)
+    monkeypatch.setattr("transcriptformer.runs.inputs.BLOCK_SIZE", 2)
     tables: list[dict[str, object]] = [
         {"name": ["x", "y", "z"], "age": [1, 2, 3], "is_ok": [True, False, True], "site": ["a", "b", "c"]},
         {"name": ["u", "u", None], "stage": pd.Categorical(["old", None, "new"])},

@@ -25,8 +25,8 @@ from transcriptformer.proteins.ensembl import ADDRESS_VARIABLE, fasta_source
 
 CONSTANTS = {
     "transcriptformer.storage.results.FLUSH_BYTES": 0,
-    "transcriptformer.inference.pooling.FLUSH_SECONDS": 0.0,
-    "transcriptformer.inference.output.BLOCK_BYTES": 2**9,
+    "transcriptformer.runs.pooling.FLUSH_SECONDS": 0.0,
+    "transcriptformer.inference.embeddings.BLOCK_BYTES": 2**9,
     "transcriptformer.data.row_stream.CHUNK_BYTES": 2**9,
     "transcriptformer.fetching.fetcher.FLUSH_BYTES": 2**14,
 }

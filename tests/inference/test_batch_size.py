@@ -18,8 +18,8 @@ from tests.h5ad_files import make_adata
 from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.checkpoint.vocabs import read_aux_vocab, read_gene_vocab
-from transcriptformer.inference.batch_size import MAX_CELLS, batch_limits, bytes_per_token
 from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.runs.batch_size import MAX_CELLS, batch_limits, bytes_per_token
 from transcriptformer.runtime.memory import MAX_TOKENS, preferred_batch_tokens
 
 N_GENES = 500
@@ -97,16 +97,16 @@ import sys
 from pathlib import Path
 import torch
 from tests.peak_memory import peak_memory
-from transcriptformer.inference.batch_size import bytes_per_token
+from transcriptformer.runs.batch_size import bytes_per_token
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.data.batches import Batch
-from transcriptformer.inference.run import make_module
+from transcriptformer.inference.embeddings import Embeddings
 
 path, options = Path(sys.argv[1]), sys.argv[2:]
 config = load_config(path, {"model.inference_config.device": "cpu"}, options)
 checkpoint = load_checkpoint(path, config)
-module = make_module(checkpoint).eval()
+module = Embeddings(checkpoint).make_module().eval()
 
 def peak_memory_after(n_cells, n_positions):
     batch = Batch(

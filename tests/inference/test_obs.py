@@ -24,7 +24,7 @@ from transcriptformer.cli.main import app
 from transcriptformer.data.metadata import ColumnError
 from transcriptformer.data.row_stream import check_writable_rows
 from transcriptformer.errors import DataError
-from transcriptformer.inference.output import describe
+from transcriptformer.inference.embeddings import describe
 from transcriptformer.inference.run import embed, run
 from transcriptformer.training.run import fit
 
@@ -40,7 +40,7 @@ N_CELLS = 7
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two cells, so that errors come late."""
-    for module in ("inference.inputs", "data.joined"):
+    for module in ("runs.inputs", "data.joined"):
         monkeypatch.setattr(f"transcriptformer.{module}.BLOCK_SIZE", 2)
 
 

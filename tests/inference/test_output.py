@@ -11,8 +11,8 @@ from tests.h5ad_files import make_adata
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.errors import DataError, OutputError, UsageError
-from transcriptformer.inference.output import new_anndata, select_columns, write_anndata
 from transcriptformer.inference.run import embed, run
+from transcriptformer.runs.output import new_anndata, select_columns, write_anndata
 
 OBS = pd.DataFrame(
     {
@@ -128,7 +128,7 @@ def test_a_single_source_needs_no_list_and_an_empty_list_is_an_error() -> None:
     checkpoint = load_checkpoint(CHECKPOINT, config)
     for sources in (CELLS, str(CELLS), [str(CELLS)], anndata.read_h5ad(CELLS)):
         assert embed(sources, checkpoint).n_obs == 24
-    with pytest.raises(UsageError, match="nothing to embed"):
+    with pytest.raises(UsageError, match="no input"):
         embed([], checkpoint)
 
 
@@ -150,8 +150,8 @@ def test_cells_from_memory_and_from_a_file_give_the_same_result(tmp_path: Path) 
 def test_obs_is_the_same_written_in_blocks(
     cells: Path, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transcriptformer.inference.inputs.BLOCK_SIZE", 2)
-    monkeypatch.setattr("transcriptformer.inference.output.BLOCK_BYTES", 300)
+    monkeypatch.setattr("transcriptformer.runs.inputs.BLOCK_SIZE", 2)
+    monkeypatch.setattr("transcriptformer.inference.embeddings.BLOCK_BYTES", 300)
     result = run_on(cells, tmp_path / "out", output_filename=f"embeddings.{ending}", output_keys=["embeddings", "llh"])
     pd.testing.assert_frame_equal(result.obs, anndata.read_h5ad(cells).obs, check_dtype=ending == "h5ad")
     expected = run_on(cells, tmp_path / "whole", output_keys=["embeddings", "llh"])
@@ -164,7 +164,7 @@ def test_gene_embeddings_are_the_same_written_in_blocks(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run_on(CELLS, tmp_path / "whole", emb_type="cge").uns
-    monkeypatch.setattr("transcriptformer.inference.output.BLOCK_BYTES", 10_000)
+    monkeypatch.setattr("transcriptformer.inference.embeddings.BLOCK_BYTES", 10_000)
     result = run_on(CELLS, tmp_path / "out", emb_type="cge", output_filename=f"embeddings.{ending}").uns
     for key in ("cge_embeddings", "cge_cell_indices", "cge_gene_names"):
         np.testing.assert_array_equal(result[key], expected[key])
@@ -175,7 +175,7 @@ def test_gene_embeddings_are_the_same_written_in_blocks(
 def test_cells_without_genes_may_follow_one_larger_than_a_block(
     n_empty: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transcriptformer.inference.output.BLOCK_BYTES", 128)  # one gene of width 32
+    monkeypatch.setattr("transcriptformer.inference.embeddings.BLOCK_BYTES", 128)  # one gene of width 32
     full, empty = [[1, 2, 3, 4, 5]] * 2, [[0] * 5] * n_empty
     counts = {"first": [*empty, *full], "middle": [full[0], *empty, full[1]], "last": [*full, *empty]}[place]
     make_adata(counts).write_h5ad(tmp_path / "cells.h5ad")

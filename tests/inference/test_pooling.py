@@ -14,8 +14,8 @@ from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.checkpoint.vocabs import read_gene_ids
 from transcriptformer.config import Config
-from transcriptformer.inference.pooling import NO_GROUP, Pool, PoolWriter, read_pools, verified_rows
 from transcriptformer.inference.run import embed, run
+from transcriptformer.runs.pooling import NO_GROUP, Pool, PoolWriter, read_pools, verified_rows
 from transcriptformer.storage.atomic import temporary_path
 
 TOLERANCE = 1e-6
@@ -79,7 +79,7 @@ def test_rows_are_in_vocabulary_order_with_the_groups_of_a_gene_together(cells: 
 def test_pools_in_files_and_in_memory_are_equal(
     ending: str, cells: anndata.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transcriptformer.inference.pooling.FLUSH_SECONDS", 0)
+    monkeypatch.setattr("transcriptformer.runs.pooling.FLUSH_SECONDS", 0)
     cells.write_h5ad(tmp_path / "cells.h5ad")
     config = config_for("state", output_path=str(tmp_path), output_filename=f"pool.{ending}")
     written = run([tmp_path / "cells.h5ad"], CHECKPOINT, config)
@@ -118,7 +118,7 @@ def test_order_and_size_of_batches_do_not_matter(data: st.DataObject, groups: li
     step = data.draw(st.integers(1, len(rows)))
     pools = []
     for batches in ([list(range(len(rows)))], [rows[i : i + step] for i in range(0, len(rows), step)]):
-        pools.append(Pool(np.array(groups, np.int32), N_TOKENS, WIDTH))
+        pools.append(Pool(np.array(groups, np.int32), N_TOKENS, WIDTH, "cge_embeddings"))
         for batch_rows in batches:
             pools[-1].add(batch(batch_rows))
     (table, means), (other_table, other_means) = map(table_of, pools)
@@ -131,7 +131,7 @@ def test_saved_pools_of_all_attempts_and_processes_add_up(tmp_path: Path) -> Non
     groups = np.array([0, 1, NO_GROUP, 2, 0, 1, 2, 2], np.int32)
 
     def new_pool() -> Pool:
-        return Pool(groups, N_TOKENS, WIDTH)
+        return Pool(groups, N_TOKENS, WIDTH, "cge_embeddings")
 
     first = PoolWriter(tmp_path, 0, new_pool(), "run")
     first.add(batch([0, 2]))
@@ -161,7 +161,7 @@ def test_cells_in_two_saved_pools_count_once(
 ) -> None:
     groups = np.zeros(6, np.int32)
     for rows in ([0, 1], [1, 2], [3]):
-        writer = PoolWriter(tmp_path, len(rows), Pool(groups, N_TOKENS, WIDTH), "run")
+        writer = PoolWriter(tmp_path, len(rows), Pool(groups, N_TOKENS, WIDTH, "cge_embeddings"), "run")
         writer.add(batch(rows))
         writer.flush()
 
@@ -170,7 +170,7 @@ def test_cells_in_two_saved_pools_count_once(
 
     if not can_be_deleted:
         monkeypatch.setattr(Path, "unlink", refuse)
-    saved, expected = Pool(groups, N_TOKENS, WIDTH), Pool(groups, N_TOKENS, WIDTH)
+    saved, expected = Pool(groups, N_TOKENS, WIDTH, "cge_embeddings"), Pool(groups, N_TOKENS, WIDTH, "cge_embeddings")
     done = read_pools(tmp_path, "run", saved)
     assert "contains cells that another file contains too" in caplog.text
     assert done.nonzero()[0].tolist() in ([0, 1, 3], [1, 2, 3])
@@ -179,7 +179,7 @@ def test_cells_in_two_saved_pools_count_once(
 
 
 def test_a_pool_that_failed_to_add_a_batch_is_not_saved(tmp_path: Path) -> None:
-    writer = PoolWriter(tmp_path, 0, Pool(np.zeros(6, np.int32), N_TOKENS, WIDTH), "run")
+    writer = PoolWriter(tmp_path, 0, Pool(np.zeros(6, np.int32), N_TOKENS, WIDTH, "cge_embeddings"), "run")
     writer.add(batch([0]))
     writer.flush()
     with pytest.raises(ValueError, match="broadcast"):
@@ -190,7 +190,7 @@ def test_a_pool_that_failed_to_add_a_batch_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_pool_that_failed_to_save_accepts_no_more_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = PoolWriter(tmp_path, 0, Pool(np.zeros(6, np.int32), N_TOKENS, WIDTH), "run")
+    writer = PoolWriter(tmp_path, 0, Pool(np.zeros(6, np.int32), N_TOKENS, WIDTH, "cge_embeddings"), "run")
     writer.add(batch([0]))
     writer.flush()
     writer.add(batch([1]))
@@ -199,7 +199,7 @@ def test_a_pool_that_failed_to_save_accepts_no_more_batches(tmp_path: Path, monk
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("transcriptformer.inference.pooling.write_sealed", raise_memory_error)
+        patch.setattr("transcriptformer.runs.pooling.write_sealed", raise_memory_error)
         with pytest.raises(MemoryError):
             writer.flush()
     with pytest.raises(MemoryError):

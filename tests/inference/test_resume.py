@@ -23,8 +23,8 @@ from tests.h5ad_files import random_adata
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.cli.main import app
 from transcriptformer.errors import OutputError
-from transcriptformer.inference.recording import MAX_PENDING_BATCHES
 from transcriptformer.inference.run import run
+from transcriptformer.runs.recording import MAX_PENDING_BATCHES
 
 N_CELLS = 40
 

@@ -13,8 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import transcriptformer as tf
+from tests.golden_cases import CHECKPOINT
 from transcriptformer.errors import OutputError
-from transcriptformer.inference.output import write_cells
+from transcriptformer.inference.embeddings import Embeddings
+from transcriptformer.runs.output import write_cells
 from transcriptformer.runtime.signals import TerminatedError, raise_terminated
 from transcriptformer.storage.hdf5 import new_hdf5
 from transcriptformer.storage.results import Field, Pieces, PieceWriter, verified_pieces
@@ -42,7 +45,7 @@ def in_child(work: Callable[[], object]) -> int:
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Write a result of several blocks, with many columns of obs, to `tmp_path / "out" / "x.h5ad"`."""
-    monkeypatch.setattr("transcriptformer.inference.output.BLOCK_BYTES", 2**15)
+    monkeypatch.setattr("transcriptformer.inference.embeddings.BLOCK_BYTES", 2**15)
     monkeypatch.setattr("transcriptformer.data.row_stream.CHUNK_BYTES", 2**12)
     layout = {"embeddings": Field("float32", WIDTH), "llh": Field("float32")}
     writer = PieceWriter(tmp_path, 0, layout, "run")
@@ -54,11 +57,13 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
     obs["type"] = pd.Categorical(rng.choice(["a", "b"], N_CELLS))
     obs.index = obs.index.astype(str)
     (tmp_path / "out").mkdir()
+    task = Embeddings(tf.load(CHECKPOINT, device="cpu"))
+    task.layout = layout
 
     def write_result() -> None:
         blocks = [obs.iloc[start : start + 500] for start in range(0, N_CELLS, 500)]
         results = Pieces(verified_pieces(tmp_path, "run"), layout)
-        write_cells(tmp_path / "out" / "x.h5ad", N_CELLS, lambda: iter(blocks), results, np.array([]), {"made": "here"})
+        write_cells(tmp_path / "out" / "x.h5ad", N_CELLS, lambda: iter(blocks), task, results, {"made": "here"})
 
     return write_result
 

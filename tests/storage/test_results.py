@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.golden_cases import CHECKPOINT
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.errors import OutputError
-from transcriptformer.inference.recording import layout_of
+from transcriptformer.inference.embeddings import layout_of
 from transcriptformer.storage.results import N_GENES, Field, Layout, Pieces, PieceWriter, verified_pieces
 from transcriptformer.storage.sealed import SealedFile
 

@@ -16,8 +16,8 @@ from transcriptformer.checkpoint.published import load_config
 from transcriptformer.checkpoint.vocabs import read_gene_ids
 from transcriptformer.demo.run import CHECKPOINT as DEMO
 from transcriptformer.errors import CheckpointError, DataError, UsageError
-from transcriptformer.inference.output import read_provenance
 from transcriptformer.inference.run import embed, run
+from transcriptformer.runs.output import read_provenance
 from transcriptformer.training.run import fit
 
 TYPES = np.array(["B", "T", "NK"])[np.arange(40) % 3]

@@ -133,7 +133,7 @@ def inference(
 
     with plain_errors(debug), resumable("--resume"):
         from transcriptformer.checkpoint.published import load_config
-        from transcriptformer.inference.output import describe
+        from transcriptformer.inference.embeddings import describe
         from transcriptformer.inference.run import run
 
         config = load_config(checkpoint_path, options, config_override or [])

@@ -15,9 +15,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from transcriptformer.checkpoint.load import load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.demo.cells import CELL_TYPE, HELD_OUT, SEED, load_cells, log_normalized
-from transcriptformer.inference.output import EMBEDDINGS_KEY, write_anndata
-from transcriptformer.inference.recording import OnProgress
+from transcriptformer.inference.embeddings import EMBEDDINGS_KEY
 from transcriptformer.inference.run import embed
+from transcriptformer.runs.output import write_anndata
+from transcriptformer.runs.recording import OnProgress
 from transcriptformer.storage.atomic import check_writable, writing
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"

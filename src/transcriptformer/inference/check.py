@@ -22,9 +22,10 @@ from transcriptformer.data.species import likely_species, looks_like_gene_ids
 from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.errors import TranscriptFormerError
-from transcriptformer.inference.batch_size import batch_limits, bytes_per_token
-from transcriptformer.inference.inputs import Inputs, check_obs
+from transcriptformer.inference.embeddings import Embeddings
 from transcriptformer.model.esm2ce import Esm2CE
+from transcriptformer.runs.batch_size import batch_limits, bytes_per_token
+from transcriptformer.runs.inputs import Inputs, check_obs
 from transcriptformer.runtime.device import compute_dtype
 from transcriptformer.vocab import GeneVocab, make_gene_vocab
 
@@ -127,7 +128,7 @@ def check(
     reports = [_report(location, checkpoint, seconds_per_flop) for location in locations]
     if len(reports) > 1 and not any(report.refused for report in reports):
         try:
-            Inputs(locations, checkpoint).check_obs(_as_zarr(checkpoint))
+            Inputs(locations, Embeddings(checkpoint)).check_obs(_as_zarr(checkpoint))
         except TranscriptFormerError as error:  # valid files that cannot be combined
             for report in reports:
                 report.refused = f"together with the other files: {error}"
@@ -169,7 +170,7 @@ def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float)
         source = open_source(location, replace(data, duplicate_genes="first"), checkpoint.gene_vocab)
         _describe_genes(report, source, checkpoint.gene_vocab)
         report.cells = len(source)
-        inputs = Inputs([location], checkpoint)
+        inputs = Inputs([location], Embeddings(checkpoint))
         inputs.check_obs(_as_zarr(checkpoint))
         survey = survey_cells(inputs.readers, data)
         _describe_cells(report, survey)

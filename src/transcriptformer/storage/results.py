@@ -49,11 +49,14 @@ class Field(NamedTuple):
         Numbers per record; 0: a scalar.
     per_gene
         Whether there is one record per gene of a cell, rather than per cell.
+    of_genes
+        Whether a record summarizes a cell's genes, and so is NaN for a cell without genes.
     """
 
     dtype: str
     width: int = 0
     per_gene: bool = False
+    of_genes: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

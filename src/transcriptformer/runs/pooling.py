@@ -1,4 +1,4 @@
-"""Incremental pooling of contextual gene embeddings: mean and count per gene, or per gene and group."""
+"""Incremental pooling of vectors of genes: mean and count per gene, or per gene and group."""
 
 import secrets
 import time
@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from transcriptformer.errors import DamagedError, OutputError
-from transcriptformer.inference.output import GENE_COLUMN, N_CELLS_COLUMN
+from transcriptformer.runs.output import GENE_COLUMN, N_CELLS_COLUMN
+from transcriptformer.runs.task import Task
 from transcriptformer.storage.results import FLUSH_SECONDS, RUN, cannot_write_results, discard, open_for_run
 from transcriptformer.storage.sealed import SealedFile, write_sealed
 
@@ -27,11 +28,13 @@ class Pool:
     n_tokens
         Size of the gene vocabulary.
     width
-        Embedding width, D.
+        Width of the vectors, D.
+    field
+        Name of their field.
     """
 
-    def __init__(self, group_of_row: np.ndarray, n_tokens: int, width: int) -> None:
-        self.group_of_row, self.n_tokens = group_of_row, n_tokens
+    def __init__(self, group_of_row: np.ndarray, n_tokens: int, width: int, field: str) -> None:
+        self.group_of_row, self.n_tokens, self.field = group_of_row, n_tokens, field
         self.slots: dict[int, int] = {}
         self.sums = np.zeros((0, width), np.float64)
         self.counts = np.zeros(0, np.int64)
@@ -49,7 +52,7 @@ class Pool:
         order = grouped[np.argsort(keys[grouped], kind="stable")]
         distinct, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
         if len(distinct):
-            sums = np.add.reduceat(values["cge_embeddings"][order], starts, axis=0, dtype=np.float64)
+            sums = np.add.reduceat(values[self.field][order], starts, axis=0, dtype=np.float64)
             self.add_sums(distinct, sums, counts)
 
     def flush(self) -> None:
@@ -88,6 +91,11 @@ class Pool:
         table = pool_obs(gene_names[gene[order]], group[order], groups, column)
         table[N_CELLS_COLUMN] = self.counts[order]
         return table, means
+
+
+def new_pool(task: Task, group_of_row: np.ndarray) -> Pool:
+    """Return an empty pool of a task's field, given the group of each kept cell (cells,)."""
+    return Pool(group_of_row, len(task.checkpoint.gene_vocab), task.layout[task.pooled_field].width, task.pooled_field)
 
 
 def pool_obs(genes: np.ndarray, group: np.ndarray, groups: pd.Index, column: str | None) -> pd.DataFrame:

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.batches import BatchLoader
 from transcriptformer.data.fingerprint import identify, identify_file
 from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.errors import DamagedError, OutputError
-from transcriptformer.inference.batch_size import batch_limits
-from transcriptformer.inference.inputs import Inputs
-from transcriptformer.inference.output import pooled_to_anndata, provenance_of, write_anndata, write_cells
-from transcriptformer.inference.pooling import Pool, PoolWriter, read_pools, saved_rows, verified_rows
-from transcriptformer.inference.recording import OnProgress, Recorder, Recording, layout_of
+from transcriptformer.runs.batch_size import batch_limits
+from transcriptformer.runs.inputs import Inputs
+from transcriptformer.runs.output import pooled_to_anndata, provenance_of, write_anndata, write_cells
+from transcriptformer.runs.pooling import Pool, PoolWriter, new_pool, read_pools, saved_rows, verified_rows
+from transcriptformer.runs.recording import OnProgress, Recorder, Recording
+from transcriptformer.runs.task import Task
 from transcriptformer.runtime.device import compute_dtype
 from transcriptformer.runtime.processes import Processes
 from transcriptformer.runtime.signals import RESUME
@@ -55,8 +55,8 @@ class FileRun:
     ----------
     locations
         Input files.
-    checkpoint
-        Model and configuration.
+    task
+        What is computed.
     workspace
         Folder for intermediate results.
     weights_sha256
@@ -68,17 +68,18 @@ class FileRun:
     def __init__(
         self,
         locations: Sequence[Location],
-        checkpoint: Checkpoint,
+        task: Task,
         workspace: Workspace,
         weights_sha256: Callable[[], str],
         processes: Processes,
     ) -> None:
-        self.locations, self.checkpoint, self.workspace = locations, checkpoint, workspace
+        self.locations, self.task, self.workspace = locations, task, workspace
+        self.checkpoint = checkpoint = task.checkpoint
         self.weights_sha256, self.processes = weights_sha256, processes
         self.inference = checkpoint.config.model.inference_config
         self.initial_inputs = self._identify_inputs()  # before they are opened
-        self.inputs = Inputs(locations, checkpoint)
-        self.layout = layout_of(self.inference, checkpoint.width, checkpoint.label_head is not None)
+        self.inputs = Inputs(locations, task)
+        self.layout = task.layout
         self.survey: Survey | None = None
 
     @cached_property
@@ -93,6 +94,7 @@ class FileRun:
                 },
                 "type of matrix products": str(compute_dtype(self.inference.precision, self.checkpoint.device)),
             },
+            **({"task": dict(self.task.settings)} if self.task.settings else {}),
             "inputs": [
                 {**content, "counts and genes": reader.source.identify()}
                 for content, reader in zip(self.initial_inputs, self.inputs.readers, strict=True)
@@ -147,11 +149,11 @@ class FileRun:
         assert self.survey is not None
         lengths, n_done = self.survey.lengths[self.survey.kept], int(self.is_done.sum())
         on_progress = on_progress if self.processes.is_first else None
-        return Recording(self._recorder(), lengths, n_done, self.processes.total, on_progress, watchdog)
+        return Recording(self._recorder(), self.layout, lengths, n_done, self.processes.total, on_progress, watchdog)
 
     def _recorder(self) -> Recorder:
         folder, rank, run_id = self.workspace.folder, self.processes.rank, self.workspace.run_id
-        if self.inference.cge_pool is None:
+        if self.task.pool is None:
             return PieceWriter(folder, rank, self.layout, run_id)
         return PoolWriter(folder, rank, self._new_pool(), run_id)
 
@@ -188,19 +190,20 @@ class FileRun:
         provenance = provenance_of(
             self.locations, self.checkpoint, self.weights_sha256(), self.inputs.inferred(), self.identity
         )
-        names, output = self.checkpoint.gene_vocab.names(), self.workspace.output
-        if self.inference.cge_pool is not None:
+        output = self.workspace.output
+        if self.task.pool is not None:
             pool = self._new_pool()
             self._require_complete(read_pools(self.workspace.folder, self.workspace.run_id, pool))
-            table = pool.table(names, self.inputs.groups(survey)[1], self.inputs.group_column)
-            write_anndata(pooled_to_anndata(*table, provenance), output)
+            names, groups = self.checkpoint.gene_vocab.names(), self.inputs.groups(survey)[1]
+            table = pool.table(names, groups, self.inputs.group_column)
+            write_anndata(pooled_to_anndata(self.task, *table, provenance), output)
         else:
             pieces = Pieces(verified_pieces(self.workspace.folder, self.workspace.run_id), self.layout)
             self._require_complete(pieces.is_done(survey.n_kept))
             advice = "; all results are kept; free up space, then rerun the same command with --resume"
             check_free_space(output, pieces.n_bytes, advice)
-            obs_blocks, label_head = partial(self.inputs.obs_blocks, survey), self.checkpoint.label_head
-            write_cells(output, survey.n_kept, obs_blocks, pieces, names, provenance, label_head)
+            obs_blocks = partial(self.inputs.obs_blocks, survey)
+            write_cells(output, survey.n_kept, obs_blocks, self.task, pieces, provenance)
         self.workspace.remove()
 
     @property
@@ -210,13 +213,13 @@ class FileRun:
     def _is_done(self, n_cells: int) -> np.ndarray:
         """Mask (cells,) of the kept cells with intact results on disk."""
         folder, run = self.workspace.folder, self.workspace.run_id
-        if self.inference.cge_pool is not None:
+        if self.task.pool is not None:
             return verified_rows(folder, run, n_cells)
         return Pieces(verified_pieces(folder, run), self.layout).is_done(n_cells)
 
     def _count_kept(self, n_cells: int) -> int:
         """Count the cells with results on disk, without reading these."""
-        if self.inference.cge_pool is not None:
+        if self.task.pool is not None:
             return int(saved_rows(self.workspace.folder, n_cells).sum())
         return len(Pieces(open_pieces(self.workspace.folder), self.layout).rows)
 
@@ -230,4 +233,4 @@ class FileRun:
 
     def _new_pool(self) -> Pool:
         assert self.survey is not None
-        return Pool(self.inputs.groups(self.survey)[0], len(self.checkpoint.gene_vocab), self.checkpoint.width)
+        return new_pool(self.task, self.inputs.groups(self.survey)[0])

@@ -11,8 +11,8 @@ import transcriptformer as tf
 from tests.golden_cases import CHECKPOINT
 from tests.h5ad_files import random_adata
 from transcriptformer.cli.main import app
-from transcriptformer.inference import inputs
-from transcriptformer.inference.cell_names import UniqueNames, stems_of, with_stem
+from transcriptformer.runs import inputs
+from transcriptformer.runs.cell_names import UniqueNames, stems_of, with_stem
 
 SETTING = "model.inference_config.make_names_unique"
 

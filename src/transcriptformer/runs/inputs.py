@@ -11,7 +11,6 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.batches import BatchLimits, BatchLoader, CellDataset
 from transcriptformer.data.joined import JoinedMetadata
 from transcriptformer.data.metadata import BLOCK_SIZE, ColumnError
@@ -21,15 +20,15 @@ from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.data.species import likely_species
 from transcriptformer.data.survey import Survey
 from transcriptformer.errors import DataError
-from transcriptformer.inference.cell_names import UniqueNames, stems_of, with_stem
-from transcriptformer.inference.output import N_CELLS_COLUMN, label_columns, select_columns
-from transcriptformer.inference.pooling import NO_GROUP, pool_obs
-from transcriptformer.inference.recording import layout_of
+from transcriptformer.runs.cell_names import UniqueNames, stems_of, with_stem
+from transcriptformer.runs.output import N_CELLS_COLUMN, select_columns
+from transcriptformer.runs.pooling import NO_GROUP, pool_obs
+from transcriptformer.runs.task import Task
 
 logger = logging.getLogger(__name__)
 
 ALL_CELLS = "gene"
-"""Value of `cge_pool` that pools all cells into one group."""
+"""Value of `Task.pool` that pools all cells into one group."""
 
 
 class Inputs:
@@ -39,8 +38,8 @@ class Inputs:
     ----------
     sources
         Files, stores or AnnData objects, in order.
-    checkpoint
-        Checkpoint with the vocabularies and configuration.
+    task
+        What is computed from them, with the checkpoint's vocabularies and configuration.
 
     Raises
     ------
@@ -48,8 +47,9 @@ class Inputs:
         If a source cannot be used.
     """
 
-    def __init__(self, sources: Sequence[str | Path | anndata.AnnData], checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, sources: Sequence[str | Path | anndata.AnnData], task: Task) -> None:
+        self.task, self.checkpoint = task, task.checkpoint
+        checkpoint = task.checkpoint
         model = checkpoint.config.model
         data, self.seq_len = model.data_config, model.model_config.seq_len
         self.readers = [
@@ -66,27 +66,25 @@ class Inputs:
         self.metadata = [reader.source.obs for reader in self.readers]
         columns = dict.fromkeys(column for part in self.metadata for column in part.columns)
         self.columns = self._select_columns(list(columns))
-        pool = model.inference_config.cge_pool
+        pool, option = task.pool, task.pool_option
         self.group_column = None if pool == ALL_CELLS else pool
         self._groups: tuple[np.ndarray, pd.Index] | None = None
         self._unique_names: UniqueNames | None = None
         if self.group_column not in (None, *columns):
             raise DataError(
-                f"--cge-pool {pool}: obs has no such column; its columns are: {', '.join(map(str, columns)) or 'none'}"
+                f"{option} {pool}: obs has no such column; its columns are: {', '.join(map(str, columns)) or 'none'}"
             )
         if self.group_column == N_CELLS_COLUMN:
-            raise DataError(f"--cge-pool {pool}: conflicts with the output column {pool!r}; rename the column of obs")
+            raise DataError(f"{option} {pool}: conflicts with the output column {pool!r}; rename the column of obs")
 
     def _select_columns(self, columns: list[str]) -> list[str]:
         inference = self.checkpoint.config.model.inference_config
         chosen = select_columns(columns, inference.obs_keys)
-        predicted = label_columns(
-            layout_of(inference, 0, self.checkpoint.label_head is not None), self.checkpoint.label_head
-        )
-        for column in predicted:
+        added = self.task.columns
+        for column in added:
             if column in columns:
                 logger.warning("obs already has a column %r; it is overwritten by the predictions", column)
-        return [column for column in chosen if column not in predicted]
+        return [column for column in chosen if column not in added]
 
     @cached_property
     def joined(self) -> JoinedMetadata:
@@ -114,14 +112,14 @@ class Inputs:
             If not; the message names the file, column and cell.
         """
         sources = [reader.source for reader in self.readers]
-        if self.checkpoint.config.model.inference_config.cge_pool is None:
+        if self.task.pool is None:
             with self._suggest_dropping_column():
                 check_obs(sources, self.joined, as_zarr)
         elif self.group_column is not None:
             blocks = _all_blocks(sources, JoinedMetadata(self.metadata, [self.group_column]))
-            groups = _factorize(block[self.group_column] for _, _, block in blocks)[1]
+            groups = _factorize((block[self.group_column] for _, _, block in blocks), self.task.pool_option)[1]
             table = pool_obs(np.array(["gene"]), np.arange(len(groups)), groups, self.group_column)
-            check_writable_rows([(f"--cge-pool {self.group_column}", 0, table)], len(table), as_zarr)
+            check_writable_rows([(f"{self.task.pool_option} {self.group_column}", 0, table)], len(table), as_zarr)
 
     @contextmanager
     def _suggest_dropping_column(self) -> Iterator[None]:
@@ -198,7 +196,7 @@ class Inputs:
         if self.group_column is None:
             return np.zeros(survey.n_kept, np.int32), pd.Index(["all"])
         blocks = self._blocks(JoinedMetadata(self.metadata, [self.group_column]), survey)
-        group_of_row, groups = _factorize(block[self.group_column] for _, block in blocks)
+        group_of_row, groups = _factorize((block[self.group_column] for _, block in blocks), self.task.pool_option)
         n_without = int((group_of_row == NO_GROUP).sum())
         if n_without:
             logger.warning("%d cells without a value of %r are excluded from the pool", n_without, self.group_column)
@@ -250,7 +248,7 @@ class Inputs:
         inference = self.checkpoint.config.model.inference_config
         if inference.make_names_unique:
             logger.info("%d cell names are not unique; names of inputs and running numbers are appended", n)
-        elif inference.cge_pool is None:
+        elif self.task.pool is None:
             logger.warning(
                 "%d cell names are not unique; add --make-names-unique to append the names of inputs, or match "
                 "results to cells by row, in input order",
@@ -276,8 +274,10 @@ def _all_blocks(sources: Sequence[CellSource], joined: JoinedMetadata) -> Iterat
             yield source.name, start, joined.rows(i, start, min(start + BLOCK_SIZE, len(source)))
 
 
-def _factorize(blocks: Iterable[pd.Series]) -> tuple[np.ndarray, pd.Index]:
+def _factorize(blocks: Iterable[pd.Series], option: str) -> tuple[np.ndarray, pd.Index]:
     """Encode values as codes (rows,), int32, with `NO_GROUP` for missing ones, and return the distinct values.
+
+    `option` names the option that chose the column, for messages.
 
     Raises
     ------
@@ -291,6 +291,6 @@ def _factorize(blocks: Iterable[pd.Series]) -> tuple[np.ndarray, pd.Index]:
             codes, distinct = pd.factorize(block)
             global_codes = [code_of.setdefault(value, len(code_of)) for value in distinct]
         except TypeError as error:
-            raise DataError(f"--cge-pool {block.name}: values cannot be grouped ({error})") from error
+            raise DataError(f"{option} {block.name}: values cannot be grouped ({error})") from error
         codes_of_blocks.append(np.array([*global_codes, NO_GROUP], np.int32)[codes])
     return np.concatenate(codes_of_blocks), pd.Index(list(code_of))

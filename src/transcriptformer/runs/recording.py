@@ -11,11 +11,10 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
-from transcriptformer.config import InferenceConfig
 from transcriptformer.errors import TranscriptFormerError
-from transcriptformer.inference.module import Prediction
+from transcriptformer.runs.task import Prediction
 from transcriptformer.runtime.watchdog import Watchdog
-from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, N_GENES, ROWS, Field, Layout
+from transcriptformer.storage.results import N_GENES, ROWS, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -24,26 +23,6 @@ OnProgress = Callable[[int, int], None]
 
 MAX_PENDING_BATCHES = 2
 """Batches that may wait to be recorded while the next one is computed."""
-
-
-def layout_of(inference: InferenceConfig, width: int, with_labels: bool = False) -> Layout:
-    """Layout of the requested results, for embeddings of the given width; labels need cell embeddings."""
-    layout: dict[str, Field] = {}
-    if "embeddings" in inference.output_keys and inference.emb_type == "cell":
-        layout["embeddings"] = Field("float32", width)
-    elif "embeddings" in inference.output_keys:
-        layout[N_GENES] = Field("int32")
-        layout["genes"] = Field("int32", per_gene=True)
-        layout["cge_embeddings"] = Field("float32", width, per_gene=True)
-    if "llh" in inference.output_keys:
-        layout["llh"] = Field("float32")
-    if with_labels and "embeddings" in layout:
-        layout |= {LABEL: Field("int32"), LABEL_PROBABILITY: Field("float32")}
-    return layout
-
-
-FLOAT_RESULTS = ("embeddings", "llh", LABEL_PROBABILITY, "cge_embeddings")
-"""Floating-point results, which must be finite."""
 
 
 def check_finite(values: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> None:
@@ -136,6 +115,8 @@ class Recording:
     ----------
     recorder
         Records the results.
+    layout
+        Fields of the results.
     lengths
         Number of genes of each cell of the run (cells,).
     n_done
@@ -151,13 +132,15 @@ class Recording:
     def __init__(
         self,
         recorder: Recorder,
+        layout: Layout,
         lengths: np.ndarray,
         n_done: int = 0,
         n_processes: int = 1,
         on_progress: OnProgress | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
-        self.recorder, self.has_genes, self.n_cells = recorder, lengths > 0, len(lengths)
+        self.recorder, self.layout = recorder, layout
+        self.has_genes, self.n_cells = lengths > 0, len(lengths)
         self.n_done, self.n_processes, self.on_progress = n_done, n_processes, on_progress
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="recording")
         self.pending: deque[Future[int]] = deque()
@@ -194,9 +177,8 @@ class Recording:
 
     def add(self, prediction: Prediction) -> None:
         """Record a batch, after waiting for the batches before the previous ones."""
-        results = {name: value for name, value in prediction._asdict().items() if value is not None}
-        device = prediction.rows.device
-        on_host = {name: value.to("cpu", non_blocking=device.type == "cuda") for name, value in results.items()}
+        device = prediction[ROWS].device
+        on_host = {name: value.to("cpu", non_blocking=device.type == "cuda") for name, value in prediction.items()}
         copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self.pending.append(self.thread.submit(self._record, on_host, copied))
         self._await_recording(MAX_PENDING_BATCHES)
@@ -220,19 +202,23 @@ class Recording:
             copied.synchronize()
         values = {name: value.numpy() for name, value in results.items()}
         if N_GENES in values:  # remove padding
-            is_gene = np.arange(values["genes"].shape[1]) < values[N_GENES][:, None]  # (B, L)
-            values |= {name: values[name][is_gene] for name in ("genes", "cge_embeddings")}
+            of_genes = [name for name, field in self.layout.items() if field.per_gene]
+            is_gene = np.arange(values[of_genes[0]].shape[1]) < values[N_GENES][:, None]  # (B, L)
+            values |= {name: values[name][is_gene] for name in of_genes}
         self._check(values)
         self.recorder.add(values)
         return len(values[ROWS])
 
     def _check(self, values: Mapping[str, np.ndarray]) -> None:
-        """Check that results are finite, except the likelihood of cells without genes."""
-        rows, floats = values[ROWS], {name: values[name] for name in FLOAT_RESULTS if name in values}
-        rows_of = dict.fromkeys(floats, rows)
-        if "llh" in floats:
-            has_genes = self.has_genes[rows]
-            floats["llh"], rows_of["llh"] = floats["llh"][has_genes], rows[has_genes]
-        if N_GENES in values:
-            rows_of["cge_embeddings"] = np.repeat(rows, values[N_GENES])
+        """Check that results are finite, except those of genes in cells without genes."""
+        rows, floats, rows_of = values[ROWS], {}, {}
+        for name, field in self.layout.items():
+            if not np.issubdtype(field.dtype, np.floating):
+                continue
+            floats[name], rows_of[name] = values[name], rows
+            if field.per_gene:
+                rows_of[name] = np.repeat(rows, values[N_GENES])
+            elif field.of_genes:
+                has_genes = self.has_genes[rows]
+                floats[name], rows_of[name] = values[name][has_genes], rows[has_genes]
         check_finite(floats, rows_of)
