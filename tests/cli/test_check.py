@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from tests.golden_cases import CELLS, CHECKPOINT, SYNTHETIC
 from tests.h5ad_files import GENES, make_adata, random_adata
 from transcriptformer.cli.main import app
+from transcriptformer.data.store import Store
 
 
 def check(*arguments: object, checkpoint: Path | None = CHECKPOINT) -> Result:
@@ -113,3 +114,21 @@ def test_doubtful_counts_and_names_are_told(tmp_path: Path) -> None:
 def test_bad_options_are_usage_errors() -> None:
     assert check(CELLS, "--config-override", "model.data_config.clip_count=3").exit_code == 2
     assert check(CELLS, checkpoint=Path("nowhere")).exit_code == 2
+
+
+def test_every_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def open_store(location: Any, allow_external: bool) -> Store:
+        opened.append(Path(location).name)
+        return Store(location, allow_external)
+
+    monkeypatch.setattr("transcriptformer.data.formats.Store", open_store)
+    random_adata(3).write_h5ad(tmp_path / "cells.h5ad")
+    make_adata([[1, 2]], genes=["TP53", "BRCA1"]).write_h5ad(tmp_path / "symbols.h5ad")
+    make_adata([[1, 2]], genes=[GENES[0], GENES[0]]).write_h5ad(tmp_path / "repeated.h5ad")
+    names = ["cells.h5ad", "symbols.h5ad", "repeated.h5ad"]
+    for files, checkpoint in ((names, CHECKPOINT), (names, None), (["cells.h5ad", str(CELLS)], CHECKPOINT)):
+        opened.clear()
+        check(*(tmp_path / name for name in files), checkpoint=checkpoint)
+        assert opened == [Path(name).name for name in files]

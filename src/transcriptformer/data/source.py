@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from collections.abc import Container
 from functools import partial
 
 import anndata
@@ -176,19 +175,27 @@ def open_source(
         contents = contents_of_adata(source, "the AnnData", config.allow_external_links)
     else:
         contents = open_contents(source, config)
+    cells = source_of_contents(contents, config, vocab)
+    if not read_in_blocks:
+        cells.load()
+    check_duplicates(cells, config, vocab)
+    return cells
+
+
+def source_of_contents(contents: Contents, config: DataConfig, vocab: GeneVocab | None = None) -> CellSource:
+    """Locate counts and gene ids in an open input as `open_source`, without checking for duplicate genes."""
     choice, recovery = _choose(contents, config)
     var = choice.place.read_var()
     _check_shape(contents, choice.place, var)
-    known = None if vocab is None else vocab.genes
     if list(var.columns).count(config.gene_col_name) > 1:
         raise DataError(f"{contents.name}: var has several columns {config.gene_col_name!r}; rename them")
+    known = None if vocab is None else vocab.genes
     genes = find_genes(var, config.gene_col_name, known, partial(load_symbol_maps, config.gene_map))
     if genes is None:
         raise _no_gene_column(contents, choice, var, config.gene_col_name)
     cells = CellSource(contents, choice, genes, config, recovery)
-    if not read_in_blocks or isinstance(cells.matrix, LoadedWhole):
+    if isinstance(cells.matrix, LoadedWhole):
         cells.load()
-    _check_duplicates(cells, config.duplicate_genes, known if config.filter_to_vocabs else None)
     return cells
 
 
@@ -225,15 +232,22 @@ def _no_gene_column(contents: Contents, choice: Choice, var: pd.DataFrame, colum
     return DataError(f"{contents.name}: {where} has no column {column!r}; its columns are: {columns}{hint}")
 
 
-def _check_duplicates(cells: CellSource, policy: str, used: Container[str] | None) -> None:
-    """Check the genes that are used; None: all of them."""
+def check_duplicates(cells: CellSource, config: DataConfig, vocab: GeneVocab | None = None) -> None:
+    """Check that no gene that is used has several columns, or warn about what is done with them.
+
+    Raises
+    ------
+    DataError
+        If a gene has several columns, and the configuration does not say what to do with them.
+    """
     repeated = cells.gene_ids[cells.is_duplicate]
-    repeated = repeated if used is None else np.array([gene for gene in repeated if gene in used], object)
+    if vocab is not None and config.filter_to_vocabs:
+        repeated = np.array([gene for gene in repeated if gene in vocab.genes], object)
     n_duplicates = len(repeated)
     if not n_duplicates:
         return
     some = ", ".join(pd.unique(repeated)[:5])
-    if policy == "error":
+    if config.duplicate_genes == "error":
         column = cells.genes.column or INDEX
         advice = (
             "add --duplicate-genes first to keep the first of each, or sum to add them up"
@@ -241,5 +255,5 @@ def _check_duplicates(cells: CellSource, policy: str, used: Container[str] | Non
             else f"{column!r} does not look like Ensembl gene ids; set --gene-col-name to a column of var that does"
         )
         raise DataError(f"{cells.name}: {n_duplicates} columns have duplicate gene ids, e.g. {some}; {advice}")
-    done = "added to the first column of their gene" if policy == "sum" else "dropped"
+    done = "added to the first column of their gene" if config.duplicate_genes == "sum" else "dropped"
     logger.warning("%s: %d columns with duplicate gene ids, %s: %s", cells.name, n_duplicates, done, some)

@@ -1,8 +1,9 @@
 """`transcriptformer check`: validate inputs and estimate an inference run without computing embeddings."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.config import DataConfig
 from transcriptformer.data.batches import LENGTH_MULTIPLE, group_by_length, positions
+from transcriptformer.data.formats import open_contents
 from transcriptformer.data.gene_map import load_symbol_maps
 from transcriptformer.data.joined import JoinedMetadata
 from transcriptformer.data.reader import CellReader
-from transcriptformer.data.source import CellSource, open_source
+from transcriptformer.data.source import CellSource, check_duplicates, source_of_contents
 from transcriptformer.data.species import likely_species, looks_like_gene_ids
 from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey, survey_cells
@@ -118,40 +120,53 @@ def check(
     TranscriptFormerError
         If the checkpoint or an option is invalid. Errors in a file are in its report.
     """
+    reports = [Report(str(location)) for location in locations]
     if checkpoint_path is None:
         data = {key.rpartition(".")[2]: value for key, value in (options or {}).items() if value is not None}
         known = {name: value for name, value in data.items() if name in DataConfig.__dataclass_fields__}
-        return [_report_standalone(location, DataConfig(**known)) for location in locations]  # type: ignore[arg-type]
+        for report, location in zip(reports, locations, strict=True):
+            with _refusal_in(report):
+                _describe_alone(report, location, DataConfig(**known))  # type: ignore[arg-type]
+        return reports
     config = load_config(checkpoint_path, options, overrides)
     checkpoint = load_checkpoint(checkpoint_path, config)
     seconds_per_flop = _seconds_per_flop(checkpoint)
-    reports = [_report(location, checkpoint, seconds_per_flop) for location in locations]
-    if len(reports) > 1 and not any(report.refused for report in reports):
-        try:
-            Inputs(locations, Embeddings(checkpoint)).check_obs(_as_zarr(checkpoint))
-        except TranscriptFormerError as error:  # valid files that cannot be combined
-            for report in reports:
-                report.refused = f"together with the other files: {error}"
+    sources: list[CellSource] = []
+    for report, location in zip(reports, locations, strict=True):
+        with _refusal_in(report):
+            sources.append(_describe(report, location, checkpoint, seconds_per_flop))
+    if len(sources) == len(locations) > 1:
+        together = Report("")
+        with _refusal_in(together):
+            Inputs(sources, Embeddings(checkpoint)).check_obs(_as_zarr(checkpoint))
+        for report in reports:
+            if together.refused is not None:  # valid files that cannot be combined
+                report.refused = f"together with the other files: {together.refused}"
     return reports
 
 
-def _report_standalone(location: Location, config: DataConfig) -> Report:
-    report = Report(str(location))
+@contextmanager
+def _refusal_in(report: Report) -> Iterator[None]:
+    """Put the error that `inference` would raise into a report."""
     try:
-        source = open_source(location, replace(config, duplicate_genes="first"))
-        if not looks_like_gene_ids(source.gene_ids):
-            source = open_source(location, replace(config, duplicate_genes="first"), _vocab_of_symbols(source, config))
-        _describe_genes(report, source, None)
-        vocab = make_gene_vocab((gene for gene in source.gene_ids if gene), ["unknown"], "unknown")
-        reader = CellReader(source, vocab, {}, config, NO_CHECKPOINT_SEQ_LEN)
-        report.cells = len(source)
-        check_obs([source], JoinedMetadata([source.obs]))
-        _describe_cells(report, survey_cells([reader], config))
-        if report.repeated_genes and config.duplicate_genes == "error":
-            open_source(location, config)
+        yield
     except TranscriptFormerError as error:
         report.refused = str(error)
-    return report
+
+
+def _describe_alone(report: Report, location: Location, config: DataConfig) -> None:
+    """Describe a file without a checkpoint."""
+    contents = open_contents(location, config)
+    source = source_of_contents(contents, config)
+    if not looks_like_gene_ids(source.gene_ids):
+        source = source_of_contents(contents, config, _vocab_of_symbols(source, config))
+    _describe_genes(report, source, None)
+    vocab = make_gene_vocab((gene for gene in source.gene_ids if gene), ["unknown"], "unknown")
+    reader = CellReader(source, vocab, {}, config, NO_CHECKPOINT_SEQ_LEN)
+    report.cells = len(source)
+    check_obs([source], JoinedMetadata([source.obs]))
+    _describe_cells(report, survey_cells([reader], config))
+    check_duplicates(source, config)
 
 
 def _vocab_of_symbols(source: CellSource, config: DataConfig) -> GeneVocab | None:
@@ -164,22 +179,23 @@ def _vocab_of_symbols(source: CellSource, config: DataConfig) -> GeneVocab | Non
     return make_gene_vocab((*ids, *(gene for genes in best.values() for gene in genes)), ["unknown"], "unknown")
 
 
-def _report(location: Location, checkpoint: Checkpoint, seconds_per_flop: float) -> Report:
-    report, data = Report(str(location)), checkpoint.config.model.data_config
-    try:
-        source = open_source(location, replace(data, duplicate_genes="first"), checkpoint.gene_vocab)
-        _describe_genes(report, source, checkpoint.gene_vocab)
-        report.cells = len(source)
-        inputs = Inputs([location], Embeddings(checkpoint))
-        inputs.check_obs(_as_zarr(checkpoint))
-        survey = survey_cells(inputs.readers, data)
-        _describe_cells(report, survey)
-        report.cells_too_long, report.unseen_share = survey.n_too_long(inputs.seq_len), survey.unseen_share
-        report.unknown_values = _unknown_values(inputs.readers[0])
-        _estimate(report, survey, checkpoint, seconds_per_flop)
-    except TranscriptFormerError as error:
-        report.refused = str(error)
-    return report
+def _describe(report: Report, location: Location, checkpoint: Checkpoint, seconds_per_flop: float) -> CellSource:
+    """Describe a file, from its genes to a run, and return it open."""
+    data, vocab = checkpoint.config.model.data_config, checkpoint.gene_vocab
+    source = source_of_contents(open_contents(location, data), data, vocab)
+    _describe_genes(report, source, vocab)
+    report.cells = len(source)
+    if not checkpoint.config.model.inference_config.oom_dataloader:
+        source.load()
+    check_duplicates(source, data, vocab)
+    inputs = Inputs([source], Embeddings(checkpoint))
+    inputs.check_obs(_as_zarr(checkpoint))
+    survey = survey_cells(inputs.readers, data)
+    _describe_cells(report, survey)
+    report.cells_too_long, report.unseen_share = survey.n_too_long(inputs.seq_len), survey.unseen_share
+    report.unknown_values = _unknown_values(inputs.readers[0])
+    _estimate(report, survey, checkpoint, seconds_per_flop)
+    return source
 
 
 def _as_zarr(checkpoint: Checkpoint) -> bool:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 
 import anndata
 import numpy as np
@@ -18,6 +17,7 @@ from transcriptformer.data.reader import CellReader
 from transcriptformer.data.row_stream import check_writable_rows
 from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.data.species import likely_species
+from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey
 from transcriptformer.errors import DataError
 from transcriptformer.runs.cell_names import UniqueNames, stems_of, with_stem
@@ -37,7 +37,7 @@ class Inputs:
     Parameters
     ----------
     sources
-        Files, stores or AnnData objects, in order.
+        Files, stores, AnnData objects or open sources, in order.
     task
         What is computed from them, with the checkpoint's vocabularies and configuration.
 
@@ -47,14 +47,16 @@ class Inputs:
         If a source cannot be used.
     """
 
-    def __init__(self, sources: Sequence[str | Path | anndata.AnnData], task: Task) -> None:
+    def __init__(self, sources: Sequence[Location | anndata.AnnData | CellSource], task: Task) -> None:
         self.task, self.checkpoint = task, task.checkpoint
         checkpoint = task.checkpoint
         model = checkpoint.config.model
         data, self.seq_len = model.data_config, model.model_config.seq_len
         self.readers = [
             CellReader(
-                open_source(source, data, checkpoint.gene_vocab, model.inference_config.oom_dataloader),
+                source
+                if isinstance(source, CellSource)
+                else open_source(source, data, checkpoint.gene_vocab, model.inference_config.oom_dataloader),
                 checkpoint.gene_vocab,
                 checkpoint.aux_vocabs,
                 data,
@@ -62,7 +64,7 @@ class Inputs:
             )
             for source in sources
         ]
-        self.stems = stems_of(sources)
+        self.stems = stems_of([source.name if isinstance(source, CellSource) else source for source in sources])
         self.metadata = [reader.source.obs for reader in self.readers]
         columns = dict.fromkeys(column for part in self.metadata for column in part.columns)
         self.columns = self._select_columns(list(columns))
