@@ -1,6 +1,7 @@
 """`transcriptformer check`: what it tells, and that it refuses what `inference` refuses."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.golden_cases import CELLS, CHECKPOINT, SYNTHETIC
 from tests.h5ad_files import GENES, make_adata, random_adata
 from transcriptformer.cli.main import app
 from transcriptformer.data.store import Store
+from transcriptformer.inference.check import check as check_files
 
 
 def check(*arguments: object, checkpoint: Path | None = CHECKPOINT) -> Result:
@@ -41,7 +43,12 @@ def test_the_synthetic_cells_are_described() -> None:
 def test_the_same_is_a_table_for_people() -> None:
     result = check(CELLS)
     assert result.exit_code == 0
-    for text in ("305 (89.7 % of the file's genes)", "likely homo_sapiens", "a new assay (8 cells)", "would accept it"):
+    for text in (
+        "305 (89.7 % of the file's genes)",
+        "likely homo_sapiens",
+        "'a new assay' (8 cells",
+        "would accept it",
+    ):
         assert text in result.stdout
 
 
@@ -109,6 +116,106 @@ def test_doubtful_counts_and_names_are_told(tmp_path: Path) -> None:
     assert found["refused"] is None
     assert found["whole_numbers"] is False
     assert found["repeated_cell_names"] == 1
+
+
+def write_doubtful_cells(folder: Path) -> dict[str, list[str]]:
+    """Write files to warn about, and return words of the warnings."""
+    two_species = [*GENES[:195], *(f"ENSMUSG{i:011d}" for i in range(5))]
+    make_adata(np.ones((2, 200)), genes=two_species).write_h5ad(folder / "species.h5ad")
+    make_adata([[1.5, 2], [1, 1]]).write_h5ad(folder / "normalized.h5ad")
+    make_adata(np.ones((2, 20)), genes=[GENES[0], *(f"ENSG999{i:08d}" for i in range(19))]).write_h5ad(
+        folder / "few.h5ad"
+    )
+    unlike = random_adata(3)
+    unlike.layers["counts"] = 2 * unlike.X
+    del unlike.obs["assay"]
+    unlike.write_h5ad(folder / "unlike.h5ad")
+    return {
+        "species.h5ad": ["genes of several species: homo_sapiens (195 genes, 390 counts, 97.5 %), mus_musculus"],
+        "normalized.h5ad": ["counts are not integers; the model expects raw counts"],
+        "few.h5ad": ["only 1 of 20 genes (5.0 %) are in the checkpoint's vocabulary"],
+        "unlike.h5ad": [".X and layers['counts'] hold different whole numbers; taking .X", "obs has no column 'assay'"],
+    }
+
+
+def test_warnings_about_a_file_are_in_its_report_only(tmp_path: Path) -> None:
+    expected = write_doubtful_cells(tmp_path)
+    files = [tmp_path / name for name in expected]
+    result = check(*files, "--json")
+    assert result.stderr == ""
+    for file, found in zip(files, json.loads(result.stdout)["files"], strict=True):
+        starts = [f"{file}: {words}" for words in expected[file.name]]
+        assert [warning[: len(start)] for warning, start in zip(found["warnings"], starts, strict=True)] == starts
+    table = check(*files)
+    assert table.stderr == ""
+    for start in (start for starts in expected.values() for start in starts):
+        assert table.stdout.count(start) == 1
+
+
+def test_warnings_about_a_file_need_no_checkpoint(tmp_path: Path) -> None:
+    write_doubtful_cells(tmp_path)
+    (warning,) = report(tmp_path / "species.h5ad", checkpoint=None)["warnings"]
+    assert "genes of several species" in warning
+    assert check(tmp_path / "normalized.h5ad", checkpoint=None).stderr == ""
+
+
+def test_what_a_row_tells_is_not_a_warning_too(tmp_path: Path) -> None:
+    make_adata([[1, 2]], genes=[GENES[0], GENES[0]]).write_h5ad(tmp_path / "repeated.h5ad")
+    for policy in ("first", "sum", "error"):
+        result = check(tmp_path / "repeated.h5ad", "--duplicate-genes", policy)
+        assert "repeated gene ids" in result.stdout
+        assert "warning" not in result.stdout
+        assert result.stderr == ""
+
+
+def test_missing_values_are_a_row_and_unknown_ones_a_warning(tmp_path: Path) -> None:
+    adata = random_adata(3)
+    adata.obs["assay"] = ["10x multiome", "unheard of", None]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    found = report(tmp_path / "cells.h5ad")
+    assert found["unknown_values"] == {"assay": {"unheard of": 1, "missing": 1}}
+    result = check(tmp_path / "cells.h5ad")
+    assert result.stdout.count("unheard of") == 1
+    assert "missing assay" in result.stdout
+
+
+def test_warnings_about_files_together_are_in_each_report(tmp_path: Path) -> None:
+    for name, age in (("a.h5ad", "young"), ("b.h5ad", 3.5)):
+        adata = random_adata(3)
+        adata.obs["age"] = age
+        adata.obs["assay"] = name
+        adata.write_h5ad(tmp_path / name)
+    result = check(tmp_path / "a.h5ad", tmp_path / "b.h5ad", "--json")
+    assert result.stderr == ""
+    for found in json.loads(result.stdout)["files"]:
+        own, together = found["warnings"]
+        assert own.startswith(f"{found['file']}: unknown assay: '{Path(found['file']).name}'")
+        assert together.startswith("together with the other files: obs: column 'age' contains")
+
+
+def test_python_gets_the_same_reports_and_nothing_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = write_doubtful_cells(tmp_path)
+    files = [tmp_path / name for name in expected]
+    ours = logging.getLogger("transcriptformer")
+    before = ours.level, list(ours.handlers), ours.propagate
+    reports = check_files(files, CHECKPOINT, {"model.inference_config.device": "cpu"})
+    assert [len(found.warnings) for found in reports] == list(map(len, expected.values()))
+    assert (ours.level, ours.handlers, ours.propagate) == before
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_warnings_about_the_checkpoint_are_printed(checkpoint_copy: Path) -> None:
+    path = checkpoint_copy / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["model_config"]["flux_capacitor"] = 1
+    path.write_text(json.dumps(config))
+    result = check(CELLS, "--json", checkpoint=checkpoint_copy)
+    assert result.stderr.startswith(f"WARNING: {path}: ignoring unknown key model.model_config.flux_capacitor")
+    (found,) = json.loads(result.stdout)["files"]
+    assert "flux_capacitor" not in str(found["warnings"])
 
 
 def test_bad_options_are_usage_errors() -> None:

@@ -126,10 +126,10 @@ def _print_table(report: "Report") -> None:
 def _rows(report: "Report") -> list[tuple[str, str]]:
     """Return the rows of the table, each a name and a value."""
     rows = [*_cell_rows(report), *_gene_rows(report)]
-    for column, values in report.unknown_values.items():
-        some = ", ".join(f"{value} ({n:,} cells)" for value, n in list(values.items())[:5])
-        more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
-        rows.append((f"unknown {column}", some + more))
+    for column, values in report.unknown_values.items():  # warnings name the others
+        if "missing" in values:
+            rows.append((f"missing {column}", f"{values['missing']:,} cells"))
+    rows += [("warning", warning.removeprefix(f"{report.file}: ")) for warning in report.warnings]
     if report.memory_gib is not None and report.seconds is not None:
         rows.append(("estimate", f"{report.memory_gib:.1f} GiB of memory, {_duration(report.seconds)} of computing"))
     rows.append(("inference", f"would refuse: {report.refused}" if report.refused else "would accept it"))
@@ -146,8 +146,8 @@ def _cell_rows(report: "Report") -> list[tuple[str, str]]:
     if report.repeated_cell_names:
         rows.append(("repeated cell names", f"{report.repeated_cell_names:,} cells"))
     if report.counts_from is not None:
-        whole = {None: "", True: "; whole numbers", False: "; NOT whole numbers, raw counts are expected"}
-        rows.append(("counts", report.counts_from.removeprefix("counts ") + whole[report.whole_numbers]))
+        whole = "; whole numbers" if report.whole_numbers else ""
+        rows.append(("counts", report.counts_from.removeprefix("counts ") + whole))
     if report.mean_genes_per_cell is not None:
         rows.append(("genes per cell", f"{report.mean_genes_per_cell:,.0f} on average"))
     if report.cells_empty:
@@ -170,10 +170,6 @@ def _gene_rows(report: "Report") -> list[tuple[str, str]]:
         before = report.genes_known_before
         mapped = "" if before in (None, report.genes_known) else f"; {before:,} before mapping symbols"
         rows.append(("in the vocabulary", f"{report.genes_known:,} ({share:.1f} % of the file's genes){mapped}"))
-    for kind, names in (("unknown", report.unknown_symbols), ("ambiguous", report.ambiguous_symbols)):
-        if names:
-            more = ", …" if len(names) > 10 else ""
-            rows.append((f"{kind} symbols", f"{len(names):,}: {', '.join(names[:10])}{more}"))
     if report.repeated_genes:
         examples = ", ".join(report.repeated_examples)
         share = 100 * (report.repeated_share or 0)

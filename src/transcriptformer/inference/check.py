@@ -1,5 +1,6 @@
 """`transcriptformer check`: validate inputs and estimate an inference run without computing embeddings."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ BASELINE_BYTES = 5 * 2**28
 
 NO_CHECKPOINT_SEQ_LEN = 2**31
 
+TOGETHER = "together with the other files: "
+
 SAMPLED_CELLS = 2048
 """Cells that tell how much repeated genes matter."""
 
@@ -56,8 +59,8 @@ class Report:
         Symbols that stand for no gene, and for several; both are left out.
     repeated_genes, repeated_examples, repeated_share
         Number of columns whose gene has an earlier column, some of these genes, and the share of their counts.
-    command
-        Command that embeds the file.
+    warnings
+        What `inference` would warn of, besides repeated genes and cell names.
     cells_too_long, unseen_share
         Number of truncated cells, with more genes than model positions, and the fraction of all counts this drops.
     unknown_values
@@ -92,6 +95,7 @@ class Report:
     memory_gib: float | None = None
     seconds: float | None = None
     command: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary."""
@@ -125,7 +129,7 @@ def check(
         data = {key.rpartition(".")[2]: value for key, value in (options or {}).items() if value is not None}
         known = {name: value for name, value in data.items() if name in DataConfig.__dataclass_fields__}
         for report, location in zip(reports, locations, strict=True):
-            with _refusal_in(report):
+            with _findings_in(report):
                 _describe_alone(report, location, DataConfig(**known))  # type: ignore[arg-type]
         return reports
     config = load_config(checkpoint_path, options, overrides)
@@ -133,25 +137,51 @@ def check(
     seconds_per_flop = _seconds_per_flop(checkpoint)
     sources: list[CellSource] = []
     for report, location in zip(reports, locations, strict=True):
-        with _refusal_in(report):
+        with _findings_in(report):
             sources.append(_describe(report, location, checkpoint, seconds_per_flop))
     if len(sources) == len(locations) > 1:
         together = Report("")
-        with _refusal_in(together):
+        with _findings_in(together):
             Inputs(sources, Embeddings(checkpoint)).check_obs(_as_zarr(checkpoint))
-        for report in reports:
-            if together.refused is not None:  # valid files that cannot be combined
-                report.refused = f"together with the other files: {together.refused}"
+        _add_to_each(reports, together)
     return reports
 
 
+def _add_to_each(reports: Sequence[Report], together: Report) -> None:
+    """Add findings about valid files together to the report of each."""
+    known = {warning for report in reports for warning in report.warnings}
+    warnings = [f"{TOGETHER}{warning}" for warning in together.warnings if warning not in known]
+    for report in reports:
+        report.refused = together.refused and f"{TOGETHER}{together.refused}"
+        report.warnings += warnings
+
+
 @contextmanager
-def _refusal_in(report: Report) -> Iterator[None]:
-    """Put the error that `inference` would raise into a report."""
+def _findings_in(report: Report) -> Iterator[None]:
+    """Put the error and the warnings of `inference` into a report, instead of raising and logging them."""
+    ours = logging.getLogger("transcriptformer")
+    before = ours.level, ours.handlers, ours.propagate
+    ours.handlers, ours.propagate = [_Collector(report.warnings)], False
+    ours.setLevel(logging.WARNING)
     try:
         yield
     except TranscriptFormerError as error:
         report.refused = str(error)
+    finally:
+        ours.setLevel(before[0])
+        ours.handlers, ours.propagate = before[1:]
+
+
+class _Collector(logging.Handler):
+    """Handler that appends messages to a list, each once."""
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__()
+        self.messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (message := record.getMessage()) not in self.messages:
+            self.messages.append(message)
 
 
 def _describe_alone(report: Report, location: Location, config: DataConfig) -> None:
@@ -166,7 +196,7 @@ def _describe_alone(report: Report, location: Location, config: DataConfig) -> N
     report.cells = len(source)
     check_obs([source], JoinedMetadata([source.obs]))
     _describe_cells(report, survey_cells([reader], config))
-    check_duplicates(source, config)
+    _check_duplicates(source, config)
 
 
 def _vocab_of_symbols(source: CellSource, config: DataConfig) -> GeneVocab | None:
@@ -187,7 +217,7 @@ def _describe(report: Report, location: Location, checkpoint: Checkpoint, second
     report.cells = len(source)
     if not checkpoint.config.model.inference_config.oom_dataloader:
         source.load()
-    check_duplicates(source, data, vocab)
+    _check_duplicates(source, data, vocab)
     inputs = Inputs([source], Embeddings(checkpoint))
     inputs.check_obs(_as_zarr(checkpoint))
     survey = survey_cells(inputs.readers, data)
@@ -196,6 +226,11 @@ def _describe(report: Report, location: Location, checkpoint: Checkpoint, second
     report.unknown_values = _unknown_values(inputs.readers[0])
     _estimate(report, survey, checkpoint, seconds_per_flop)
     return source
+
+
+def _check_duplicates(source: CellSource, config: DataConfig, vocab: GeneVocab | None = None) -> None:
+    if config.duplicate_genes == "error":  # otherwise it warns of what the report says anyway
+        check_duplicates(source, config, vocab)
 
 
 def _as_zarr(checkpoint: Checkpoint) -> bool:
