@@ -2,9 +2,11 @@
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
@@ -96,6 +98,32 @@ def test_one_bad_file_among_several_does_not_hide_the_others(tmp_path: Path) -> 
     bad, good = json.loads(result.stdout)["files"]
     assert "no such file" in bad["refused"]
     assert good["refused"] is None
+
+
+def test_one_command_embeds_all_files_with_the_same_options(tmp_path: Path) -> None:
+    repeated = make_adata([[1, 2]], genes=[GENES[0], GENES[0]])
+    repeated.obs_names = ["another"]
+    repeated.write_h5ad(tmp_path / "a cell.h5ad")
+    random_adata(3).write_h5ad(tmp_path / "b.h5ad")
+    options = ["--duplicate-genes", "sum", "--config-override", "model.data_config.block_size=2"]
+    result = check(tmp_path / "*.h5ad", *options, "--json")
+    command = json.loads(result.stdout)["command"]
+    assert check(tmp_path / "*.h5ad", *options).stdout.splitlines()[-1] == command
+    program, *words = shlex.split(command)
+    assert program == "transcriptformer"
+    assert words.count("--data-file") == 2
+    assert CliRunner().invoke(app, [*words, "--output-path", str(tmp_path / "output")]).exit_code == 0
+    assert len(anndata.read_h5ad(tmp_path / "output" / "embeddings.h5ad")) == 4
+
+
+def test_without_a_checkpoint_the_command_leaves_its_place() -> None:
+    assert check(CELLS, checkpoint=None).stdout.splitlines()[-1].endswith(f"-path CHECKPOINT --data-file {CELLS}")
+
+
+def test_no_command_would_embed_a_refused_file(tmp_path: Path) -> None:
+    files = [CELLS, tmp_path / "nowhere.h5ad"]
+    assert json.loads(check(*files, "--json").stdout)["command"] is None
+    assert "transcriptformer inference" not in check(*files).stdout
 
 
 def test_columns_of_different_kinds_fit_together(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +62,7 @@ def check(
 ) -> None:
     """Validate files for inference and estimate a run, without computing embeddings.
 
-    The exit code is 1 if inference would refuse a file.
+    The last line is the command that embeds the files; the exit code is 1 if inference would refuse one.
     """
     options: dict[str, object] = {
         **input_settings(
@@ -73,7 +74,7 @@ def check(
         "model.inference_config.precision": precision,
         "model.inference_config.device": device,
     }
-    from transcriptformer.cli.reporting import plain_errors
+    from transcriptformer.cli.reporting import plain_errors, say
 
     with plain_errors(debug):
         from transcriptformer.data.store import find_files
@@ -85,22 +86,24 @@ def check(
         logging.getLogger("transcriptformer").setLevel(logging.WARNING)  # the report says what is inferred
         locations = [location for name in files for location in find_files(name)]
         reports = check_files(locations, checkpoint_path, options, config_override or [])
-        for report in reports:
-            if report.refused is None:
-                report.command = _command(context, report.file, checkpoint_path)
+        is_refused = any(report.refused for report in reports)
+        command = None if is_refused else _command(context, [report.file for report in reports], checkpoint_path)
         if as_json:
-            typer.echo(json.dumps({"files": [report.to_dict() for report in reports]}, indent=1))
+            typer.echo(json.dumps({"files": [report.to_dict() for report in reports], "command": command}, indent=1))
         else:
             for report in reports:
                 _print_table(report)
-    if any(report.refused for report in reports):
+            if command is not None:
+                say(f"To compute the embeddings, run:\n{command}")
+    if is_refused:
         raise typer.Exit(1)
 
 
-def _command(context: typer.Context, file: str, checkpoint_path: Path | None) -> str:
-    """Return the command that embeds a file with the options given to this one."""
+def _command(context: typer.Context, files: Sequence[str], checkpoint_path: Path | None) -> str:
+    """Return the command that embeds files with the options given to this one."""
     command = ["transcriptformer", "inference", "--checkpoint-path", str(checkpoint_path or "CHECKPOINT")]
-    command += ["--data-file", file]
+    for file in files:
+        command += ["--data-file", file]
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if source is None or source.name != "COMMANDLINE" or parameter.name in _NOT_OF_INFERENCE:
@@ -133,8 +136,6 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
     if report.memory_gib is not None and report.seconds is not None:
         rows.append(("estimate", f"{report.memory_gib:.1f} GiB of memory, {_duration(report.seconds)} of computing"))
     rows.append(("inference", f"would refuse: {report.refused}" if report.refused else "would accept it"))
-    if report.command is not None:
-        rows.append(("command", report.command))
     return rows
 
 

@@ -94,7 +94,6 @@ class Report:
     unknown_values: dict[str, dict[str, int]] = field(default_factory=dict)
     memory_gib: float | None = None
     seconds: float | None = None
-    command: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
