@@ -19,13 +19,13 @@ LAYERS = [
     ("data", "model"),
     ("checkpoint",),
     ("runs",),
-    ("inference", "training", "proteins"),
+    ("inference", "training", "proteins", "generation"),
     ("api", "demo"),
     ("cli",),
 ]
 """Lower layers first; a module imports from its own wing, and from what stands before that."""
 
-STRANGERS = [{"data", "model"}, {"inference", "training", "proteins"}]
+STRANGERS = [{"data", "model"}, {"inference", "training", "proteins", "generation"}]
 """Wings of one layer that know nothing of each other."""
 
 AT_THE_ROOT = {"__init__.py", "api.py", "config.py", "errors.py", "vocab.py", "py.typed"}
@@ -72,6 +72,9 @@ def test_imports_point_one_way() -> None:
         ("training/run", "inference.run"),
         ("inference/run", "training.run"),
         ("proteins/embed", "inference.run"),
+        ("generation/prompts", "inference.run"),
+        ("inference/run", "generation.prompts"),
+        ("checkpoint/load", "generation.prompts"),
         ("inference/run", "api"),
         ("demo/run", "cli.reporting"),
     ],

@@ -1,0 +1,1 @@
+"""Questions to the generative model: prompts, probabilities of genes, new cells."""
