@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transcriptformer.config import ModelConfig
 from transcriptformer.model.attention.blockwise import blockwise_attention
 from transcriptformer.model.attention.definition import Attention, ScoreMod
+from transcriptformer.model.cache import KeyValueCache, LayerCache
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
@@ -116,14 +117,16 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_heads
         self.linears = nn.ModuleList(Linear(dim, dim, bias=config.attn_bias) for _ in range(4))
 
-    def forward(self, x: Tensor, mod: ScoreMod, attention: Attention) -> Tensor:
-        """Attend from every position to itself and earlier ones: (B, T, D) → (B, T, D)."""
+    def forward(self, x: Tensor, mod: ScoreMod, attention: Attention, cache: LayerCache | None = None) -> Tensor:
+        """Attend from every position to itself and earlier ones, those in the cache first: (B, T, D) → (B, T, D)."""
         to_q, to_k, to_v, to_out = self.linears
         x = x.to(to_q.weight.dtype)  # type: ignore[arg-type]  # one cast for three projections
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, D) → (B, H, T, d)
             for project in (to_q, to_k, to_v)
         )
+        if cache is not None:
+            k, v = cache.append(k, v)
         values = attention(q, k, v, mod)
         return to_out(values.transpose(1, 2).flatten(2))  # (B, H, T, d) → (B, T, D)
 
@@ -142,10 +145,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.activation = ACTIVATION[config.activation]
 
-    def forward(self, x: Tensor, mod: ScoreMod, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, mod: ScoreMod, attention: Attention, cache: LayerCache | None = None) -> Tensor:
         """Apply attention and feed-forward: (B, T, D) → (B, T, D), float32."""
         x = self.norm1(x)
-        x = x + self.self_attn(x, mod, attention)
+        x = x + self.self_attn(x, mod, attention, cache)
         x = self.norm2(x)
         return x + self.linear2(self.dropout(self.activation(self.linear1(x))))
 
@@ -162,6 +165,12 @@ class Encoder(nn.Module):
         """Return the states (B, T, D) after block `layer`, counted from 0, or from the end if negative."""
         for block in self.encoder_layers[: layer % len(self.encoder_layers) + 1]:
             x = block(x, mod, self.attention)
+        return x
+
+    def extend(self, x: Tensor, mod: ScoreMod, cache: KeyValueCache) -> Tensor:
+        """Append positions (B, n, D) to those in the cache and return their states; `mod` is that of all positions."""
+        for block, layer in zip(self.encoder_layers, cache.layers, strict=True):
+            x = block(x, mod, blockwise_attention, layer)
         return x
 
 
@@ -188,9 +197,13 @@ class CountHead(nn.Module):
         counts
             Observed counts (B, L); the softmax link distributes their sum over the genes of a cell.
         """
-        u = self.mlp(torch.cat([hidden, gene_embedding], dim=-1)) + self.gene_embedding(gene_tokens)  # (B, L, 1)
-        mu = apply_link(u.squeeze(-1).float(), self.link, counts, is_gene)
+        mu = apply_link(self.before_link(hidden, gene_embedding, gene_tokens), self.link, counts, is_gene)
         return mu.masked_fill(~is_gene, 0)
+
+    def before_link(self, hidden: Tensor, gene_embedding: Tensor, gene_tokens: Tensor) -> Tensor:
+        """Return u (…), which the link function maps to expected counts, of states and gene embeddings (…, D)."""
+        u = self.mlp(torch.cat([hidden, gene_embedding], dim=-1)) + self.gene_embedding(gene_tokens)  # (…, 1)
+        return u.squeeze(-1).float()
 
 
 def apply_link(u: Tensor, link: str, counts: Tensor, is_gene: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transcriptformer.config import LossConfig, ModelConfig
 from transcriptformer.errors import UsageError
 from transcriptformer.model.attention.definition import ScoreMod, count_bias
+from transcriptformer.model.cache import KeyValueCache
 from transcriptformer.model.layers import MLP, CountHead, Encoder, GeneEmbedding
 from transcriptformer.model.losses import gene_cross_entropy, mean_over_genes, zero_truncated_poisson_nll
 from transcriptformer.vocab import AuxVocab, GeneVocab
@@ -114,18 +115,58 @@ class TranscriptFormer(nn.Module):
         n_aux = aux_tokens.shape[1]
         tokens = torch.cat([torch.full_like(gene_tokens[:, :1], self.start), gene_tokens[:, :-1]], dim=1)  # (B, L)
         counts = torch.cat([torch.ones_like(gene_counts[:, :1]), gene_counts[:, :-1]], dim=1)  # (B, L)
-        counts = torch.cat([torch.ones_like(aux_tokens, dtype=counts.dtype), counts], dim=1)  # (B, T)
-
-        is_input = tokens != self.pad
-        aux_known = [aux_tokens[:, i : i + 1] != unknown for i, unknown in enumerate(self.unknown_aux)]  # A × (B, 1)
-        key_allowed = torch.cat([*aux_known, is_input], dim=1)  # (B, T)
-        key_bias = count_bias(counts, self.config.log_counts_eps)  # (B, T)
-
-        aux = [embed(aux_tokens[:, i : i + 1]) for i, embed in enumerate(self.aux_embeddings.values())]  # A × (B, 1, D)
-        x = torch.cat([*aux, self.gene_embeddings(tokens)], dim=1)  # (B, T, D)
+        x, key_bias, key_allowed = self._inputs(tokens, counts, aux_tokens)
         mod = ScoreMod(key_bias, key_allowed, self.config.softcap, bias_on_diagonal)
         x = self.transformer_encoder(x, mod, layer)
+        is_input = key_allowed[:, n_aux:]
         return Encoded(x[:, n_aux:], is_input, gene_tokens != self.pad, gene_tokens, gene_counts)
+
+    def begin(self, aux_tokens: Tensor, n_genes: int) -> tuple[KeyValueCache, Tensor]:
+        """Begin cells that grow gene by gene, by `extend`.
+
+        Parameters
+        ----------
+        aux_tokens
+            Auxiliary tokens (B, A).
+        n_genes
+            Maximum number of genes, including [PAD], that will be appended.
+
+        Returns
+        -------
+        The cache, with the auxiliary tokens and [START], and the states (B, 1, D) that predict the first gene.
+        """
+        config, like = self.config, next(self.transformer_encoder.parameters())  # the projection to queries
+        cells, head_dim = len(aux_tokens), config.embed_dim // config.num_heads
+        shape = cells, config.num_heads, aux_tokens.shape[1] + 1 + n_genes, head_dim
+        cache = KeyValueCache(config.num_layers, shape, like.dtype, like.device)
+        start = aux_tokens.new_full((cells, 1), self.start)
+        return cache, self._append(cache, start, torch.ones_like(start, dtype=torch.float32), aux_tokens)[:, -1:]
+
+    def extend(self, cache: KeyValueCache, gene_tokens: Tensor, gene_counts: Tensor) -> Tensor:
+        """Append the next genes of each cell to the cache, and return the state after each (B, n, D).
+
+        A state predicts the gene that follows. It equals that of `forward` without the bias on the diagonal.
+
+        Parameters
+        ----------
+        gene_tokens, gene_counts
+            Next genes (B, n); [PAD] with count 0 where a cell has none, which later positions do not see.
+        """
+        return self._append(cache, gene_tokens, gene_counts, gene_tokens[:, :0])
+
+    def _append(self, cache: KeyValueCache, tokens: Tensor, counts: Tensor, aux_tokens: Tensor) -> Tensor:
+        x, *masks = self._inputs(tokens, counts, aux_tokens)
+        mod = ScoreMod(*cache.append_masks(*masks), self.config.softcap, bias_on_diagonal=False)
+        return self.transformer_encoder.extend(x, mod, cache)
+
+    def _inputs(self, tokens: Tensor, counts: Tensor, aux_tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return input states (B, T, D), and bias and mask of the keys (B, T), of auxiliary tokens and then genes."""
+        counts = torch.cat([torch.ones_like(aux_tokens, dtype=counts.dtype), counts], dim=1)  # (B, T)
+        aux_known = [aux_tokens[:, i : i + 1] != unknown for i, unknown in enumerate(self.unknown_aux)]  # A × (B, 1)
+        key_allowed = torch.cat([*aux_known, tokens != self.pad], dim=1)  # (B, T)
+        key_bias = count_bias(counts, self.config.log_counts_eps)  # (B, T)
+        aux = [embed(aux_tokens[:, i : i + 1]) for i, embed in enumerate(self.aux_embeddings.values())]  # A × (B, 1, D)
+        return torch.cat([*aux, self.gene_embeddings(tokens)], dim=1), key_bias, key_allowed  # (B, T, D)
 
     def cell_embedding(self, encoded: Encoded) -> Tensor:
         """Sum the states at input positions and divide by `seq_len`, not by the number of positions: (B, D)."""

@@ -22,7 +22,10 @@ MIN_TOTAL = 1e-30
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
-    """Compute `plain_attention` with matrix products in the dtype of `q`."""
+    """Compute `plain_attention` with matrix products in the dtype of `q`.
+
+    Without gradients, queries may be fewer than keys; they are those of the last positions then.
+    """
     if needs_gradients(q, k, v):
         return _Blockwise.apply(q, k, v, *mod)  # type: ignore[no-untyped-call]
     return _forward(q, k, v, mod)
@@ -50,16 +53,21 @@ class _Blockwise(torch.autograd.Function):
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, mod: ScoreMod) -> Tensor:
     cells, heads, length, head_dim = q.shape
+    before = k.shape[2] - length  # keys of earlier positions, in a cache
     cap = mod.softcap if mod.softcap > 0 else 1.0  # scaling q and the bias by 1 / cap saves a pass over the scores
     q = (q / (head_dim**0.5 * cap)).flatten(0, 1)  # (B·H, T, d)
-    k = k.contiguous().mT.contiguous().flatten(0, 1)  # (B·H, d, T); two copies are faster than one strided copy
-    v = v.contiguous().flatten(0, 1)  # (B·H, T, d)
+    if before < length:  # two copies are faster than one strided copy
+        k, v = k.contiguous().mT.contiguous(), v.contiguous()  # (B, H, d, T), (B, H, T, d)
+    else:  # for few queries, copies of a cache would take longer than the products
+        k = k.mT
+    k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B·H, d, T), (B·H, T, d)
     bias, mask = _per_head(mod.key_bias.float() / cap, heads), _per_head(mod.key_mask, heads)  # (B·H, 1, T)
-    output = torch.empty_like(v)
-    for chunk, start, end in _blocks(cells * heads, length, q.device):
-        x = torch.bmm(q[chunk, start:end], k[chunk, :, :end]).float()  # (chunk, block, end)
-        weights = _weights(x, bias[chunk, :, :end], mask[chunk, :, :end], mod, out=x)
-        output[chunk, start:end] = torch.bmm(weights.to(v.dtype), v[chunk, :end])
+    output = torch.empty(q.shape, dtype=v.dtype, device=v.device)
+    for chunk, start, end in _blocks(cells * heads, length, q.device, before):
+        seen = before + end
+        x = torch.bmm(q[chunk, start:end], k[chunk, :, :seen]).float()  # (chunk, block, seen)
+        weights = _weights(x, bias[chunk, :, :seen], mask[chunk, :, :seen], mod, out=x)
+        output[chunk, start:end] = torch.bmm(weights.to(v.dtype), v[chunk, :seen])
     return output.view(cells, heads, length, head_dim)
 
 
@@ -126,11 +134,17 @@ def attention_gradients(
     return dq.view(shape), dk.to(dtype).view(shape), dv.to(v.dtype).view(shape)
 
 
-def _blocks(n_heads: int, length: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:
-    """Yield a slice of the heads of all cells, and the start and stop of a block of queries."""
+def _blocks(n_heads: int, length: int, device: torch.device, before: int = 0) -> Iterator[tuple[slice, int, int]]:
+    """Yield a slice of the heads of all cells, and the start and stop of a block of queries.
+
+    Parameters
+    ----------
+    before
+        Number of keys before that of the first query.
+    """
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
-        size = max(1, MAX_SCORES[device.type] // ((end - start) * end))
+        size = max(1, MAX_SCORES[device.type] // ((end - start) * (before + end)))
         for first in range(0, n_heads, size):
             yield slice(first, first + size), start, end
 
