@@ -5,6 +5,7 @@
 >>> tf.embed(adata, model)                    # adds adata.obsm["X_transcriptformer"]
 >>> tf.embed("cells.h5ad", model)             # a new AnnData
 >>> tf.gene_embeddings(adata, model)          # mean contextual embedding of each gene
+>>> tf.next_genes(model, [["CD3E", "CD8A"]])  # probability of each gene to come next
 
 Importing the package is cheap; PyTorch is imported on first use.
 """
@@ -16,13 +17,21 @@ from transcriptformer.errors import TranscriptFormerError
 
 if TYPE_CHECKING:
     from transcriptformer.api import embed, gene_embeddings, load
+    from transcriptformer.generation.next_genes import next_genes
 
-__all__ = ["TranscriptFormerError", "embed", "gene_embeddings", "load"]
+__all__ = ["TranscriptFormerError", "embed", "gene_embeddings", "load", "next_genes"]
+
+_MODULE_OF = {
+    "embed": "api",
+    "gene_embeddings": "api",
+    "load": "api",
+    "next_genes": "generation.next_genes",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("embed", "gene_embeddings", "load"):
-        return getattr(import_module("transcriptformer.api"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"transcriptformer.{_MODULE_OF[name]}"), name)
     if name == "__version__":
         return import_module("importlib.metadata").version("transcriptformer")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,6 +42,15 @@ class Batch(NamedTuple):
     gene_counts: Tensor
     aux_tokens: Tensor
 
+    def size(self) -> tuple[int, int]:
+        """Return the number of cells and of positions, padding included."""
+        return len(self.rows), self.gene_tokens.numel()
+
+    def halves(self) -> "tuple[Batch, Batch]":
+        """Split into two batches of half as many cells."""
+        middle = len(self.rows) // 2
+        return Batch(*(values[:middle] for values in self)), Batch(*(values[middle:] for values in self))
+
     def pinned(self) -> "Batch":
         """Return a copy in pinned memory."""
         return Batch(*(values.pin_memory() for values in self))

@@ -53,7 +53,8 @@ class CellModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.halving = Halving(self.predict, _size, _split, _join, "cell", "use another device or --precision 16-mixed")
+        advice = "use another device or --precision 16-mixed"
+        self.halving = Halving(self.predict, Batch.size, Batch.halves, _join, "cell", advice)
 
     def forward(self, batch: Batch) -> Prediction:
         """Predict a batch; one that runs out of memory is halved, as are later ones of its size."""
@@ -65,15 +66,6 @@ class CellModule(nn.Module):
     def predict(self, batch: Batch) -> Prediction:
         """Predict a batch as a whole."""
         raise NotImplementedError
-
-
-def _size(batch: Batch) -> tuple[int, int]:
-    return len(batch.rows), batch.gene_tokens.numel()
-
-
-def _split(batch: Batch) -> tuple[Batch, Batch]:
-    middle = len(batch.rows) // 2
-    return Batch(*(x[:middle] for x in batch)), Batch(*(x[middle:] for x in batch))
 
 
 def _join(first: Prediction, second: Prediction) -> Prediction:
