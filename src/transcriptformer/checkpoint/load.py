@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from transcriptformer.model.label_head import LabelHead
 from transcriptformer.model.layers import Linear
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.runtime.device import choose_device, compute_dtype
+from transcriptformer.storage.file_state import FileState
 from transcriptformer.vocab import AuxVocab, GeneVocab, make_gene_vocab
 
 WEIGHTS, LABEL_HEAD = "model_weights.pt", "label_head.pt"
@@ -34,20 +35,6 @@ MAX_WEIGHT = 1.8e19
 
 REFERENCE_SPECIAL_TOKENS = ("unknown", "[START]", "[END]", "[RD]", "[CELL]", "[PAD]", "[MASK]")
 """Order of the special tokens that the published package uses for a new species; its model keeps the old order."""
-
-
-class FileState(NamedTuple):
-    """What changes when a file is replaced or modified."""
-
-    inode: int
-    size: int
-    modified: int
-
-    @classmethod
-    def of(cls, path: Path) -> "FileState":
-        """Return the current state of a file; OSError if it is gone."""
-        found = path.stat()
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @lru_cache
@@ -92,7 +79,7 @@ class Checkpoint:
     model: TranscriptFormer | Esm2CE
     device: torch.device
     label_head: LabelHead | None
-    weights_file: "FileState"
+    weights_file: FileState
 
     @property
     def min_positions(self) -> int:

@@ -11,12 +11,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 
 from transcriptformer.errors import DataError, one_line
 from transcriptformer.runtime.isolated import CrashedError, run_isolated
+from transcriptformer.storage.file_state import FileState
 
 OPTION = "--allow-external-links (model.data_config.allow_external_links)"
 
@@ -24,6 +25,12 @@ MAX_SOFT_LINKS = 16
 """Maximum depth of links to links, as in HDF5."""
 
 CHUNK_STRINGS = 65_536
+
+Steps: TypeAlias = Callable[["Guard", h5py.File, Sequence[str]], Generator[None]]
+"""A check of some keys of a file."""
+
+_passed: set[tuple[Steps, Path, FileState, tuple[str, ...]]] = set()
+"""What was found intact, and free of references to other files, by this process."""
 
 
 class MissingFilterError(DataError):
@@ -34,6 +41,7 @@ def check_hdf5(path: Path, keys: Sequence[str], allow_external: bool, name: str 
     """Check every link, attribute and string under `keys` of an HDF5 file, in a child process that may crash.
 
     Missing keys are skipped. The package hdf5plugin is imported if the data is compressed by one of its filters.
+    A file that has passed is not looked at again while it stays as it is.
 
     Parameters
     ----------
@@ -50,8 +58,7 @@ def check_hdf5(path: Path, keys: Sequence[str], allow_external: bool, name: str 
     RuntimeError
         If the file is damaged otherwise.
     """
-    name = name or str(path)
-    _run(path, name, lambda file: Guard(name, allow_external).steps_of_keys(file, keys))
+    _check(Guard.steps_of_keys, path, keys, allow_external, name)
 
 
 def check_structure(path: Path, keys: Sequence[str], allow_external: bool, name: str | None = None) -> None:
@@ -65,19 +72,18 @@ def check_structure(path: Path, keys: Sequence[str], allow_external: bool, name:
     DataError, RuntimeError
         See `check_hdf5`.
     """
+    _check(_steps_of_structure, path, keys, allow_external, name)
+
+
+def _check(steps: Steps, path: Path, keys: Sequence[str], allow_external: bool, name: str | None) -> None:
     name = name or str(path)
+    look = steps, path, FileState.of(path), tuple(keys)
+    if look in _passed:
+        return
 
-    def steps(file: h5py.File) -> Generator[None]:
-        yield from _open_all(file)
-        yield from Guard(name, allow_external).steps_of_keys(file, keys)
-
-    _run(path, name, steps)
-
-
-def _run(path: Path, name: str, steps: Callable[[h5py.File], Generator[None]]) -> None:
     def steps_of_file() -> Generator[None]:
         with h5py.File(path, locking="best-effort") as file:
-            yield from steps(file)
+            yield from steps(Guard(name, allow_external), file, keys)
 
     try:
         try:
@@ -88,11 +94,18 @@ def _run(path: Path, name: str, steps: Callable[[h5py.File], Generator[None]]) -
             run_isolated(steps_of_file)
     except CrashedError as error:
         raise DataError(f"{name}: damaged: {error}; write the file again") from error
+    if not allow_external:  # other files may change while this one stays as it is
+        _passed.add(look)
 
 
 def load_plugins() -> bool:
     """Make the filters of hdf5plugin available to HDF5; return whether it is installed."""
     return find_spec("hdf5plugin") is not None and import_module("hdf5plugin") is not None
+
+
+def _steps_of_structure(guard: "Guard", file: h5py.File, keys: Sequence[str]) -> Generator[None]:
+    yield from _open_all(file)
+    yield from guard.steps_of_keys(file, keys)
 
 
 def _open_all(file: h5py.File) -> Generator[None]:
