@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ import zarr
 from transcriptformer.data.store import Location, Store, is_url, unreadable
 from transcriptformer.errors import UsageError
 from transcriptformer.runtime.isolated import CrashedError, exhaust, run_isolated
+from transcriptformer.storage.file_state import FileState
 
 logger = logging.getLogger(__name__)
 
@@ -129,27 +131,24 @@ def _of_file(path: Path) -> str:
     size = path.stat().st_size
     if not h5py.is_hdf5(path):
         return fingerprint_file(path)
-
-    def steps() -> Generator[None, None, str]:
-        digest = _Digest()
-        digest.add(size)
-        for linked in _linked_files(path):
-            digest.add(fingerprint_file(linked))
-            yield
-        if size <= FULL_HASH_BYTES:
-            digest.add(fingerprint_file(path))
-            return digest.hexdigest()
-        with h5py.File(path, locking="best-effort") as file:
-            yield from _add_hierarchy(digest, file, N_BLOCKS)
-        return digest.hexdigest()
-
+    digest = _Digest()
+    digest.add(size)
     try:
-        return run_isolated(steps, SECONDS_PER_STEP)
+        digest.add(*map(fingerprint_file, _linked_files(path)))
+        if size > FULL_HASH_BYTES:
+            return run_isolated(partial(_sampled, path, digest), SECONDS_PER_STEP)
     except (CrashedError, RuntimeError) as error:  # damaged, which the run may not notice if it reads other parts
         logger.warning("%s: parts of the file are damaged (%s)", path, error)
         digest = _Digest()
-        digest.add(size, "damaged", fingerprint_file(path))
-        return digest.hexdigest()
+        digest.add(size, "damaged")
+    digest.add(fingerprint_file(path))
+    return digest.hexdigest()
+
+
+def _sampled(path: Path, digest: _Digest) -> Generator[None, None, str]:
+    with h5py.File(path, locking="best-effort") as file:
+        yield from _add_hierarchy(digest, file, N_BLOCKS)
+    return digest.hexdigest()
 
 
 def _of_folder(folder: Path) -> str:
@@ -347,7 +346,7 @@ def _linked_files(path: Path) -> Iterator[Path]:
     waiting, seen = [path], {os.path.realpath(path)}
     while waiting:
         path = waiting.pop(0)
-        for name in dict.fromkeys(_external_file_names(path)):
+        for name in _external_file_names(path, FileState.of(path)):
             for place in (path.parent / name, Path(name)):  # where HDF5 looks for them
                 if place.is_file() and os.path.realpath(place) not in seen:
                     seen.add(os.path.realpath(place))
@@ -356,8 +355,13 @@ def _linked_files(path: Path) -> Iterator[Path]:
                         waiting.append(place)
 
 
-def _external_file_names(path: Path) -> list[str]:
+@lru_cache(maxsize=1024)
+def _external_file_names(path: Path, _: FileState) -> list[str]:
     """List the names of external files in an HDF5 file; empty if it cannot be read."""
+    return run_isolated(partial(_find_external_files, path), SECONDS_PER_STEP)
+
+
+def _find_external_files(path: Path) -> Generator[None, None, list[str]]:
     names: list[str] = []
 
     def visit_link(path: str, link: Any) -> None:
@@ -371,5 +375,6 @@ def _external_file_names(path: Path) -> list[str]:
 
     with suppress(Exception), h5py.File(path, locking="best-effort") as file:  # damage is reported by the run
         file.visititems_links(visit_link)
+        yield
         file.visititems(visit)
-    return [name for name in names if name != "."]
+    return [name for name in dict.fromkeys(names) if name != "."]
