@@ -21,7 +21,10 @@ Location: TypeAlias = str | Path
 """Path, or URL such as s3://bucket/cells.zarr."""
 
 _FRAMES = ("obs", "var")
-"""Groups that are checked when an HDF5 file is opened; others when they are read."""
+"""Groups that every h5ad needs; an HDF5 file with damage in one is refused when it is opened."""
+
+_COUNTS = ("X", "raw/X", "raw/var")
+"""Groups that most h5ad files need; those with damage in one, and all other groups, are checked when they are read."""
 
 
 def is_url(location: Location) -> bool:
@@ -100,9 +103,15 @@ class Store:
             self._is_gzipped = is_gzipped(path)
             if not self._is_gzipped and not h5py.is_hdf5(path):
                 raise DataError(f"{path}: not an HDF5 file; expected an h5ad file, as written by adata.write_h5ad")
-            check_structure(self.path, _FRAMES, self.allow_external, self.name)
+            try:  # in one look, because each takes a fork
+                self._check_structure(*_FRAMES, *_COUNTS)
+            except Exception:  # raised again by the next look, or when the counts are read, if they are
+                self._check_structure(*_FRAMES)
         self._uses_plugins = "hdf5plugin" in sys.modules
-        self._checked.update(_FRAMES)
+
+    def _check_structure(self, *keys: str) -> None:
+        check_structure(self.path, keys, self.allow_external, self.name)
+        self._checked.update(keys)
 
     @property
     def path(self) -> Path:
