@@ -6,6 +6,7 @@
 >>> tf.embed("cells.h5ad", model)             # a new AnnData
 >>> tf.gene_embeddings(adata, model)          # mean contextual embedding of each gene
 >>> tf.next_genes(model, [["CD3E", "CD8A"]])  # probability of each gene to come next
+>>> tf.score(adata, model)                    # how likely the model finds each cell
 
 Importing the package is cheap; PyTorch is imported on first use.
 """
@@ -16,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 from transcriptformer.errors import TranscriptFormerError
 
 if TYPE_CHECKING:
-    from transcriptformer.api import embed, gene_embeddings, load
+    from transcriptformer.api import embed, gene_embeddings, load, score
     from transcriptformer.generation.next_genes import next_genes
 
-__all__ = ["TranscriptFormerError", "embed", "gene_embeddings", "load", "next_genes"]
+__all__ = ["TranscriptFormerError", "embed", "gene_embeddings", "load", "next_genes", "score"]
 
 _MODULE_OF = {
     "embed": "api",
     "gene_embeddings": "api",
     "load": "api",
     "next_genes": "generation.next_genes",
+    "score": "api",
 }
 
 

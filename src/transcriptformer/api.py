@@ -1,10 +1,11 @@
-"""The Python API, exported as `transcriptformer.load`, `.embed` and `.gene_embeddings`."""
+"""The Python API, exported as `transcriptformer.load`, `.embed`, `.gene_embeddings` and `.score`."""
 
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -14,14 +15,18 @@ from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.config import InferenceConfig
 from transcriptformer.errors import UsageError
+from transcriptformer.generation.score import Score
 from transcriptformer.inference.embeddings import EMBEDDINGS_KEY, LLH_KEY, Embeddings, to_gene_rows
 from transcriptformer.inference.run import embed as embed_sources
 from transcriptformer.runs.recording import MemoryRecorder
-from transcriptformer.runs.run import Source, compute, survey_sources
+from transcriptformer.runs.run import Source, compute, run_in_memory, survey_sources
 
 logger = logging.getLogger(__name__)
 
 FileOrFiles = str | Path | Sequence[str | Path]
+
+SCORE_KEY = "transcriptformer_score"
+"""Key of `uns` for the provenance of scores."""
 
 _DATA, _INFERENCE = "model.data_config.", "model.inference_config."
 
@@ -152,8 +157,7 @@ def embed(
         llh = np.full(data.n_obs, np.nan, dtype=np.float32)
         llh[kept] = computed.results.read("llh", 0, n_kept)
         target.obs[f"{key_added}_llh"] = llh
-    for column, values in task.values_of_columns(computed.results, 0, n_kept).items():
-        target.obs[column] = pd.Series(values, index=np.flatnonzero(kept)).reindex(range(data.n_obs)).array
+    _add_columns(target, task.values_of_columns(computed.results, 0, n_kept), kept)
     target.uns[key_added] = computed.provenance
     return target if copy else None
 
@@ -192,6 +196,63 @@ def gene_embeddings(
         logger.warning("gene_embeddings ignores the output key llh; use embed for it")
     result = embed_sources(_to_sources(data), _with_call_settings(model, "cge", layer, use_raw, gene_col_name, pool))
     return result if pool is not None else to_gene_rows(result)
+
+
+def score(
+    data: anndata.AnnData | FileOrFiles,
+    model: Checkpoint,
+    *,
+    orders: int = 1,
+    per_gene: str | None = None,
+    seed: int = 0,
+    layer: str | None = None,
+    use_raw: bool | str | None = None,
+    gene_col_name: str | None = None,
+    copy: bool = False,
+) -> anndata.AnnData | None:
+    """Score how likely the model finds the genes and counts of cells.
+
+    Parameters
+    ----------
+    data, model, layer, use_raw, gene_col_name
+        As for `embed`.
+    orders
+        Number of random orders of each cell's genes that likelihoods are averaged over; 0: the order of the data.
+    per_gene
+        None: one score per cell; gene: averages per gene; a column of `obs`: averages per gene and value of it.
+    seed
+        Seed of the orders.
+    copy
+        Return a copy with the scores instead of modifying `data`.
+
+    Returns
+    -------
+    For an AnnData, None, or the copy if `copy=True`. Its `obs` gets `gene_nll` and `count_nll`, the mean negative
+    log-likelihoods in nats of a cell's genes and of their counts, `perplexity`, which is exp(gene_nll), and for several
+    orders the standard errors `gene_nll_se` and `count_nll_se`; NaN for cells removed by filters or without genes. For
+    files, a new AnnData; with `per_gene`, one with a row per gene, or per gene and group.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If the data cannot be used, or the model has no gene head for its genes.
+    """
+    task = Score(_with_call_settings(model, "cell", layer, use_raw, gene_col_name), orders, per_gene, seed)
+    if per_gene is not None or not isinstance(data, anndata.AnnData):
+        return run_in_memory(_to_sources(data), task)
+    target = _output_adata(data, copy)
+    cells = survey_sources(data, task)
+    computed = compute(cells, task)
+    assert isinstance(computed.results, MemoryRecorder)
+    _add_columns(target, task.values_of_columns(computed.results, 0, cells.survey.n_kept), cells.survey.kept)
+    target.uns[SCORE_KEY] = computed.provenance
+    return target if copy else None
+
+
+def _add_columns(adata: anndata.AnnData, columns: Mapping[str, Any], kept: np.ndarray) -> None:
+    """Add columns of the kept cells to `obs`; the values of the others are missing."""
+    for name, values in columns.items():
+        adata.obs[name] = pd.Series(values, index=np.flatnonzero(kept)).reindex(range(adata.n_obs)).array
 
 
 def _check_settings(settings: Mapping[str, object], arguments: Mapping[str, object]) -> None:

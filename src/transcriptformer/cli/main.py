@@ -10,6 +10,7 @@ from transcriptformer.cli.download import download
 from transcriptformer.cli.download_data import download_data
 from transcriptformer.cli.embed_proteins import embed_proteins
 from transcriptformer.cli.inference import inference
+from transcriptformer.cli.score import score
 from transcriptformer.cli.train import train
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ def transcriptformer(
 app.command()(inference)
 app.command()(train)
 app.command()(check)
+app.command()(score)
 app.command()(download)
 app.command()(download_data)
 app.command()(demo)

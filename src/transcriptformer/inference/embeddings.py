@@ -15,10 +15,10 @@ from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.config import InferenceConfig
 from transcriptformer.data.metadata import n_rows
 from transcriptformer.data.row_stream import RowStream
-from transcriptformer.inference.module import EmbeddingModule, Esm2CEModule, TranscriptFormerModule
+from transcriptformer.inference.module import Esm2CEModule, TranscriptFormerModule
 from transcriptformer.model.esm2ce import Esm2CE
 from transcriptformer.runs.output import GENE_COLUMN, PROVENANCE_KEY, open_result, read_provenance
-from transcriptformer.runs.task import Results, Task
+from transcriptformer.runs.task import CellModule, Results, Task
 from transcriptformer.storage.results import LABEL, LABEL_PROBABILITY, N_GENES, Field, Layout
 
 EMBEDDINGS_KEY, LLH_KEY = "embeddings", "llh"
@@ -54,13 +54,13 @@ class Embeddings(Task):
         layout = layout_of(inference, checkpoint.width, checkpoint.label_head is not None)
         super().__init__(checkpoint, layout, inference.cge_pool)
 
-    def make_module(self) -> EmbeddingModule:
+    def make_module(self) -> CellModule:
         """Wrap the model of the checkpoint with what the run computes from it."""
-        checkpoint, model, pad = self.checkpoint, self.checkpoint.config.model, self.checkpoint.gene_vocab.pad
+        checkpoint, model = self.checkpoint, self.checkpoint.config.model
         if isinstance(checkpoint.model, Esm2CE):
-            return Esm2CEModule(checkpoint.model, model.inference_config, pad)
+            return Esm2CEModule(checkpoint.model, model.inference_config, checkpoint.gene_vocab.pad)
         clip_counts, label_head = model.data_config.clip_counts, checkpoint.label_head
-        return TranscriptFormerModule(checkpoint.model, model.inference_config, clip_counts, pad, label_head)
+        return TranscriptFormerModule(checkpoint.model, model.inference_config, clip_counts, label_head)
 
     @property
     def columns(self) -> list[str]:

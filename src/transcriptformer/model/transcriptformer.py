@@ -191,25 +191,31 @@ class TranscriptFormer(nn.Module):
         targets[:, self.config.seq_len - 1 :] = self.end
         return targets
 
-    def gene_nll(self, encoded: Encoded) -> Tensor:
-        """Return the negative log-likelihood of each cell's genes, averaged over genes (B,); NaN without genes."""
+    def gene_losses(self, encoded: Encoded) -> Tensor:
+        """Return the negative log-likelihood of each gene (B, L), 0 at positions without a gene."""
         n_genes = len(self.mu.gene_embedding.weight)
         targets = self.gene_targets(encoded)
-        nll = gene_cross_entropy(self.gene_logits, encoded.hidden, targets, encoded.is_gene, n_genes)
-        return mean_over_genes(nll, encoded.is_gene)
+        return gene_cross_entropy(self.gene_logits, encoded.hidden, targets, encoded.is_gene, n_genes)
 
-    def count_nll(self, encoded: Encoded, clip_counts: float) -> Tensor:
-        """Return the negative log-likelihood of counts given genes, averaged over each cell's genes (B,).
+    def gene_nll(self, encoded: Encoded) -> Tensor:
+        """Return the negative log-likelihood of each cell's genes, averaged over genes (B,); NaN without genes."""
+        return mean_over_genes(self.gene_losses(encoded), encoded.is_gene)
 
-        It is NaN for cells without genes.
-        """
+    def count_losses(self, encoded: Encoded, clip_counts: float) -> Tensor:
+        """Return the negative log-likelihood of each count given its gene (B, L); invalid without a gene."""
         targets = encoded.gene_counts.clone()
         targets[:, self.config.seq_len - 1 :] = 1
-        nll = zero_truncated_poisson_nll(
+        return zero_truncated_poisson_nll(
             self.expected_counts(encoded),
             targets,
             self.config.log_counts_eps,
             clip_counts,
             self.loss_config.softplus_approx,
         )
-        return mean_over_genes(nll, encoded.is_gene)
+
+    def count_nll(self, encoded: Encoded, clip_counts: float) -> Tensor:
+        """Return the negative log-likelihood of counts given genes, averaged over each cell's genes (B,).
+
+        It is NaN for cells without genes.
+        """
+        return mean_over_genes(self.count_losses(encoded, clip_counts), encoded.is_gene)

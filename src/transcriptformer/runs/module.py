@@ -1,0 +1,32 @@
+"""The model with what prepares it for a run."""
+
+import numpy as np
+import torch
+
+from transcriptformer.config import InferenceConfig
+from transcriptformer.model.attention.choose import choose_attention
+from transcriptformer.model.transcriptformer import TranscriptFormer
+from transcriptformer.runs.task import CellModule
+from transcriptformer.runtime.device import compute_dtype
+
+
+class EncoderModule(CellModule):
+    """Runs a TranscriptFormer on batches.
+
+    Parameters
+    ----------
+    inference
+        Settings of the run.
+    """
+
+    def __init__(self, model: TranscriptFormer, inference: InferenceConfig) -> None:
+        super().__init__()
+        self.model, self.inference = model, inference
+
+    def prepare(self, lengths: np.ndarray, device: torch.device) -> None:
+        """Choose the attention and cache gene embeddings, given the number of genes of each cell (cells,)."""
+        dtype = compute_dtype(self.inference.precision, device)
+        self.model.transformer_encoder.attention = choose_attention(
+            self.inference.attention, device, dtype, self.model.config, lengths
+        )
+        self.model.gene_embeddings.keep_embeddings()
