@@ -18,9 +18,20 @@ from transcriptformer.errors import TranscriptFormerError
 
 if TYPE_CHECKING:
     from transcriptformer.api import embed, gene_embeddings, load, score
+    from transcriptformer.generation.groups import next_genes_of_cells
     from transcriptformer.generation.next_genes import next_genes
+    from transcriptformer.generation.pmi import pmi
 
-__all__ = ["TranscriptFormerError", "embed", "gene_embeddings", "load", "next_genes", "score"]
+__all__ = [
+    "TranscriptFormerError",
+    "embed",
+    "gene_embeddings",
+    "load",
+    "next_genes",
+    "next_genes_of_cells",
+    "pmi",
+    "score",
+]
 
 _MODULE_OF = {
     "embed": "api",
@@ -28,6 +39,8 @@ _MODULE_OF = {
     "load": "api",
     "next_genes": "generation.next_genes",
     "score": "api",
+    "next_genes_of_cells": "generation.groups",
+    "pmi": "generation.pmi",
 }
 
 

@@ -10,6 +10,7 @@ from transcriptformer.cli.download import download
 from transcriptformer.cli.download_data import download_data
 from transcriptformer.cli.embed_proteins import embed_proteins
 from transcriptformer.cli.inference import inference
+from transcriptformer.cli.prompt import prompt
 from transcriptformer.cli.score import score
 from transcriptformer.cli.train import train
 
@@ -46,5 +47,6 @@ app.command()(check)
 app.command()(score)
 app.command()(download)
 app.command()(download_data)
+app.command()(prompt)
 app.command()(demo)
 app.command()(embed_proteins)

@@ -197,10 +197,12 @@ class CountProgress(_Bar):
     ----------
     unit
         Name of the items, such as cells.
+    action
+        What is done with them.
     """
 
-    def __init__(self, unit: str) -> None:
-        super().__init__("embedding", MofNCompleteColumn(), _PerSecond(unit))
+    def __init__(self, unit: str, action: str = "embedding") -> None:
+        super().__init__(action, MofNCompleteColumn(), _PerSecond(unit))
         self.unit = unit
 
     def update(self, n_done: int, n_total: int) -> None:

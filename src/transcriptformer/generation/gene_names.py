@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.gene_map import load_symbol_maps
@@ -46,6 +47,15 @@ def gene_tokens(names: Sequence[str], checkpoint: Checkpoint, option: str) -> np
         if unknown or ambiguous:
             raise UsageError(f"{option}: {_describe(unknown, ambiguous, [*vocabulary, *symbols])}")
     return np.array([vocabulary[gene] for gene in ids], np.int64)
+
+
+def distinct_tokens(names: Sequence[str], checkpoint: Checkpoint, option: str) -> np.ndarray:
+    """Return what `gene_tokens` does, and raise UsageError if a gene is named twice."""
+    tokens = gene_tokens(names, checkpoint, option)
+    is_repeated = pd.Index(tokens).duplicated()
+    if is_repeated.any():
+        raise UsageError(f"{option}: gene {checkpoint.gene_vocab.names()[tokens[is_repeated][0]]} occurs twice")
+    return tokens
 
 
 def gene_symbols(checkpoint: Checkpoint) -> np.ndarray:

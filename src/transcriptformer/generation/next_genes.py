@@ -12,7 +12,7 @@ from torch import Tensor
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.batches import Batch
 from transcriptformer.errors import TranscriptFormerError, UsageError
-from transcriptformer.generation.gene_names import gene_symbols, gene_tokens
+from transcriptformer.generation.gene_names import distinct_tokens, gene_symbols
 from transcriptformer.generation.prompts import (
     AuxValue,
     GeneCount,
@@ -68,10 +68,7 @@ def make_answers(candidates: Sequence[str] | None, checkpoint: Checkpoint, optio
     """
     if candidates is None:
         return Answers(np.fromiter(checkpoint.gene_vocab.genes.values(), np.int64))
-    tokens = gene_tokens(candidates, checkpoint, option)
-    is_repeated = pd.Index(tokens).duplicated()
-    if is_repeated.any():
-        raise UsageError(f"{option}: gene {checkpoint.gene_vocab.names()[tokens[is_repeated][0]]} occurs twice")
+    tokens = distinct_tokens(candidates, checkpoint, option)
     if len(tokens) < 2:
         raise UsageError(f"{option}: probabilities of {len(tokens)} genes say nothing; give at least two")
     return Answers(tokens, is_renormalized=True)
@@ -123,6 +120,20 @@ def log_probabilities(
         n_done += len(batch.rows)
         if on_progress is not None:
             on_progress(n_done, len(prompts))
+
+
+def all_log_probabilities(
+    checkpoint: Checkpoint,
+    prompts: Sequence[Prompt],
+    aux: np.ndarray,
+    answers: Answers,
+    on_progress: OnProgress | None = None,
+) -> np.ndarray:
+    """Return what `log_probabilities` yields, in the order of the prompts: (prompts, answers), float32."""
+    log_p = np.empty((len(prompts), len(answers.tokens)), np.float32)
+    for rows, values in log_probabilities(checkpoint, prompts, aux, answers, on_progress):
+        log_p[rows] = values
+    return log_p
 
 
 def _prepare(model: TranscriptFormer, checkpoint: Checkpoint, lengths: np.ndarray) -> None:
@@ -213,9 +224,7 @@ def ask(
     without_genes, place = np.unique(aux, axis=0, return_inverse=True)
     empty = Prompt(np.zeros(0, np.int64), np.zeros(0, np.float32))
     asked = [*prompts, *[empty] * len(without_genes)]
-    log_p = np.empty((len(asked), len(answers.tokens)), np.float32)
-    for rows, values in log_probabilities(checkpoint, asked, np.vstack([aux, without_genes]), answers, on_progress):
-        log_p[rows] = values
+    log_p = all_log_probabilities(checkpoint, asked, np.vstack([aux, without_genes]), answers, on_progress)
     log_p, alone = log_p[: len(prompts)], log_p[len(prompts) :]
     obs = describe_prompts(prompts, aux, checkpoint, names)
     return answer(checkpoint, log_p, obs, answers, {PMI_KEY: log_p - alone[place.reshape(-1)]})
@@ -242,9 +251,7 @@ def describe_prompts(
     """Return the genes with their counts, their number and the metadata of each prompt."""
     genes = checkpoint.gene_vocab.names()
     columns: dict[str, object] = {
-        "genes": [
-            " ".join(f"{genes[token]}={count:g}" for token, count in zip(*prompt, strict=True)) for prompt in prompts
-        ],
+        "genes": [prompt.describe(genes) for prompt in prompts],
         "n_genes": [len(prompt.tokens) for prompt in prompts],
     }
     for i, (column, vocab) in enumerate(checkpoint.aux_vocabs.items()):

@@ -42,6 +42,14 @@ class Prompt(NamedTuple):
     tokens: np.ndarray
     counts: np.ndarray
 
+    def describe(self, names: np.ndarray) -> str:
+        """Return `GENE=COUNT` of each gene, separated by blanks, given the names of tokens (tokens,)."""
+        return " ".join(f"{names[token]}={count:g}" for token, count in zip(self.tokens, self.counts, strict=True))
+
+    def followed_by(self, other: "Prompt") -> "Prompt":
+        """Return a prompt with the genes of another one behind its own."""
+        return Prompt(np.concatenate([self.tokens, other.tokens]), np.concatenate([self.counts, other.counts]))
+
 
 def require_gene_head(checkpoint: Checkpoint) -> TranscriptFormer:
     """Return the model of a checkpoint that predicts its own genes.

@@ -1,0 +1,148 @@
+"""What `transcriptformer prompt` is asked, and its answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+
+from transcriptformer.checkpoint.load import Checkpoint
+from transcriptformer.data.store import find_files
+from transcriptformer.errors import UsageError
+from transcriptformer.generation.cells import CELLS_PER_GROUP, CellGroup, read_groups
+from transcriptformer.generation.groups import ask_groups
+from transcriptformer.generation.heatmap import check_picture, draw
+from transcriptformer.generation.lists import read_genes, read_prompts
+from transcriptformer.generation.next_genes import OnProgress, ask, make_answers
+from transcriptformer.generation.null import check_null
+from transcriptformer.generation.pmi import gene_context, longest_context, make_targets, pmi_in_groups
+from transcriptformer.generation.prompts import aux_tokens, make_prompts, parse_gene_count, require_gene_head
+from transcriptformer.runs.output import write_anndata
+from transcriptformer.storage.atomic import atomic_write, check_writable
+
+
+@dataclass(frozen=True)
+class Question:
+    """Options of the command that say what is asked; named like them."""
+
+    gene: Sequence[str] = ()
+    prompts: Path | None = None
+    data_file: str | None = None
+    groupby: str | None = None
+    cells_per_group: int | None = None
+    candidates: Path | None = None
+    sources: Path | None = None
+    targets: Path | None = None
+    null: int = 0
+    assay: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = {option for option, value in self._options().items() if value}
+        if not given & {"--gene", "--prompts", "--data-file", "--sources"}:
+            raise UsageError("nothing to ask: give --gene, --prompts, --data-file or --sources")
+        for one, other in (
+            ("--gene", "--prompts"),
+            ("--gene", "--data-file"),
+            ("--prompts", "--data-file"),
+            ("--prompts", "--sources"),
+            ("--candidates", "--sources"),
+            ("--assay", "--data-file"),
+        ):
+            if {one, other} <= given:
+                raise UsageError(f"{other}: cannot be combined with {one}")
+        for option, needed in (
+            ("--groupby", "--data-file"),
+            ("--cells-per-group", "--data-file"),
+            ("--targets", "--sources"),
+            ("--null", "--sources"),
+        ):
+            if option in given and needed not in given:
+                raise UsageError(f"{option}: requires {needed}")
+        check_null(self.null, "--null")
+
+    def _options(self) -> dict[str, object]:
+        return {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Files to write an answer to."""
+
+    output_path: Path | None = None
+    plot: Path | None = None
+
+    def check(self) -> None:
+        """Raise TranscriptFormerError if one cannot be written."""
+        if self.output_path is not None:
+            if self.output_path.suffix not in (".h5ad", ".zarr"):
+                raise UsageError(f"--output-path {self.output_path}: must end in .h5ad or .zarr")
+            check_writable(self.output_path)
+        if self.plot is not None:
+            check_picture(self.plot)
+            check_writable(self.plot, "--plot")
+
+    def write(self, answer: anndata.AnnData) -> list[str]:
+        """Write the files; return a line about each."""
+        lines = []
+        if self.plot is not None:
+            with atomic_write(self.plot) as temporary:
+                draw(answer, temporary, self.plot.suffix[1:].lower())
+            lines.append(f"heatmap of PMI in {self.plot}")
+        if self.output_path is not None:
+            write_anndata(answer, self.output_path)
+            layers = "".join(f", layers['{name}']" for name in answer.layers)
+            lines.append(f"{answer.n_obs} × {answer.n_vars}: X{layers} in {self.output_path}")
+        return lines
+
+
+def answer_question(
+    question: Question, checkpoint: Checkpoint, on_progress: OnProgress | None = None
+) -> anndata.AnnData:
+    """Answer a question: prompts × genes, groups × genes, or sources × targets.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If a file or gene of the question is invalid, or the checkpoint predicts no genes.
+    """
+    require_gene_head(checkpoint)
+    if question.sources is not None:
+        return _pmi(question, question.sources, checkpoint, on_progress)
+    candidates = None if question.candidates is None else read_genes(question.candidates, "--candidates")
+    answers = make_answers(candidates, checkpoint, f"--candidates {question.candidates}")
+    if question.data_file is not None:
+        return ask_groups(checkpoint, _groups(question, question.data_file, checkpoint), answers, on_progress)
+    if question.prompts is not None:
+        option = f"--prompts {question.prompts}"
+        table = read_prompts(question.prompts, "--prompts")
+        if question.assay is not None and "assay" in table.aux:
+            raise UsageError("--assay: the table of --prompts has a column assay; give one of them")
+        made, aux, names = make_prompts(table.prompts, checkpoint, option), table.aux, table.names
+    else:
+        pairs = [parse_gene_count(gene, "--gene") for gene in question.gene]
+        made, aux, names = make_prompts([pairs], checkpoint, "--gene"), {}, ["prompt"]
+    tokens = aux_tokens(checkpoint, len(made), {"assay": question.assay, **aux})
+    return ask(checkpoint, made, tokens, answers, names, on_progress)
+
+
+def _pmi(question: Question, sources: Path, checkpoint: Checkpoint, on_progress: OnProgress | None) -> anndata.AnnData:
+    option = f"--sources {sources}"
+    pairs = [parse_gene_count(gene, option) for gene in read_genes(sources, "--sources")]
+    made = make_prompts([[pair] for pair in pairs], checkpoint, option)
+    targets = None if question.targets is None else read_genes(question.targets, "--targets")
+    answers = make_targets(targets, checkpoint, f"--targets {question.targets}")
+    if question.data_file is not None:
+        groups = _groups(question, question.data_file, checkpoint, longest_context(checkpoint))
+    else:
+        genes = [parse_gene_count(gene, "--gene") for gene in question.gene]
+        groups = [gene_context(checkpoint, genes, {"assay": question.assay}, "--gene")]
+    return pmi_in_groups(checkpoint, made, answers, groups, question.null, question.seed, on_progress)
+
+
+def _groups(question: Question, name: str, checkpoint: Checkpoint, max_genes: int | None = None) -> list[CellGroup]:
+    locations = find_files(name)
+    if len(locations) > 1:
+        raise UsageError(f"--data-file {name}: matches {len(locations)} files; give one")
+    per_group = CELLS_PER_GROUP if question.cells_per_group is None else question.cells_per_group
+    return read_groups(locations[0], checkpoint, question.groupby, per_group, question.seed, max_genes)
