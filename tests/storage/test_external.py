@@ -34,6 +34,10 @@ N_CELLS = 24
 SECRET = b"root:x:0:0:root:/root:/bin/bash\n" * 8
 
 
+forks: list[None] = []
+os.register_at_fork(before=lambda: forks.append(None))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Folder with a complete cells.h5ad, a copy of it (other.h5ad) and a private file."""
@@ -464,6 +468,43 @@ def test_damage_in_unread_data_is_an_error(folder: Path) -> None:
         opened.write(b"\xff" * 8)
     with pytest.raises(DataError, match=r"cells\.h5ad: cannot be read: truncated or damaged"):
         read_all(folder)
+
+
+def test_a_file_is_looked_at_in_a_child_process_only_when_it_is_new_or_has_changed(folder: Path) -> None:
+    path = folder / "cells.h5ad"
+    found = []
+    for change in (False, False, True):
+        if change:
+            with h5py.File(path, "r+") as file:
+                file["uns"].attrs["note"] = "new"
+        before = len(forks)
+        open_source(path)
+        found.append(len(forks) - before)
+    assert found == [1, 0, 1]
+
+
+def test_a_changed_file_is_refused_although_it_was_intact_before(folder: Path) -> None:
+    read_all(folder)
+    rewrite(folder, counts_elsewhere)
+    with pytest.raises(DataError, match="X/data is stored in another file"):
+        read_all(folder)
+
+
+def test_a_file_that_may_refer_to_others_is_looked_at_each_time(folder: Path) -> None:
+    rewrite(folder, counts_elsewhere)
+    read_all(folder, True)
+    (folder / "counts").unlink()
+    with pytest.raises(DataError, match="missing or too short"):
+        read_all(folder, True)
+
+
+def test_counts_that_are_damaged_and_not_read_are_no_reason_to_refuse_a_file(folder: Path) -> None:
+    adata = random_adata(N_CELLS)
+    adata.layers["counts"] = adata.X.copy()
+    adata.write_h5ad(folder / "cells.h5ad")
+    rewrite(folder, counts_elsewhere)
+    cells = open_source(folder / "cells.h5ad", DataConfig(layer="counts"))
+    np.testing.assert_array_equal(cells.counts(0, N_CELLS).toarray(), adata.X.toarray())
 
 
 @pytest.mark.slow
