@@ -35,6 +35,7 @@ def test_prompts_are_read_one_a_row(separator: str, tmp_path: Path) -> None:
         ("genes,assay\nA\n", "prompt 1 has another number of values than the header"),
         ("genes\nA,B\n", "prompt 1 has another number of values than the header"),
         ("genes\nA=x\n", "A=x: 'x' is not a count"),
+        ("name,genes\na,A\na,B\n", "'a' names several prompts"),
         ('genes\n"A\n', "cannot be read"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -156,11 +157,13 @@ def test_a_result_survives_a_file(tmp_path: Path) -> None:
 
 
 def test_bad_candidates_are_refused() -> None:
-    for candidates, message in (
+    bad: list[tuple[Any, str]] = [
         ([GENES[0]], "probabilities of 1 genes say nothing"),
         ([GENES[0], GENES[1], GENES[0]], "occurs twice"),
         ([GENES[0], "nonsense1"], "1 gene is not in the checkpoint's vocabulary"),
-    ):
+        ("LGALS1", "must be a list of genes, not the text 'LGALS1'"),
+    ]
+    for candidates, message in bad:
         with pytest.raises(UsageError, match=f"^candidates: .*{message}"):
             make_answers(candidates, load())
 

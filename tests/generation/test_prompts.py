@@ -3,8 +3,10 @@
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.generation.checkpoints import load, without_gene_head
@@ -13,8 +15,6 @@ from tests.h5ad_files import GENES
 from transcriptformer.data.batches import BatchLimits
 from transcriptformer.errors import CheckpointError, UsageError
 from transcriptformer.generation.prompts import (
-    AuxValue,
-    GeneCount,
     aux_tokens,
     make_prompts,
     parse_gene_count,
@@ -30,7 +30,7 @@ def test_genes_keep_their_order_and_counts_are_clipped(caplog: pytest.LogCapture
     assert checkpoint.gene_vocab.names()[first.tokens].tolist() == [GENES[4], "ENSG00000100097", GENES[0]]
     assert first.counts.tolist() == [3, 1, 30]
     assert second.tokens.shape == second.counts.shape == (0,)
-    assert caplog.messages == ["--gene: 1 counts clipped at 30, as in training"]
+    assert caplog.messages == ["--gene: clipped 1 of 3 counts at 30, as in training"]
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,13 @@ def test_genes_keep_their_order_and_counts_are_clipped(caplog: pytest.LogCapture
         ([(GENES[0], 1.5)], "count 1.5 of"),
         ([(GENES[0], float("nan"))], "count nan of"),
         ([(GENES[0], float("inf"))], "count inf of"),
+        ([(GENES[0], "3")], "count '3' of"),
+        ("LGALS1", "--gene: each prompt must be a list of genes, not a text"),
         (["ENSG00000100097", ("LGALS1", 2)], "--gene: gene ENSG00000100097 occurs twice"),
         (GENES[:127], "--gene: 127 genes; the model takes at most 126"),
     ],
 )
-def test_a_bad_prompt_is_refused(prompt: list[GeneCount], message: str) -> None:
+def test_a_bad_prompt_is_refused(prompt: Any, message: str) -> None:
     with pytest.raises(UsageError, match=f"{re.escape(message)}"):
         make_prompts([prompt], load(), "--gene")
 
@@ -82,11 +84,12 @@ def test_a_count_that_is_no_number_is_refused() -> None:
         ({"assay": None}, [0, 0]),
         ({"assay": "10x multiome"}, [1, 1]),
         ({"assay": ["10X  Multiome", None]}, [1, 0]),
+        ({"assay": pd.Series([np.nan, "MERFISH"])}, [0, 3]),
         ({"assay": ["EFO:0009922", "Drop-seq"]}, [2, 4]),
         ({"assay": "unknown", "tissue": None}, [0, 0]),
     ],
 )
-def test_assays_are_spelled_as_in_files(values: dict[str, AuxValue], expected: list[int]) -> None:
+def test_assays_are_spelled_as_in_files(values: dict[str, Any], expected: list[int]) -> None:
     assert aux_tokens(load(), 2, values)[:, 0].tolist() == expected
 
 

@@ -68,17 +68,17 @@ def prompt(
         from transcriptformer.runtime.memory import keep_freed_memory
 
         question = Question(
-            gene or [],
-            prompts,
-            data_file,
-            groupby,
-            cells_per_group,
-            candidates,
-            sources,
-            targets,
-            null,
-            assay,
-            seed,
+            gene=gene or [],
+            prompts=prompts,
+            data_file=data_file,
+            groupby=groupby,
+            cells_per_group=cells_per_group,
+            candidates=candidates,
+            sources=sources,
+            targets=targets,
+            null=null,
+            assay=assay,
+            seed=seed,
         )
         results = Results(output_path, plot)
         results.check()

@@ -34,6 +34,8 @@ def gene_tokens(names: Sequence[str], checkpoint: Checkpoint, option: str) -> np
     UsageError
         If genes are not in the vocabulary, or a symbol stands for several of its genes.
     """
+    if isinstance(names, str):
+        raise UsageError(f"{option}: must be a list of genes, not the text {names!r}")
     vocabulary = checkpoint.gene_vocab.genes
     ids = resolve(names, vocabulary)
     missing = [gene not in vocabulary for gene in ids]

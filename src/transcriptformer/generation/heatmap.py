@@ -64,7 +64,7 @@ def _row_labels(result: anndata.AnnData) -> np.ndarray:
     if SYMBOL_COLUMN not in result.obs:
         return names
     pairs = zip(names, result.obs["source"], result.obs[SYMBOL_COLUMN], strict=True)
-    return np.array([name.removesuffix(source) + (symbol or source) for name, source, symbol in pairs])
+    return np.array([name.replace(source, symbol or source) for name, source, symbol in pairs])
 
 
 def _largest(values: np.ndarray, n: int) -> np.ndarray:

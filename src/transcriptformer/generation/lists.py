@@ -1,6 +1,7 @@
 """Lists of genes and tables of prompts, read from text files."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,9 @@ def read_prompts(path: Path, option: str) -> PromptTable:
         [parse_gene_count(gene, f"{option} {path}:") for gene in row[GENES_COLUMN].split()] for row in rows
     ]
     names = [row.get(NAME_COLUMN) or str(i) for i, row in enumerate(rows)]
+    repeated = next((name for name, n in Counter(names).items() if n > 1), None)
+    if repeated is not None:
+        raise UsageError(f"{option} {path}: {repeated!r} names several prompts; give each another name")
     others = [column for column in columns if column not in (GENES_COLUMN, NAME_COLUMN, _DESCRIPTION, "")]
     return PromptTable(names, prompts, {column: [row[column] or None for row in rows] for column in others})
 

@@ -1,5 +1,6 @@
 """Pointwise mutual information of genes: how one gene changes the probability of another to come next."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -108,12 +109,16 @@ def pmi(
     >>> of_factors = tf.pmi(model, ["FOXM1", "E2F1"], context=[("MKI67", 5)], null=100)
     >>> of_factors.to_df("pmi")
     """
+    values = {"assay": assay, **aux}
     if isinstance(context, str | Path | anndata.AnnData):
+        given = [column for column, value in values.items() if value is not None]
+        if given:
+            raise UsageError(f"{given[0]}: cannot be combined with cells as context, which have their own")
         groups = read_groups(context, model, groupby, cells_per_group, seed, longest_context(model))
     else:
-        groups = [gene_context(model, context, {"assay": assay, **aux})]
+        groups = [gene_context(model, context, values)]
     check_null(null, "null")
-    made = make_prompts([[source] for source in sources], model, "sources")
+    made = make_sources(sources, model, "sources")
     return pmi_in_groups(model, made, make_targets(targets, model, "targets"), groups, null, seed)
 
 
@@ -165,6 +170,16 @@ def pmi_in_groups(
         z, p = (np.stack(arrays) for arrays in zip(*compared, strict=True))
         layers |= {Z_KEY: z, P_KEY: p, Q_KEY: adjusted(p)}
     return answer(checkpoint, own.log_p, _describe(sources, groups, own.n_prompts, checkpoint), targets, layers)
+
+
+def make_sources(sources: Sequence[GeneCount], checkpoint: Checkpoint, option: str) -> list[Prompt]:
+    """Return a prompt of each source; UsageError if one is given twice with the same count."""
+    made = make_prompts([sources if isinstance(sources, str) else [source] for source in sources], checkpoint, option)
+    names = [prompt.describe(checkpoint.gene_vocab.names()) for prompt in made]
+    repeated = next((name for name, n in Counter(names).items() if n > 1), None)
+    if repeated is not None:
+        raise UsageError(f"{option}: source {repeated} is given twice")
+    return made
 
 
 def make_targets(targets: Sequence[str] | None, checkpoint: Checkpoint, option: str) -> Answers:
@@ -272,5 +287,6 @@ def _describe(
             "n_prompts": n_prompts,
         }
     )
-    obs.index = pd.Index(obs["source"] if len(groups) == 1 else obs["context"] + " " + obs["source"]).rename(None)
+    rows = [prompt.describe(names).removesuffix("=1") for prompt in made]
+    obs.index = pd.Index(rows if len(groups) == 1 else [f"{group.name} {row}" for group in groups for row in rows])
     return obs

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -118,13 +119,16 @@ def make_prompts(
             "(model.data_config.normalize_to_scale), which a prompt does not have; use cells of a file"
         )
     max_genes = config.model_config.seq_len - 1 if max_genes is None else max_genes
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise UsageError(f"{option}: each prompt must be a list of genes, not a text")
     pairs = [[(item, 1) if isinstance(item, str) else item for item in prompt] for prompt in prompts]
     offsets = np.concatenate([[0], np.cumsum([len(prompt) for prompt in pairs])]).astype(np.int64)
     tokens = gene_tokens([gene for prompt in pairs for gene, _ in prompt], checkpoint, option)
     counts = _whole_counts([pair for prompt in pairs for pair in prompt], option)
     n_clipped = int((counts > config.data_config.clip_counts).sum())
     if n_clipped:
-        logger.info("%s: %d counts clipped at %g, as in training", option, n_clipped, config.data_config.clip_counts)
+        limit = config.data_config.clip_counts
+        logger.info("%s: clipped %d of %d counts at %g, as in training", option, n_clipped, len(counts), limit)
     counts = np.minimum(counts, np.float32(config.data_config.clip_counts))
     made = [Prompt(tokens[start:stop], counts[start:stop]) for start, stop in pairwise(offsets)]
     names = checkpoint.gene_vocab.names()
@@ -140,10 +144,11 @@ def make_prompts(
 
 def _whole_counts(pairs: Iterable[tuple[str, float]], option: str) -> np.ndarray:
     """Return the counts of genes (genes,), float32."""
-    counts = []
+    counts = list[float]()
     for gene, count in pairs:
-        if not (np.isfinite(count) and count >= 1 and count == round(count)):
-            raise UsageError(f"{option}: count {count:g} of {gene} is not a whole number of at least 1")
+        if not (isinstance(count, Real) and np.isfinite(count) and count >= 1 and count == round(count)):
+            shown = f"{count:g}" if isinstance(count, Real) else repr(count)
+            raise UsageError(f"{option}: count {shown} of {gene} is not a whole number of at least 1")
         counts.append(count)
     return np.array(counts, np.float32)
 
@@ -179,8 +184,9 @@ def _tokens_of_column(vocab: AuxVocab, n_prompts: int, values: AuxValue) -> np.n
         values = [values] * n_prompts
     elif len(values) != n_prompts:
         raise UsageError(f"{vocab.column}: {len(values)} values for {n_prompts} prompts; give one, or one per prompt")
+    texts = [None if pd.isna(value) else str(value) for value in values]
     names = AuxNames(vocab)
-    for value in dict.fromkeys(str(value) for value in values if value is not None and value not in vocab.ids):
+    for value in dict.fromkeys(text for text in texts if text is not None and text not in vocab.ids):
         found = names.find(value)
         if names.is_known(found):
             logger.info("%s %r taken as %r", vocab.column, value, found)
@@ -188,7 +194,7 @@ def _tokens_of_column(vocab: AuxVocab, n_prompts: int, values: AuxValue) -> np.n
             nearest = names.nearest(value)
             hint = f"; nearest known: {nearest!r}" if nearest else ""
             logger.warning("unknown %s %r%s", vocab.column, value, hint)
-    return vocab.lookup(pd.Series(values, dtype=object), names.find)
+    return vocab.lookup(pd.Series(texts, dtype=object), names.find)
 
 
 def prompt_batches(

@@ -15,7 +15,7 @@ from transcriptformer.generation.heatmap import check_picture, draw
 from transcriptformer.generation.lists import read_genes, read_prompts
 from transcriptformer.generation.next_genes import OnProgress, ask, make_answers
 from transcriptformer.generation.null import check_null
-from transcriptformer.generation.pmi import gene_context, longest_context, make_targets, pmi_in_groups
+from transcriptformer.generation.pmi import gene_context, longest_context, make_sources, make_targets, pmi_in_groups
 from transcriptformer.generation.prompts import aux_tokens, make_prompts, parse_gene_count, require_gene_head
 from transcriptformer.runs.output import write_anndata
 from transcriptformer.storage.atomic import atomic_write, check_writable
@@ -129,7 +129,7 @@ def answer_question(
 def _pmi(question: Question, sources: Path, checkpoint: Checkpoint, on_progress: OnProgress | None) -> anndata.AnnData:
     option = f"--sources {sources}"
     pairs = [parse_gene_count(gene, option) for gene in read_genes(sources, "--sources")]
-    made = make_prompts([[pair] for pair in pairs], checkpoint, option)
+    made = make_sources(pairs, checkpoint, option)
     targets = None if question.targets is None else read_genes(question.targets, "--targets")
     answers = make_targets(targets, checkpoint, f"--targets {question.targets}")
     if question.data_file is not None:
