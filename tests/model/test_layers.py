@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from transcriptformer.model.layers import GeneEmbedding, apply_link
+from transcriptformer.model.layers import CountHead, GeneEmbedding, apply_link
 
 
 @pytest.mark.parametrize("link", ["exp", "log", "relu", "sigmoid", "softplus", "linear"])
@@ -58,3 +58,14 @@ def test_protein_embeddings_are_frozen() -> None:
     embedding = GeneEmbedding(n_genes=20, protein_dim=6, embed_dim=4, dropout=0.1)
     assert not embedding.embedding.weight.requires_grad
     assert all(parameter.requires_grad for parameter in embedding.mlp.parameters())
+
+
+def test_counts_of_all_pairs_are_those_of_each_pair() -> None:
+    torch.manual_seed(0)
+    head = CountHead(n_genes=20, embed_dim=8, dropout=0.1, link="softmax").eval().requires_grad_(False)
+    hidden, genes, tokens = torch.randn(3, 8), torch.randn(5, 8), torch.tensor([4, 9, 1, 0, 19])
+    every = [
+        [head.before_link(state, gene, token) for gene, token in zip(genes, tokens, strict=True)] for state in hidden
+    ]
+    pairs = head.before_link_of_pairs(hidden, head.project_genes(genes), tokens)
+    torch.testing.assert_close(pairs, torch.tensor(every))

@@ -205,6 +205,19 @@ class CountHead(nn.Module):
         u = self.mlp(torch.cat([hidden, gene_embedding], dim=-1)) + self.gene_embedding(gene_tokens)  # (…, 1)
         return u.squeeze(-1).float()
 
+    def project_genes(self, gene_embedding: Tensor) -> Tensor:
+        """Return what the MLP's first layer makes of genes (Q, D), for `before_link_of_pairs`: (Q, D / 2)."""
+        first = self.mlp.layers[0]
+        return F.linear(gene_embedding.to(first.weight.dtype), first.weight[:, gene_embedding.shape[1] :])  # type: ignore[arg-type,index]
+
+    def before_link_of_pairs(self, hidden: Tensor, projected_genes: Tensor, gene_tokens: Tensor) -> Tensor:
+        """Return u (B, Q) of every state (B, D) with every gene (Q,), without running the first layer on each pair."""
+        first, *others = self.mlp.layers
+        states = F.linear(hidden.to(first.weight.dtype), first.weight[:, : hidden.shape[1]], first.bias)  # type: ignore[arg-type,index]
+        rest = nn.Sequential(*others)
+        u = torch.stack([rest(state + projected_genes).float() for state in states])  # (B, Q, 1)
+        return (u + self.gene_embedding(gene_tokens)).squeeze(-1).float()
+
 
 def apply_link(u: Tensor, link: str, counts: Tensor, is_gene: Tensor) -> Tensor:
     """Map the count head's output `u` (B, L) to expected counts with the named link function."""
