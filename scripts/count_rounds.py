@@ -51,8 +51,11 @@ def main() -> None:
     by_rounds = table.groupby("count_rounds")
     print(f"{len(cells.names)} held-out cells, {cells.tokens.lengths.mean():.0f} genes each, {arguments.seeds} seeds")
     print(by_rounds.mean().round(4).to_string())
-    print("standard errors over cells:")
-    print(by_rounds.sem().round(4).to_string())
+    print("difference from 0 rounds, in the same cells: mean and standard error")
+    for number, values in enumerate(tables[1:], start=1):
+        difference = values - tables[0]
+        described = difference.agg(["mean", "sem"]).round(4).T.astype(str).agg(" ± ".join, axis=1)
+        print(f"{number}: " + ", ".join(f"{name} {value}" for name, value in described.items()))
 
 
 def load_demo() -> tuple[Checkpoint, Cells]:

@@ -18,7 +18,9 @@ from transcriptformer.errors import TranscriptFormerError
 
 if TYPE_CHECKING:
     from transcriptformer.api import embed, gene_embeddings, load, score
+    from transcriptformer.generation.generate import generate
     from transcriptformer.generation.groups import next_genes_of_cells
+    from transcriptformer.generation.impute import impute
     from transcriptformer.generation.next_genes import next_genes
     from transcriptformer.generation.pmi import pmi
 
@@ -26,6 +28,8 @@ __all__ = [
     "TranscriptFormerError",
     "embed",
     "gene_embeddings",
+    "generate",
+    "impute",
     "load",
     "next_genes",
     "next_genes_of_cells",
@@ -36,6 +40,8 @@ __all__ = [
 _MODULE_OF = {
     "embed": "api",
     "gene_embeddings": "api",
+    "generate": "generation.generate",
+    "impute": "generation.impute",
     "load": "api",
     "next_genes": "generation.next_genes",
     "score": "api",

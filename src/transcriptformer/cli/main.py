@@ -9,6 +9,7 @@ from transcriptformer.cli.demo import demo
 from transcriptformer.cli.download import download
 from transcriptformer.cli.download_data import download_data
 from transcriptformer.cli.embed_proteins import embed_proteins
+from transcriptformer.cli.generate import generate
 from transcriptformer.cli.inference import inference
 from transcriptformer.cli.prompt import prompt
 from transcriptformer.cli.score import score
@@ -48,5 +49,6 @@ app.command()(score)
 app.command()(download)
 app.command()(download_data)
 app.command()(prompt)
+app.command()(generate)
 app.command()(demo)
 app.command()(embed_proteins)

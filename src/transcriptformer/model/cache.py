@@ -38,8 +38,8 @@ class KeyValueCache:
         keys, values = (torch.empty(n_layers, *shape, dtype=dtype, device=device) for _ in range(2))
         self.layers = [LayerCache(k, v) for k, v in zip(keys, values, strict=True)]
         cells, _, capacity, _ = shape
-        self._key_bias = torch.empty(cells, capacity, device=device)
-        self._key_allowed = torch.empty(cells, capacity, dtype=torch.bool, device=device)
+        self.key_bias = torch.empty(cells, capacity, device=device)
+        self.key_allowed = torch.empty(cells, capacity, dtype=torch.bool, device=device)
 
     @property
     def length(self) -> int:
@@ -49,6 +49,6 @@ class KeyValueCache:
     def append_masks(self, key_bias: Tensor, key_allowed: Tensor) -> tuple[Tensor, Tensor]:
         """Append the bias and mask of new keys (B, n) and return those of all keys, (B, T + n)."""
         stop = self.length + key_bias.shape[1]
-        self._key_bias[:, self.length : stop] = key_bias
-        self._key_allowed[:, self.length : stop] = key_allowed
-        return self._key_bias[:, :stop], self._key_allowed[:, :stop]
+        self.key_bias[:, self.length : stop] = key_bias
+        self.key_allowed[:, self.length : stop] = key_allowed
+        return self.key_bias[:, :stop], self.key_allowed[:, :stop]
