@@ -149,6 +149,7 @@ def run(*options: object, kill_after: float | None = None) -> subprocess.Complet
     return finish(start(command(*options)), kill_after)
 
 
+@pytest.mark.slow
 def test_two_processes_score_like_one(tmp_path: Path) -> None:
     random_adata(30).write_h5ad(tmp_path / "cells.h5ad")
     for n in (1, 2):
