@@ -45,8 +45,8 @@ def main() -> None:
         print(f"  {name}: {two_sample_accuracy(real.X.toarray(), values):.3f}")
     table = imputation(model, real, train)
     print("imputation, mean ± standard error over cells:")
-    for name, values in table.items():
-        print(f"  {name}: {values.mean():.3f} ± {values.sem():.3f}")
+    for measure in map(str, table.columns):
+        print(f"  {measure}: {table[measure].mean():.3f} ± {table[measure].sem():.3f}")
 
 
 def by_frequency(train: np.ndarray, n_genes: np.ndarray) -> np.ndarray:

@@ -69,6 +69,7 @@ def test_imputation(tmp_path: Path) -> None:
         ((*SIZE, "--plot", "{picture}"), "--plot: give real cells"),
         ((*SIZE, "--output-filename", "cells.txt"), "--output-filename"),
         ((*SIZE, "--config-override", "model.data_config.nothing=1"), "no such configuration key"),
+        ((*SIZE, "--keep", 0.5), "--keep: applies to the cells of --data-file"),
         (("--n-cells", 3), "n_genes (--n-genes), total_counts (--total-counts): missing"),
         (("--impute", "all"), "--impute: give the cells with --data-file"),
         (("--impute", "all", "--data-file", CELLS, "--top-p", 0.5), "leave out --top-p"),

@@ -10,6 +10,7 @@ from tests.generation.checkpoints import load
 from tests.golden_cases import CELLS
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.errors import UsageError
+from transcriptformer.generation.generate import generate
 from transcriptformer.generation.impute import impute
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
@@ -74,6 +75,14 @@ def test_batches_and_blocks_do_not_matter(model: Checkpoint) -> None:
     np.testing.assert_allclose(one.X, other.X, rtol=1e-4)
     np.testing.assert_allclose(one.layers["probability"], other.layers["probability"], rtol=1e-4)
     assert list(one.obs_names) == list(anndata.read_h5ad(CELLS).obs_names)
+
+
+def test_cells_may_share_a_name(model: Checkpoint) -> None:
+    cells = some_cells(model, [5, 6])
+    with anndata.settings.override(check_uniqueness=False):
+        cells.obs_names = ["a", "a"]
+    assert list(impute(cells, model, [cells.var_names[0]]).obs_names) == ["a", "a"]
+    assert list(generate(model, data=cells, n_genes=8, total_counts=99).obs_names) == ["a", "a"]
 
 
 @pytest.mark.parametrize(

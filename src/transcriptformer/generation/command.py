@@ -99,6 +99,8 @@ def check_order(order: Order) -> None:
             options.append("--plot")
         if options:
             raise UsageError(f"--impute: draws nothing; leave out {', '.join(options)}")
+    elif "keep" in given and order.data_file is None:
+        raise UsageError("--keep: applies to the cells of --data-file")
     if order.plot is not None:
         if order.real_cells is None:
             raise UsageError("--plot: give real cells with --like or --data-file")

@@ -358,9 +358,10 @@ def to_anndata(plan: Plan, drawn: Sequence[DrawnCell], checkpoint: Checkpoint) -
     for i, (column, vocab) in enumerate(checkpoint.aux_vocabs.items()):
         name_of = {token: name for name, token in vocab.ids.items()}
         obs[column] = pd.Categorical([name_of.get(token, "unknown") for token in plan.cells.aux_tokens[:, i]])
-    return anndata.AnnData(
-        sparse.csr_matrix((counts, (rows, columns)), shape),
-        obs=pd.DataFrame(obs, index=plan.names),
-        var=pd.DataFrame(index=pd.Index(genes, name=None)),
-        layers={ORDER_LAYER: sparse.csr_matrix((order, (rows, columns)), shape)},
-    )
+    with anndata.settings.override(check_uniqueness=False):  # cells of a file may share a name
+        return anndata.AnnData(
+            sparse.csr_matrix((counts, (rows, columns)), shape),
+            obs=pd.DataFrame(obs, index=plan.names),
+            var=pd.DataFrame(index=pd.Index(genes)),
+            layers={ORDER_LAYER: sparse.csr_matrix((order, (rows, columns)), shape)},
+        )

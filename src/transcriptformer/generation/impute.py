@@ -103,12 +103,13 @@ def impute(
     finally:
         reader.source.close()
     names, counts, probability = zip(*parts, strict=True)
-    result = anndata.AnnData(
-        np.concatenate(counts),
-        obs=pd.DataFrame(index=names[0].append(list(names[1:]))),
-        var=pd.DataFrame(index=pd.Index(model.gene_vocab.names()[queried].astype(str))),
-        layers={PROBABILITY_LAYER: np.concatenate(probability)},
-    )
+    with anndata.settings.override(check_uniqueness=False):  # cells of a file may share a name
+        result = anndata.AnnData(
+            np.concatenate(counts),
+            obs=pd.DataFrame(index=names[0].append(list(names[1:]))),
+            var=pd.DataFrame(index=pd.Index(model.gene_vocab.names()[queried].astype(str))),
+            layers={PROBABILITY_LAYER: np.concatenate(probability)},
+        )
     result.uns[PROVENANCE_KEY] = provenance_of([data], model, model.weights_sha256(), [reader.source.describe()])
     result.uns[GENERATION_KEY] = {"renormalized_over": "queried genes that the cell lacks", "seed": seed}
     return result

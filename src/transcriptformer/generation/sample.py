@@ -188,7 +188,8 @@ class Sampler:
             [self._stream(row) for row in cells.rows],
             int((cells.n_genes - cells.n_given).max(initial=0)),
         )
-        n_given, n_genes, totals = (torch.from_numpy(x).to(self.device) for x in (cells.n_given, *cells[3:]))
+        n_given, n_genes = (torch.from_numpy(x).to(self.device) for x in (cells.n_given, cells.n_genes))
+        totals = torch.from_numpy(cells.totals).float().to(self.device)
         cache, hidden, log_sum, log_likelihood = self._read_prompts(genes, counts, aux_tokens, cells, n_steps)
         allowed = self.candidates.repeat(len(genes), 1).scatter_(1, genes, False)  # (B, V)
         for step in range(n_steps):
