@@ -41,11 +41,11 @@ def main() -> None:
     generated = generate(model, like=real, seed=SEED).X.toarray()
     drawn = by_frequency(train, (real.X.toarray() > 0).sum(1))
     print("two-sample accuracy:")
-    for name, values in (("generated", generated), ("by frequency", drawn)):
-        print(f"  {name}: {two_sample_accuracy(real.X.toarray(), values):.3f}")
+    for name, of_cells in (("generated", generated), ("by frequency", drawn)):
+        print(f"  {name}: {two_sample_accuracy(real.X.toarray(), of_cells):.3f}")
     table = imputation(model, real, train)
     print("imputation, mean ± standard error over cells:")
-    for measure in map(str, table.columns):
+    for measure in table.columns.astype(str):
         print(f"  {measure}: {table[measure].mean():.3f} ± {table[measure].sem():.3f}")
 
 
