@@ -22,12 +22,11 @@ from transcriptformer.generation.prompts import (
     prompt_batches,
     require_gene_head,
 )
-from transcriptformer.model.attention.choose import choose_attention
 from transcriptformer.model.losses import MAX_LOGITS
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.runs.batch_size import batch_limits
+from transcriptformer.runs.module import prepare_encoder
 from transcriptformer.runs.output import PROVENANCE_KEY, provenance_of
-from transcriptformer.runtime.device import compute_dtype
 from transcriptformer.runtime.memory import Halving
 
 PMI_KEY, RENORMALIZED_KEY = "pmi", "renormalized_over"
@@ -138,11 +137,8 @@ def all_log_probabilities(
 
 def _prepare(model: TranscriptFormer, checkpoint: Checkpoint, lengths: np.ndarray) -> None:
     """Move the model to its device, choose its attention and cache gene embeddings."""
-    inference, device = checkpoint.config.model.inference_config, checkpoint.device
-    model.to(device)
-    dtype = compute_dtype(inference.precision, device)
-    model.transformer_encoder.attention = choose_attention(inference.attention, device, dtype, model.config, lengths)
-    model.gene_embeddings.keep_embeddings()
+    model.to(checkpoint.device)
+    prepare_encoder(model, checkpoint.config.model.inference_config, lengths, checkpoint.device)
 
 
 def _last_states(model: TranscriptFormer, batch: Batch) -> Tensor:

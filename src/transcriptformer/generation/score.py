@@ -114,10 +114,8 @@ class ScoreModule(EncoderModule):
         self.task, self.clip_counts = task, config.data_config.clip_counts
 
     def predict(self, batch: Batch) -> Prediction:  # noqa: D102
-        cell_genes = self.model.config.seq_len - 1  # at the last position, the model has learned [END]
-        batch = batch._replace(
-            gene_tokens=batch.gene_tokens[:, :cell_genes], gene_counts=batch.gene_counts[:, :cell_genes]
-        )
+        n = self.model.max_genes
+        batch = batch._replace(gene_tokens=batch.gene_tokens[:, :n], gene_counts=batch.gene_counts[:, :n])
         is_gene = batch.gene_tokens != self.model.pad
         of_orders = torch.stack([self._surprise(batch, order) for order in self._orders(batch)])  # (orders, B, L, 2)
         if self.task.pool is not None:

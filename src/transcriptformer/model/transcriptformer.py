@@ -79,6 +79,11 @@ class TranscriptFormer(nn.Module):
             MLP(dim, config.gene_head_hidden_dim, n_genes, dropout) if loss_config.gene_id_loss_weight > 0 else None
         )
 
+    @property
+    def max_genes(self) -> int:
+        """Number of genes of a cell that the model predicts: at the last of its positions, it has learned [END]."""
+        return self.config.seq_len - 1
+
     def replace_genes(self, protein_embedding: Tensor) -> None:
         """Replace the vocabulary by another species', given its protein embeddings (V, P), special tokens included.
 

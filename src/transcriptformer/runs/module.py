@@ -25,8 +25,16 @@ class EncoderModule(CellModule):
 
     def prepare(self, lengths: np.ndarray, device: torch.device) -> None:
         """Choose the attention and cache gene embeddings, given the number of genes of each cell (cells,)."""
-        dtype = compute_dtype(self.inference.precision, device)
-        self.model.transformer_encoder.attention = choose_attention(
-            self.inference.attention, device, dtype, self.model.config, lengths
-        )
-        self.model.gene_embeddings.keep_embeddings()
+        prepare_encoder(self.model, self.inference, lengths, device)
+
+
+def prepare_encoder(
+    model: TranscriptFormer, inference: InferenceConfig, lengths: np.ndarray, device: torch.device
+) -> None:
+    """Choose the attention for cells with some numbers of genes (cells,), and cache gene embeddings.
+
+    The model must be on the device.
+    """
+    dtype = compute_dtype(inference.precision, device)
+    model.transformer_encoder.attention = choose_attention(inference.attention, device, dtype, model.config, lengths)
+    model.gene_embeddings.keep_embeddings()
