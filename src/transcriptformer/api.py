@@ -244,6 +244,7 @@ def score(
     cells = survey_sources(data, task)
     computed = compute(cells, task)
     assert isinstance(computed.results, MemoryRecorder)
+    target.obs = target.obs.drop(columns=[name for name in task.columns if name in target.obs])
     _add_columns(target, task.values_of_columns(computed.results, 0, cells.survey.n_kept), cells.survey.kept)
     target.uns[SCORE_KEY] = computed.provenance
     return target if copy else None

@@ -249,6 +249,7 @@ def test_warnings_about_the_checkpoint_are_printed(checkpoint_copy: Path) -> Non
 def test_bad_options_are_usage_errors() -> None:
     assert check(CELLS, "--config-override", "model.data_config.clip_count=3").exit_code == 2
     assert check(CELLS, checkpoint=Path("nowhere")).exit_code == 2
+    assert check(CELLS, "--duplicate-genes", "bogus", checkpoint=None).exit_code == 2
 
 
 def test_every_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

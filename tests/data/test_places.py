@@ -163,23 +163,33 @@ def test_matrices_by_column_are_not_loaded_to_choose_one(
 
 
 @pytest.mark.parametrize("kind", [Kind.LOG, Kind.SCALED, Kind.FRACTIONAL])
-def test_matrices_by_column_are_told_apart_like_those_by_row(kind: Kind) -> None:
+def test_matrices_by_column_are_told_apart_like_those_by_row_if_no_other_holds_counts(kind: Kind) -> None:
     adata = cells()
-    adata.layers["counts"] = adata.X.copy()
     adata.X = sparse.csc_matrix(KINDS[kind](adata.X))
-    assert open_source(adata).reason == f".X is {kind}"
+    assert contents_of_adata(adata, "cells", False).places[".X"].kind == kind
 
 
+@pytest.mark.parametrize("by_column", [".X", "counts"])
 def test_a_matrix_by_column_that_is_too_large_and_not_needed_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, by_column: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     adata = cells()
-    adata.layers["counts"] = adata.X.tocsc()
+    counts = adata.X.copy()
+    if by_column == ".X":
+        adata.layers["counts"], adata.X = counts, log_normalized(counts).tocsc()
+    else:
+        adata.layers["counts"] = counts.tocsc()
     adata.write_h5ad(tmp_path / "cells.h5ad")
     monkeypatch.setattr("transcriptformer.data.counts.available_memory", lambda: 1000)
-    assert_counts(open_source(tmp_path / "cells.h5ad"), adata.X)
+    source = open_source(tmp_path / "cells.h5ad")
+    assert_counts(source, counts)
+    assert source.reason == (".X is not whole numbers" if by_column == ".X" else "")
+    assert caplog.text == ""
     with pytest.raises(DataError, match=r"stored by column .*, but only 0\.0 GiB are free"):
-        open_source(tmp_path / "cells.h5ad", DataConfig(layer="counts"))
+        open_source(
+            tmp_path / "cells.h5ad",
+            DataConfig(layer=by_column, use_raw=None) if by_column != ".X" else DataConfig(use_raw=False),
+        )
 
 
 def test_a_layer_can_be_named() -> None:

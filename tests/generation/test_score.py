@@ -6,6 +6,8 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
+import torch
+from scipy import stats
 from typer.testing import CliRunner, Result
 
 import transcriptformer as tf
@@ -18,6 +20,7 @@ from transcriptformer.cli.main import app
 from transcriptformer.errors import UsageError
 from transcriptformer.generation.next_genes import next_genes
 from transcriptformer.generation.score import Score, score
+from transcriptformer.model.losses import count_surprise
 from transcriptformer.runs.run import survey_sources
 
 NLL = ["gene_nll", "count_nll"]
@@ -43,6 +46,22 @@ def test_a_cell_is_as_likely_as_its_genes_one_after_the_other(model: Checkpoint)
         following = next_genes(model, [known[:n] for n in range(len(known))], assay=assay)
         steps = [following[n, gene].X.item() for n, (gene, _) in enumerate(known)]
         assert scored.iloc[i] == pytest.approx(-np.mean(steps), abs=1e-5)
+
+
+def test_counts_are_as_likely_as_those_of_a_zero_truncated_poisson_distribution() -> None:
+    mu, counts = np.meshgrid([1e-3, 0.1, 0.5, 1, 7, 40], [1, 2, 5, 30])
+    expected = stats.poisson.logsf(0, mu) - stats.poisson.logpmf(counts, mu)
+    found = count_surprise(torch.from_numpy(mu), torch.from_numpy(counts.astype(float)))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+
+
+def test_scores_of_another_number_of_orders_do_not_stay(model: Checkpoint) -> None:
+    adata = anndata.read_h5ad(CELLS)
+    tf.score(adata, model, orders=2)
+    assert "gene_nll_se" in adata.obs
+    assert "gene_nll_se" not in score(adata, model, orders=1).obs
+    tf.score(adata, model, orders=1)
+    assert "gene_nll_se" not in adata.obs
 
 
 def test_perplexity_is_that_of_the_mean_surprise(model: Checkpoint) -> None:

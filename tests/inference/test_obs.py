@@ -372,7 +372,7 @@ def test_predictions_overwrite_columns_of_the_same_name(tmp_path: Path, caplog: 
     obs = anndata.read_h5ad(written).obs
     assert set(obs["predicted_donor"]) <= {"a", "b"}
     assert obs["predicted_donor_probability"].between(0.5, 1).all()
-    assert "obs already has a column 'predicted_donor'; it is overwritten by the predictions" in caplog.text
+    assert "obs already has a column 'predicted_donor'; it is replaced by the results" in caplog.text
 
 
 def test_a_pool_column_must_not_conflict_with_output_columns(tmp_path: Path) -> None:

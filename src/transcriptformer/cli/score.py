@@ -93,7 +93,7 @@ def score(
         from transcriptformer.generation.score import describe, run
 
         config = load_config(checkpoint_path, options, config_override or [])
-        with CountProgress("cells") as progress:
+        with CountProgress("cells", "scoring") as progress:
             output = run(files, checkpoint_path, config, orders, per_gene, seed, progress.update)
         if output is not None:
             say(f"{describe(output)} in {output}")

@@ -104,6 +104,7 @@ def matrix_of(values: Any) -> Matrix:
     if getattr(values, "format", None) != "csc":
         return MatrixInMemory(values)
     if sparse.issparse(values):
+        check_sparse(values)  # before its entries are taken for counts
         return ByColumn(tuple(values.shape), lambda: values.data, lambda: values)
     return ByColumn(tuple(values.shape), lambda: values.group["data"], values.to_memory)
 

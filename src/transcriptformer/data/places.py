@@ -84,9 +84,15 @@ class Place:
     @cached_property
     def kind(self) -> "Kind":
         """Kind of the sampled values."""
-        if self.entries is not None and _values_kind(self.entries) == Kind.WHOLE:
-            return Kind.WHOLE
-        return kind_of(self.sample)
+        known = None if self.entries is None else _values_kind(self.entries)
+        return kind_of(self.sample) if known is None else known
+
+    @property
+    def kind_without_loading(self) -> "Kind":
+        """Kind of the sampled values; of a matrix by column, as far as its entries tell."""
+        if self.entries is None:
+            return self.kind
+        return _values_kind(self.entries) or Kind.FRACTIONAL
 
     @cached_property
     def recovery(self) -> "Recovery | None":
@@ -302,9 +308,9 @@ def _choose_by_values(contents: Contents) -> Choice:
         layers = ", ".join(contents.places) or "none"
         raise DataError(f"{contents.name}: has no matrix X; its layers are: {layers}; name one with --layer")
     for i, place in enumerate(places):
-        if place.kind == Kind.WHOLE:
+        if place.kind_without_loading == Kind.WHOLE:
             _warn_if_different(place, places[i + 1 :])
-            return Choice(place, "; ".join(f"{before.name} is {before.kind}" for before in places[:i]))
+            return Choice(place, "; ".join(f"{before.name} is {before.kind_without_loading}" for before in places[:i]))
     no_more = "no matrix holds more" if len(places) > 1 else ""
     for kind, reason in ((Kind.FRACTIONAL, "no matrix holds whole numbers"), (Kind.BINARY, no_more)):
         for place in places:
@@ -318,7 +324,7 @@ def _warn_if_different(chosen: Place, others: Sequence[Place]) -> None:
     for other in others:
         with suppress(DataError):
             is_same_shape = other.matrix.shape == chosen.matrix.shape
-            if is_same_shape and other.kind == Kind.WHOLE and chosen.holds_the_same_as(other) is False:
+            if is_same_shape and other.kind_without_loading == Kind.WHOLE and chosen.holds_the_same_as(other) is False:
                 logger.warning(
                     "%s: %s and %s hold different whole numbers; taking %s (choose with --use-raw or --layer)",
                     *(chosen.source, chosen.name, other.name, chosen.name),
@@ -357,7 +363,7 @@ def recoverable_place(
         places = contents.usual_places
     else:
         places = [choose_place(contents, layer, use_raw).place]
-    if not places or any(place.kind == Kind.WHOLE for place in places):
+    if not places or any(place.kind_without_loading == Kind.WHOLE for place in places):
         return choose_place(contents, layer, use_raw), None
     for place in places:
         if place.kind != Kind.BINARY and (recovery := place.recovery) is not None:

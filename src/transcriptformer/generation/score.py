@@ -18,6 +18,7 @@ from transcriptformer.data.batches import Batch
 from transcriptformer.data.metadata import n_rows
 from transcriptformer.data.store import Location
 from transcriptformer.generation.prompts import require_gene_head
+from transcriptformer.model.losses import count_surprise
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.runs.module import EncoderModule
 from transcriptformer.runs.output import GENE_COLUMN, open_result
@@ -30,6 +31,9 @@ SURPRISE = "surprise"
 """Field of −log p of each gene and of its count."""
 
 _OF_CELL = ("gene_nll", "count_nll")
+
+COLUMNS = (*_OF_CELL, "perplexity", *(f"{name}_se" for name in _OF_CELL))
+"""All columns that scores may have."""
 
 
 class Score(Task):
@@ -67,8 +71,8 @@ class Score(Task):
 
     @property
     def columns(self) -> Sequence[str]:
-        """Names of the columns that are added to `obs`."""
-        return () if self.pool is not None else [*self.layout, "perplexity"]
+        """Names of the columns that are added to `obs`; columns of other numbers of orders do not stay beside them."""
+        return () if self.pool is not None else COLUMNS
 
     def make_module(self) -> "ScoreModule":  # noqa: D102
         return ScoreModule(self)
@@ -116,12 +120,16 @@ class ScoreModule(EncoderModule):
     def predict(self, batch: Batch) -> Prediction:  # noqa: D102
         n = self.model.max_genes
         batch = batch._replace(gene_tokens=batch.gene_tokens[:, :n], gene_counts=batch.gene_counts[:, :n])
-        is_gene = batch.gene_tokens != self.model.pad
-        of_orders = torch.stack([self._surprise(batch, order) for order in self._orders(batch)])  # (orders, B, L, 2)
+        n_genes = (batch.gene_tokens != self.model.pad).sum(1)
+        total = torch.zeros(*batch.gene_tokens.shape, 2, device=batch.rows.device)
+        of_cells = []
+        for order in self._orders(batch):
+            surprise = self._surprise(batch, order)  # (B, L, 2)
+            total += surprise
+            of_cells.append(surprise.sum(1) / n_genes[:, None])  # (B, 2); NaN without genes
+        means = torch.stack(of_cells)  # (orders, B, 2)
         if self.task.pool is not None:
-            n_genes, surprise = is_gene.sum(1), of_orders.mean(0)
-            return {ROWS: batch.rows, N_GENES: n_genes, "genes": batch.gene_tokens, SURPRISE: surprise}
-        means = of_orders.sum(2) / is_gene.sum(1)[:, None]  # (orders, B, 2); NaN without genes
+            return {ROWS: batch.rows, N_GENES: n_genes, "genes": batch.gene_tokens, SURPRISE: total / len(means)}
         prediction = {ROWS: batch.rows, **dict(zip(_OF_CELL, means.mean(0).T, strict=True))}
         if len(means) > 1:
             errors = means.std(0) / len(means) ** 0.5
@@ -142,7 +150,8 @@ class ScoreModule(EncoderModule):
         """Return −log p of each gene and of its count (B, L, 2), in the order of the batch; 0 without a gene."""
         genes, counts = batch.gene_tokens.gather(1, order), batch.gene_counts.gather(1, order)
         encoded = self.model(genes, counts, batch.aux_tokens)
-        of_counts = self.model.count_losses(encoded, self.clip_counts).masked_fill(~encoded.is_gene, 0)
+        of_counts = count_surprise(self.model.expected_counts(encoded), counts.clamp(max=self.clip_counts))
+        of_counts = of_counts.masked_fill(~encoded.is_gene, 0)
         losses = torch.stack([self.model.gene_losses(encoded), of_counts], -1)  # (B, L, 2)
         return torch.zeros_like(losses).scatter(1, order[..., None].expand_as(losses), losses)
 

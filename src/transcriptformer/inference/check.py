@@ -127,9 +127,10 @@ def check(
     if checkpoint_path is None:
         data = {key.rpartition(".")[2]: value for key, value in (options or {}).items() if value is not None}
         known = {name: value for name, value in data.items() if name in DataConfig.__dataclass_fields__}
+        standalone = DataConfig(**known)  # type: ignore[arg-type]
         for report, location in zip(reports, locations, strict=True):
             with _findings_in(report):
-                _describe_alone(report, location, DataConfig(**known))  # type: ignore[arg-type]
+                _describe_alone(report, location, standalone)
         return reports
     config = load_config(checkpoint_path, options, overrides)
     checkpoint = load_checkpoint(checkpoint_path, config)

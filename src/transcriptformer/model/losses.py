@@ -11,6 +11,10 @@ MAX_LOGITS = {"cpu": 2**24, "mps": 2**25, "cuda": 2**27}
 """Maximum number of logits in memory by device; at least those of one position."""
 
 
+MIN_RATE = 1e-6
+"""Poisson rate below which a positive count is 1 in float32."""
+
+
 def zero_truncated_poisson_nll(
     mu: Tensor, counts: Tensor, eps: float, clip_counts: float, softplus_approx: bool
 ) -> Tensor:
@@ -31,6 +35,15 @@ def zero_truncated_poisson_nll(
     x = mu + eps
     normalizer = x - F.softplus(-x) if softplus_approx else x + torch.log(-torch.expm1(-x))
     return -c * torch.log(x) + normalizer.clamp(min=0) + torch.lgamma(c + 1)
+
+
+def count_surprise(mu: Tensor, counts: Tensor) -> Tensor:
+    """Return −log p(c | c > 0), exactly, of counts ≥ 1 with Poisson rates μ (B, L).
+
+    Unlike the loss of training, it is no approximation, and its normalizer log(exp(μ) − 1) may be negative.
+    """
+    mu = mu.clamp(min=MIN_RATE)
+    return -counts * torch.log(mu) + mu + torch.log(-torch.expm1(-mu)) + torch.lgamma(counts + 1)
 
 
 def gene_cross_entropy(

@@ -206,21 +206,18 @@ class TranscriptFormer(nn.Module):
         """Return the negative log-likelihood of each cell's genes, averaged over genes (B,); NaN without genes."""
         return mean_over_genes(self.gene_losses(encoded), encoded.is_gene)
 
-    def count_losses(self, encoded: Encoded, clip_counts: float) -> Tensor:
-        """Return the negative log-likelihood of each count given its gene (B, L); invalid without a gene."""
+    def count_nll(self, encoded: Encoded, clip_counts: float) -> Tensor:
+        """Return the training loss of counts given genes, averaged over each cell's genes (B,).
+
+        It is NaN for cells without genes.
+        """
         targets = encoded.gene_counts.clone()
         targets[:, self.config.seq_len - 1 :] = 1
-        return zero_truncated_poisson_nll(
+        nll = zero_truncated_poisson_nll(
             self.expected_counts(encoded),
             targets,
             self.config.log_counts_eps,
             clip_counts,
             self.loss_config.softplus_approx,
         )
-
-    def count_nll(self, encoded: Encoded, clip_counts: float) -> Tensor:
-        """Return the negative log-likelihood of counts given genes, averaged over each cell's genes (B,).
-
-        It is NaN for cells without genes.
-        """
-        return mean_over_genes(self.count_losses(encoded, clip_counts), encoded.is_gene)
+        return mean_over_genes(nll, encoded.is_gene)

@@ -85,7 +85,7 @@ class Inputs:
         added = self.task.columns
         for column in added:
             if column in columns:
-                logger.warning("obs already has a column %r; it is overwritten by the predictions", column)
+                logger.warning("obs already has a column %r; it is replaced by the results", column)
         return [column for column in chosen if column not in added]
 
     @cached_property
