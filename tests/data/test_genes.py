@@ -12,6 +12,7 @@ import pytest
 from scipy import sparse
 
 from tests.golden_cases import REAL
+from tests.h5ad_files import make_adata
 from transcriptformer.config import DataConfig
 from transcriptformer.data.gene_map import load_symbol_maps, read_symbol_map
 from transcriptformer.data.genes import Genes, SymbolMap, find_genes, resolve
@@ -240,3 +241,18 @@ def test_symbols_of_real_files_give_their_genes_back(name: str) -> None:
 def test_the_shipped_maps_do_not_mix_species() -> None:
     maps = load_symbol_maps(None)
     assert {next(iter(found.values()))[0][:7] for found in maps.values()} == {"ENSG000", "ENSMUSG"}
+
+
+def test_a_damaged_column_of_ids_is_not_replaced_by_another(tmp_path: Path) -> None:
+    adata = make_adata([[1, 2, 3]])
+    adata.var["text"] = ["a", "b", "c"]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    for column in ("text", "ensembl_id"):
+        with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+            del file["var"][column].attrs["encoding-version"]
+        if column == "text":
+            source = open_source(tmp_path / "cells.h5ad")
+            assert len(source.gene_ids) == 3
+            source.close()
+    with pytest.raises(DataError, match="column 'ensembl_id' is damaged: its encoding has no version"):
+        open_source(tmp_path / "cells.h5ad")

@@ -9,6 +9,7 @@ import anndata
 import pandas as pd
 
 from transcriptformer.data.counts import Matrix, matrix_of, open_matrix
+from transcriptformer.data.genes import ID_COLUMNS
 from transcriptformer.data.metadata import ColumnError, Metadata, MetadataInMemory, open_metadata
 from transcriptformer.data.places import COUNT_LAYERS, RAW, Contents, Place, X
 from transcriptformer.data.store import Store
@@ -107,13 +108,15 @@ def _read_frame(store: Store, key: str) -> pd.DataFrame:
 
 
 def _read_valid_columns(store: Store, frame: Metadata) -> pd.DataFrame:
-    """Read the columns that can be read, and name the others in warnings."""
+    """Read the columns that can be read, and name the others in warnings; gene ids must be among the first."""
     columns = [frame.rows(0, len(frame), [])]
     for column in frame.columns:
         try:
             with store.reading():
                 columns.append(frame.rows(0, len(frame), [column]))
         except ColumnError as error:
+            if column in ID_COLUMNS:  # other columns may hold other genes
+                raise
             logger.warning("%s; left out", error)
     return pd.concat(columns, axis=1)
 

@@ -148,6 +148,8 @@ class StoredMetadata:
         raise ColumnError(f"{self.store.name}: {self.key}: {name} {reason}", column)
 
     def _values(self, column: str, element: Any, start: int, stop: int) -> Any:
+        if _encoding(element) and "encoding-version" not in element.attrs:  # its values may be damaged as well
+            raise DataError("is damaged: its encoding has no version")
         if _encoding(element) == "categorical":
             return self._categorical(column, element["codes"], element["categories"], element, start, stop)
         if "categories" in element.attrs:  # anndata < 0.8 refers to `__categories`
