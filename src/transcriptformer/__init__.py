@@ -7,6 +7,7 @@
 >>> tf.gene_embeddings(adata, model)          # mean contextual embedding of each gene
 >>> tf.next_genes(model, [["CD3E", "CD8A"]])  # probability of each gene to come next
 >>> tf.score(adata, model)                    # how likely the model finds each cell
+>>> tf.perturb(adata, model, knock_out=["CD79A"])  # how far a gene moves each cell's embedding
 
 Importing the package is cheap; PyTorch is imported on first use.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transcriptformer.errors import TranscriptFormerError
 
 if TYPE_CHECKING:
-    from transcriptformer.api import embed, gene_embeddings, load, score
+    from transcriptformer.api import embed, gene_embeddings, load, perturb, score
     from transcriptformer.generation.generate import generate
     from transcriptformer.generation.groups import next_genes_of_cells
     from transcriptformer.generation.impute import impute
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "next_genes",
     "next_genes_of_cells",
+    "perturb",
     "pmi",
     "score",
 ]
@@ -44,6 +46,7 @@ _MODULE_OF = {
     "impute": "generation.impute",
     "load": "api",
     "next_genes": "generation.next_genes",
+    "perturb": "api",
     "score": "api",
     "next_genes_of_cells": "generation.groups",
     "pmi": "generation.pmi",

@@ -1,4 +1,4 @@
-"""The Python API, exported as `transcriptformer.load`, `.embed`, `.gene_embeddings` and `.score`."""
+"""The Python API, exported as `transcriptformer.load`, `.embed`, `.gene_embeddings`, `.score` and `.perturb`."""
 
 import logging
 import os
@@ -15,6 +15,8 @@ from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.checkpoint.published import load_config
 from transcriptformer.config import InferenceConfig
 from transcriptformer.errors import UsageError
+from transcriptformer.generation.effects import SHIFT_KEY
+from transcriptformer.generation.perturb import Perturb
 from transcriptformer.generation.score import Score
 from transcriptformer.inference.embeddings import EMBEDDINGS_KEY, LLH_KEY, Embeddings, to_gene_rows
 from transcriptformer.inference.run import embed as embed_sources
@@ -27,6 +29,9 @@ FileOrFiles = str | Path | Sequence[str | Path]
 
 SCORE_KEY = "transcriptformer_score"
 """Key of `uns` for the provenance of scores."""
+
+PERTURB_KEY = "transcriptformer_perturb"
+"""Key of `uns` for the provenance of perturbations."""
 
 _DATA, _INFERENCE = "model.data_config.", "model.inference_config."
 
@@ -247,6 +252,78 @@ def score(
     target.obs = target.obs.drop(columns=[name for name in task.columns if name in target.obs])
     _add_columns(target, task.values_of_columns(computed.results, 0, cells.survey.n_kept), cells.survey.kept)
     target.uns[SCORE_KEY] = computed.provenance
+    return target if copy else None
+
+
+def perturb(
+    data: anndata.AnnData | FileOrFiles,
+    model: Checkpoint,
+    *,
+    knock_out: Sequence[str] = (),
+    set_counts: Mapping[str, float] | None = None,
+    at: str = "end",
+    groupby: str | None = None,
+    null: int = 0,
+    seed: int = 0,
+    layer: str | None = None,
+    use_raw: bool | str | None = None,
+    gene_col_name: str | None = None,
+    copy: bool = False,
+) -> anndata.AnnData | None:
+    """Measure how far changes of single genes move the embeddings of cells.
+
+    Parameters
+    ----------
+    data, model, layer, use_raw, gene_col_name
+        As for `embed`.
+    knock_out
+        Genes, by id or symbol, each removed alone.
+    set_counts
+        Genes with the counts that each gets alone; an absent gene is added.
+    at
+        Where it is added: end (the last position that the model reads) or start.
+    groupby
+        Column of `obs`, for whose values effects are summarized.
+    null
+        Number of genes of like expression whose changes each perturbation is compared with; 0: none.
+    seed
+        Seed of these genes and of the bootstrap.
+    copy
+        Return a copy with the results instead of modifying `data`.
+
+    Returns
+    -------
+    For an AnnData, None, or the copy if `copy=True`. Its `obsm['cosine_shift']` (cells, perturbations), float32, is
+    1 − cos of the embeddings before and after; NaN for cells removed by filters, and where a gene that the cell does
+    not express, or its only one, is knocked out. `uns['perturbations']` has the names, and
+    `uns['perturbation_table']` the effects on all cells and each group. With a label head,
+    `uns['perturbation_labels']` has the mean change of each label's probability. For files, a new AnnData.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If the data cannot be used, or a gene, count or option is invalid.
+
+    Examples
+    --------
+    >>> import transcriptformer as tf
+    >>> model = tf.load("checkpoints/tf_sapiens")
+    >>> tf.perturb(adata, model, knock_out=["CD79A", "MS4A1"], groupby="cell_type", null=100)
+    >>> adata.uns["perturbation_table"]
+    """
+    model = _with_call_settings(model, "cell", layer, use_raw, gene_col_name)
+    task = Perturb(model, knock_out, set_counts or {}, at, groupby, null, seed)
+    if not isinstance(data, anndata.AnnData):
+        return run_in_memory(_to_sources(data), task)
+    target = _output_adata(data, copy)
+    cells = survey_sources(data, task)
+    computed = compute(cells, task)
+    assert isinstance(computed.results, MemoryRecorder)
+    shifts = np.full((data.n_obs, len(task.perturbations)), np.nan, np.float32)
+    shifts[cells.survey.kept] = computed.results.read(SHIFT_KEY, 0, cells.survey.n_kept)
+    target.obsm[SHIFT_KEY] = shifts
+    target.uns.update(task.unstructured(computed.results))
+    target.uns[PERTURB_KEY] = computed.provenance
     return target if copy else None
 
 

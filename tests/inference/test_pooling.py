@@ -61,9 +61,7 @@ def test_a_pool_is_the_mean_of_the_full_result(
     assert pooled.obs["n_cells"].tolist() == groups.size().loc[of_row].tolist()
     assert pooled.obs_names.is_unique
     n_without = 0 if column == "gene" else int(cells.obs[column].isna().sum())
-    assert (f"{n_without} cells without a value of '{column}' are excluded from the pool" in caplog.text) == (
-        n_without > 0
-    )
+    assert (f"{n_without} cells without a value of '{column}' are in no group" in caplog.text) == (n_without > 0)
 
 
 def test_rows_are_in_vocabulary_order_with_the_groups_of_a_gene_together(cells: anndata.AnnData) -> None:

@@ -11,6 +11,7 @@ from transcriptformer.cli.download_data import download_data
 from transcriptformer.cli.embed_proteins import embed_proteins
 from transcriptformer.cli.generate import generate
 from transcriptformer.cli.inference import inference
+from transcriptformer.cli.perturb import perturb
 from transcriptformer.cli.prompt import prompt
 from transcriptformer.cli.score import score
 from transcriptformer.cli.train import train
@@ -46,6 +47,7 @@ app.command()(inference)
 app.command()(train)
 app.command()(check)
 app.command()(score)
+app.command()(perturb)
 app.command()(download)
 app.command()(download_data)
 app.command()(prompt)

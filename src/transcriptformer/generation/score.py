@@ -56,7 +56,7 @@ class Score(Task):
         If the model has no gene head for its genes, or a number is out of range.
     """
 
-    pool_option, pooled_field = "--per-gene", SURPRISE
+    group_option, pooled_field = "--per-gene", SURPRISE
 
     def __init__(self, checkpoint: Checkpoint, orders: int = 1, per_gene: str | None = None, seed: int = 0) -> None:
         require_gene_head(checkpoint)

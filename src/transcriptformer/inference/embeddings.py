@@ -47,7 +47,7 @@ def layout_of(inference: InferenceConfig, width: int, with_labels: bool = False)
 class Embeddings(Task):
     """Embeddings of cells or genes, as the configuration requests."""
 
-    pool_option, pooled_field = "--cge-pool", CGE_KEY
+    group_option, pooled_field = "--cge-pool", CGE_KEY
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         inference = checkpoint.config.model.inference_config

@@ -133,6 +133,7 @@ class FileRun:
         """Load the survey and the mask of completed cells that `prepare` has written."""
         self.survey = Survey.load(self._survey_file)
         self.is_done = self.workspace.read_done_mask()
+        self.task.prepare(self.inputs, self.survey)
         if self.processes.is_first:
             self.inputs.log_summary(self.survey)
             if n_done := int(self.is_done.sum()):
@@ -141,7 +142,7 @@ class FileRun:
     def batches(self) -> BatchLoader:
         """Return the batches of this process."""
         assert self.survey is not None
-        limits = batch_limits(self.checkpoint, self.processes.per_node)
+        limits = self.task.limit_batches(batch_limits(self.checkpoint, self.processes.per_node))
         return self.inputs.loader(self.survey, limits, self.processes.rank, self.processes.total, self.is_done)
 
     def recording(self, on_progress: OnProgress | None, watchdog: Watchdog) -> Recording:

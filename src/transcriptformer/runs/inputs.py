@@ -27,9 +27,6 @@ from transcriptformer.runs.task import Task
 
 logger = logging.getLogger(__name__)
 
-ALL_CELLS = "gene"
-"""Value of `Task.pool` that pools all cells into one group."""
-
 
 class Inputs:
     """Open sources aligned with a checkpoint; counts are read lazily.
@@ -68,16 +65,19 @@ class Inputs:
         self.metadata = [reader.source.obs for reader in self.readers]
         columns = dict.fromkeys(column for part in self.metadata for column in part.columns)
         self.columns = self._select_columns(list(columns))
-        pool, option = task.pool, task.pool_option
-        self.group_column = None if pool == ALL_CELLS else pool
+        self.group_column = task.group_column
         self._groups: tuple[np.ndarray, pd.Index] | None = None
         self._unique_names: UniqueNames | None = None
         if self.group_column not in (None, *columns):
             raise DataError(
-                f"{option} {pool}: obs has no such column; its columns are: {', '.join(map(str, columns)) or 'none'}"
+                f"{task.group_option} {self.group_column}: obs has no such column; its columns are: "
+                f"{', '.join(map(str, columns)) or 'none'}"
             )
-        if self.group_column == N_CELLS_COLUMN:
-            raise DataError(f"{option} {pool}: conflicts with the output column {pool!r}; rename the column of obs")
+        if task.pool == N_CELLS_COLUMN:
+            raise DataError(
+                f"{task.group_option} {task.pool}: conflicts with the output column {task.pool!r}; rename the column "
+                "of obs"
+            )
 
     def _select_columns(self, columns: list[str]) -> list[str]:
         inference = self.checkpoint.config.model.inference_config
@@ -119,9 +119,9 @@ class Inputs:
                 check_obs(sources, self.joined, as_zarr)
         elif self.group_column is not None:
             blocks = _all_blocks(sources, JoinedMetadata(self.metadata, [self.group_column]))
-            groups = _factorize((block[self.group_column] for _, _, block in blocks), self.task.pool_option)[1]
+            groups = _factorize((block[self.group_column] for _, _, block in blocks), self.task.group_option)[1]
             table = pool_obs(np.array(["gene"]), np.arange(len(groups)), groups, self.group_column)
-            check_writable_rows([(f"{self.task.pool_option} {self.group_column}", 0, table)], len(table), as_zarr)
+            check_writable_rows([(f"{self.task.group_option} {self.group_column}", 0, table)], len(table), as_zarr)
 
     @contextmanager
     def _suggest_dropping_column(self) -> Iterator[None]:
@@ -186,7 +186,7 @@ class Inputs:
         return blocks[0] if len(blocks) == 1 else pd.concat(blocks)
 
     def groups(self, survey: Survey) -> tuple[np.ndarray, pd.Index]:
-        """Group of each kept cell (cells,), int32, for pooling, and the group names.
+        """Group of each kept cell (cells,), int32, and the group names.
 
         Cells without a value get `NO_GROUP`, and a warning is logged. The survey must be the same in every call.
         """
@@ -198,10 +198,10 @@ class Inputs:
         if self.group_column is None:
             return np.zeros(survey.n_kept, np.int32), pd.Index(["all"])
         blocks = self._blocks(JoinedMetadata(self.metadata, [self.group_column]), survey)
-        group_of_row, groups = _factorize((block[self.group_column] for _, block in blocks), self.task.pool_option)
+        group_of_row, groups = _factorize((block[self.group_column] for _, block in blocks), self.task.group_option)
         n_without = int((group_of_row == NO_GROUP).sum())
         if n_without:
-            logger.warning("%d cells without a value of %r are excluded from the pool", n_without, self.group_column)
+            logger.warning("%d cells without a value of %r are in no group", n_without, self.group_column)
         return group_of_row, groups
 
     def _blocks(self, metadata: JoinedMetadata, survey: Survey) -> Iterator[tuple[int, pd.DataFrame]]:

@@ -210,7 +210,7 @@ class Recording:
         return len(values[ROWS])
 
     def _check(self, values: Mapping[str, np.ndarray]) -> None:
-        """Check that results are finite, except those of genes in cells without genes."""
+        """Check that results are finite, except missing ones and those of genes in cells without genes."""
         rows, floats, rows_of = values[ROWS], {}, {}
         for name, field in self.layout.items():
             if not np.issubdtype(field.dtype, np.floating):
@@ -221,4 +221,6 @@ class Recording:
             elif field.of_genes:
                 has_genes = self.has_genes[rows]
                 floats[name], rows_of[name] = values[name][has_genes], rows[has_genes]
+            if field.may_be_missing:
+                floats[name] = np.where(np.isnan(floats[name]), 0, floats[name])
         check_finite(floats, rows_of)

@@ -101,7 +101,9 @@ def compute(cells: SurveyedCells, task: Task, on_progress: OnProgress | None = N
         group_of_row, groups = inputs.groups(survey)
         results = new_pool(task, group_of_row)
     recording = Recording(results, task.layout, survey.lengths[survey.kept], on_progress=on_progress)
-    loader = inputs.loader(survey, batch_limits(checkpoint), 0, 1, np.zeros(survey.n_kept, bool))
+    task.prepare(inputs, survey)
+    limits = task.limit_batches(batch_limits(checkpoint))
+    loader = inputs.loader(survey, limits, 0, 1, np.zeros(survey.n_kept, bool))
     try:
         with ThreadPoolExecutor(1) as background, translated_failures():
             sha256 = background.submit(checkpoint.weights_sha256)

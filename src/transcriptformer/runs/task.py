@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anndata
 import h5py
@@ -13,9 +13,16 @@ import zarr
 from torch import Tensor, nn
 
 from transcriptformer.checkpoint.load import Checkpoint
-from transcriptformer.data.batches import Batch
+from transcriptformer.data.batches import Batch, BatchLimits
+from transcriptformer.data.survey import Survey
 from transcriptformer.runtime.memory import Halving
 from transcriptformer.storage.results import Layout
+
+if TYPE_CHECKING:
+    from transcriptformer.runs.inputs import Inputs
+
+ALL_CELLS = "gene"
+"""Value of `Task.pool` that pools all cells into one group."""
 
 Prediction = Mapping[str, Tensor]
 """Results of a batch of B cells, by field: `rows` (B,), the index of each cell among the kept cells; values of cells
@@ -86,13 +93,13 @@ class Task(ABC):
 
     Attributes
     ----------
-    pool_option
-        Option that sets `pool`, for messages.
+    group_option
+        Option that sets the column of groups, for messages.
     pooled_field
         Field of the layout whose records are averaged.
     """
 
-    pool_option: str
+    group_option: str
     pooled_field: str
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, pool: str | None = None) -> None:
@@ -107,6 +114,19 @@ class Task(ABC):
     def columns(self) -> Sequence[str]:
         """Names of the columns that are added to `obs`."""
         return ()
+
+    @property
+    def group_column(self) -> str | None:
+        """Column of `obs` whose values group the cells, if any."""
+        return None if self.pool == ALL_CELLS else self.pool
+
+    def prepare(self, inputs: "Inputs", survey: Survey) -> None:
+        """Prepare for the cells of a run, in each process; called once, before `make_module`."""
+        return
+
+    def limit_batches(self, limits: BatchLimits) -> BatchLimits:
+        """Return the limits on batches of cells, given those on what the model runs on at once."""
+        return limits
 
     @abstractmethod
     def make_module(self) -> CellModule:

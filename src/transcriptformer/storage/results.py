@@ -51,12 +51,15 @@ class Field(NamedTuple):
         Whether there is one record per gene of a cell, rather than per cell.
     of_genes
         Whether a record summarizes a cell's genes, and so is NaN for a cell without genes.
+    may_be_missing
+        Whether numbers may be NaN in any cell, which means that they do not exist; they are never infinite.
     """
 
     dtype: str
     width: int = 0
     per_gene: bool = False
     of_genes: bool = False
+    may_be_missing: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
