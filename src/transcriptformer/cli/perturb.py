@@ -120,13 +120,16 @@ def _print_largest(table: "pd.DataFrame") -> None:
 
     from transcriptformer.cli.reporting import printable, say, show
 
-    shown = Table()
-    columns = [name for name in table.columns if name not in ("gene", "n_emptied")]
-    for name in columns:
-        shown.add_column(name.replace("_", " "), justify="left" if name in ("perturbation", "group") else "right")
-    ranked = table.sort_values("mean", ascending=False, kind="stable")
-    for row in ranked[columns].head(MAX_ROWS).itertuples(index=False):
-        shown.add_row(*(Text(f"{value:.3g}" if isinstance(value, float) else printable(str(value))) for value in row))
+    ranked = table.sort_values("mean", ascending=False, kind="stable").head(MAX_ROWS)
+    shown = Table("perturbation", "group")
+    for name in ("cells", "mean shift", "95 % interval", *(name for name in ("z", "p", "q") if name in table)):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in ranked.to_dict("records"):
+        numbers = [f"{row[name]:.2g}" for name in ("z", "p", "q") if name in row]
+        interval = f"{row['ci_low']:.2g} to {row['ci_high']:.2g}"
+        cells = f"{row['n_expressing']} of {row['n_cells']}"
+        texts = (row["perturbation"], row["group"], cells, f"{row['mean']:.2g}", interval, *numbers)
+        shown.add_row(*(Text(printable(text)) for text in texts))
     show(shown)
     if len(table) > MAX_ROWS:
         say(f"and {len(table) - MAX_ROWS} more rows in the table")
