@@ -90,6 +90,23 @@ def test_refusals_leave_nothing(options: tuple[object, ...], message: str, tmp_p
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["genes.txt"]
 
 
+@pytest.mark.parametrize("option", ["--data-file", "--like", "--candidates", "--impute"])
+def test_an_input_is_not_overwritten(option: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    cells = tmp_path / "out" / "cells.h5ad"
+    cells.write_text(f"{GENE}\n{OTHER}\n")
+    others = {"--candidates": SIZE, "--impute": ("--data-file", CELLS)}.get(option, ())
+    result = run(tmp_path, option, cells, *others)
+    assert result.exit_code == 2
+    assert f"--output-filename {cells}: is also an input" in result.output.replace("\n", "")
+    assert cells.read_text() == f"{GENE}\n{OTHER}\n"
+    picture = tmp_path / "cells.png"
+    picture.touch()
+    result = run(tmp_path, "--data-file", picture, "--plot", picture)
+    assert result.exit_code == 2
+    assert f"--plot {picture}: is also an input" in result.output.replace("\n", "")
+
+
 def test_models_without_a_gene_head(checkpoint_copy: Path, tmp_path: Path) -> None:
     species = f"model.inference_config.pretrained_embedding=['{SYNTHETIC / 'other_species_gene.h5'}']"
     result = run(tmp_path, *SIZE, "--config-override", species)

@@ -181,6 +181,32 @@ def test_bad_input_is_refused(options: list[str], exit_code: int, message: str, 
     assert_refused(invoke(*options), exit_code, message, folder)
 
 
+@pytest.mark.parametrize(
+    ("options", "read"),
+    [
+        (
+            ["--data-file", "cells.h5ad", "--groupby", "cell_type", "--output-path", "../{folder}/cells.h5ad"],
+            "cells.h5ad",
+        ),
+        (["--data-file", "cell*.h5ad", "--output-path", "cells.h5ad"], "cells.h5ad"),
+        (["--sources", "sources.txt", "--data-file", "cells.h5ad", "--output-path", "cells.h5ad"], "cells.h5ad"),
+        (["--prompts", "list.h5ad", "--output-path", "list.h5ad"], "list.h5ad"),
+        (["--gene", "LGALS1", "--candidates", "list.h5ad", "--output-path", "list.h5ad"], "list.h5ad"),
+        (["--sources", "list.svg", "--plot", "list.svg"], "list.svg"),
+        (["--sources", "sources.txt", "--targets", "list.svg", "--plot", "list.svg"], "list.svg"),
+    ],
+)
+def test_an_input_is_not_overwritten(options: list[str], read: str, folder: Path) -> None:
+    for name in ("list.h5ad", "list.svg"):
+        (folder / name).write_text("\n".join(["genes", *GENES[:5]]))
+    before = (folder / read).read_bytes()
+    options = [option.format(folder=folder.name) for option in options]
+    result = invoke(*options)
+    assert result.exit_code == 2, result.output
+    assert f"{read}: is also an input" in result.stderr
+    assert (folder / read).read_bytes() == before
+
+
 def test_a_checkpoint_without_gene_head_is_refused(folder: Path, checkpoint_copy: Path) -> None:
     result = invoke("--gene", "LGALS1", checkpoint=without_gene_head(checkpoint_copy))
     assert_refused(result, 1, "has no gene head; it was trained with gene_id_loss_weight 0", folder)

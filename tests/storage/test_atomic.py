@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from transcriptformer.errors import OutputError
+from transcriptformer.errors import OutputError, UsageError
 from transcriptformer.fetching.fetcher import require_free_space
-from transcriptformer.storage.atomic import atomic_folder, atomic_write, check_free_space, check_writable, make_folder
+from transcriptformer.storage.atomic import (
+    atomic_folder,
+    atomic_write,
+    check_free_space,
+    check_writable,
+    make_folder,
+    refuse_overwriting,
+)
 from transcriptformer.training.folder import TrainingFolder
 
 
@@ -166,3 +173,21 @@ def test_lack_of_disk_space_is_reported_before_writing(tmp_path: Path) -> None:
     check_free_space(tmp_path / "x", 1000)
     with pytest.raises(OutputError, match=r"x: cannot be written: needs \d+\.00 GiB, [\d.]+ GiB free; wait"):
         check_free_space(tmp_path / "x", 2**60, "; wait")
+
+
+def test_an_output_that_is_also_an_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells, link = Path("cells.h5ad"), Path("link.h5ad")
+    cells.touch()
+    link.symlink_to(cells)
+    for output, read in (
+        (cells, cells),
+        (cells, "./cells.h5ad"),
+        (cells, tmp_path / cells),
+        (cells, link),
+        (link, cells),
+    ):
+        with pytest.raises(UsageError, match=f"^--plot {output}: is also an input"):
+            refuse_overwriting(output, ["other.h5ad", read], "--plot")
+    refuse_overwriting(cells, ["other.h5ad", "s3://cells.h5ad", "https://host/cells.h5ad"])
+    refuse_overwriting(Path("s3:/cells.h5ad"), ["s3://cells.h5ad"])

@@ -81,7 +81,7 @@ def prompt(
             seed=seed,
         )
         results = Results(output_path, plot)
-        results.check()
+        results.check(question)
         checkpoint = load_checkpoint(checkpoint_path, load_config(checkpoint_path, options, config_override or []))
         if checkpoint.device.type == "cpu":
             keep_freed_memory()

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import anndata
 
 from transcriptformer.checkpoint.load import Checkpoint
-from transcriptformer.data.store import is_url
 from transcriptformer.errors import UsageError
 from transcriptformer.generation.generate import generate
 from transcriptformer.generation.impute import impute
 from transcriptformer.generation.lists import read_genes
 from transcriptformer.generation.prompts import parse_gene_count
 from transcriptformer.generation.sample import Sampling
-from transcriptformer.storage.atomic import check_writable
+from transcriptformer.storage.atomic import check_writable, refuse_overwriting
 
 _WITH_IMPUTE = ("seed", "assay")
 """Arguments that apply to imputation as well."""
@@ -67,6 +66,12 @@ class Order(NamedTuple):
         return generate(checkpoint, prompt=prompt, data=self.data_file, **arguments, on_progress=on_progress)
 
     @property
+    def inputs(self) -> list[str]:
+        """Files that are read; lists of genes may be names instead, which are no files."""
+        names = (self.data_file, self.impute, self.given.get("like"), self.given.get("candidates"))
+        return [str(name) for name in names if name is not None]
+
+    @property
     def real_cells(self) -> str | None:
         """File with cells to compare generated ones with."""
         return self.given.get("like") or self.data_file
@@ -104,10 +109,9 @@ def check_order(order: Order) -> None:
     if order.plot is not None:
         if order.real_cells is None:
             raise UsageError("--plot: give real cells with --like or --data-file")
+        refuse_overwriting(order.plot, order.inputs, "--plot")
         check_writable(order.plot, "--plot")
-    inputs = [name for name in (order.data_file, given.get("like")) if name is not None and not is_url(name)]
-    if order.output.resolve() in [Path(name).resolve() for name in inputs]:
-        raise UsageError(f"--output-filename {order.output}: is also an input; choose another name")
+    refuse_overwriting(order.output, order.inputs, "--output-filename")
     check_writable(order.output)
 
 

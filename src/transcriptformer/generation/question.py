@@ -18,7 +18,7 @@ from transcriptformer.generation.null import check_null
 from transcriptformer.generation.pmi import gene_context, longest_context, make_sources, make_targets, pmi_in_groups
 from transcriptformer.generation.prompts import aux_tokens, make_prompts, parse_gene_count, require_gene_head
 from transcriptformer.runs.output import write_anndata
-from transcriptformer.storage.atomic import atomic_write, check_writable
+from transcriptformer.storage.atomic import atomic_write, check_writable, refuse_overwriting
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ class Question:
                 raise UsageError(f"{option}: requires {needed}")
         check_null(self.null, "--null")
 
+    @property
+    def inputs(self) -> list[str | Path]:
+        """Files that are read."""
+        lists = [path for path in (self.prompts, self.candidates, self.sources, self.targets) if path is not None]
+        return [*lists, *([] if self.data_file is None else find_files(self.data_file))]
+
     def _options(self) -> dict[str, object]:
         return {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
 
@@ -72,14 +78,16 @@ class Results:
     output_path: Path | None = None
     plot: Path | None = None
 
-    def check(self) -> None:
-        """Raise TranscriptFormerError if one cannot be written."""
+    def check(self, question: Question) -> None:
+        """Raise TranscriptFormerError if one cannot be written, or is a file that the question reads."""
         if self.output_path is not None:
             if self.output_path.suffix not in (".h5ad", ".zarr"):
                 raise UsageError(f"--output-path {self.output_path}: must end in .h5ad or .zarr")
+            refuse_overwriting(self.output_path, question.inputs)
             check_writable(self.output_path)
         if self.plot is not None:
             check_picture(self.plot)
+            refuse_overwriting(self.plot, question.inputs, "--plot")
             check_writable(self.plot, "--plot")
 
     def write(self, answer: anndata.AnnData) -> list[str]:

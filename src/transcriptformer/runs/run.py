@@ -16,7 +16,7 @@ import torch
 from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
 from transcriptformer.config import Config
 from transcriptformer.data.batches import BatchLoader
-from transcriptformer.data.store import Location, find_files, is_url
+from transcriptformer.data.store import Location, find_files
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.errors import CheckpointError, UsageError
 from transcriptformer.runs.batch_size import batch_limits
@@ -29,7 +29,7 @@ from transcriptformer.runs.task import CellModule, Task
 from transcriptformer.runtime.memory import keep_freed_memory
 from transcriptformer.runtime.processes import plan_processes, translated_failures
 from transcriptformer.runtime.signals import report_kept
-from transcriptformer.storage.atomic import check_writable
+from transcriptformer.storage.atomic import check_writable, refuse_overwriting
 from transcriptformer.storage.workspace import Workspace, is_same_run
 
 logger = logging.getLogger(__name__)
@@ -186,10 +186,7 @@ def run_on_files(
     locations = [location for name in names for location in find_files(name)]
     output = Path(inference.output_path) / inference.output_filename
     check_writable(output)
-    if output.resolve() in [Path(location).resolve() for location in locations if not is_url(location)]:
-        raise UsageError(
-            f"--output-filename {output}: is also an input, which would be overwritten; choose another name"
-        )
+    refuse_overwriting(output, locations, "--output-filename")
     checkpoint = load_checkpoint(checkpoint_path, config)
     task = make_task(checkpoint)
     if checkpoint.device.type == "cpu":

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -186,6 +186,13 @@ def check_writable(path: Path, option: str = "--output-path") -> None:
         raise kind(f"{option} {path.parent}: {path.name} cannot be written there ({error.strerror})") from error
     finally:
         remove(probe)
+
+
+def refuse_overwriting(output: Path, inputs: Iterable[str | Path], option: str = "--output-path") -> None:
+    """Raise UsageError, which names `option`, if `output` is one of the files or folders read; URLs are skipped."""
+    files = [Path(name) for name in inputs if "://" not in str(name)]
+    if output.resolve() in [file.resolve() for file in files]:
+        raise UsageError(f"{option} {output}: is also an input, which would be overwritten; choose another name")
 
 
 def check_free_space(path: Path, n_bytes: int, advice: str = "") -> None:
