@@ -138,7 +138,7 @@ def test_many_prompts_are_not_all_printed(folder: Path) -> None:
         (["--gene", "LGALS1=0"], 2, "count 0 of LGALS1"),
         (["--gene", "LGALS1=1.5"], 2, "count 1.5 of LGALS1"),
         (["--gene", "LGALS1=many"], 2, "'many' is not a count"),
-        ([x for gene in GENES[:127] for x in ("--gene", gene)], 2, "--gene: 127 genes; the model takes at most 126"),
+        ([x for gene in GENES[:126] for x in ("--gene", gene)], 2, "--gene: 126 genes; the model takes at most 125"),
         (["--prompts", "gone.csv"], 2, "--prompts gone.csv: no such file"),
         (["--prompts", "sources.txt"], 2, "has no column 'genes'"),
         (["--prompts", "bad.csv"], 2, "--prompts bad.csv, prompt 2: gene .* occurs twice"),

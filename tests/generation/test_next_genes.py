@@ -71,7 +71,7 @@ def test_the_gene_after_a_prompt_equals_the_reference(
     np.testing.assert_allclose(result.layers["pmi"], result.X - alone, atol=TOLERANCE)
 
 
-def random_prompts(n: int, seed: int = 0, longest: int = 126) -> list[list[tuple[str, float]]]:
+def random_prompts(n: int, seed: int = 0, longest: int = 125) -> list[list[tuple[str, float]]]:
     rng = np.random.default_rng(seed)
     return [
         [(str(gene), int(rng.integers(1, 40))) for gene in rng.permutation(GENES)[: rng.integers(0, longest + 1)]]

@@ -20,7 +20,7 @@ from transcriptformer.generation.prompts import GeneCount
 SOURCES, TARGETS = [GENES[7], "LGALS1", GENES[3]], [GENES[0], GENES[3], GENES[40], GENES[41]]
 
 
-def of(adata: anndata.AnnData, group: str, n_genes: int = 125) -> list[list[tuple[str, float]]]:
+def of(adata: anndata.AnnData, group: str, n_genes: int = 124) -> list[list[tuple[str, float]]]:
     """Return the prompts of the cells of a group."""
     rows = adata[adata.obs["group"] == group]
     return [[(GENES[j], min(float(row[j]), 30)) for j in np.flatnonzero(row)[:n_genes]] for row in np.asarray(rows.X)]
@@ -34,7 +34,7 @@ def cells() -> anndata.AnnData:
     return adata
 
 
-@pytest.mark.parametrize("n_context", [0, 1, 30, 125])
+@pytest.mark.parametrize("n_context", [0, 1, 30, 124])
 def test_pmi_is_the_difference_of_two_prompts(n_context: int) -> None:
     checkpoint = load()
     others = [gene for gene in GENES if gene not in (*SOURCES, *TARGETS, "ENSG00000100097")]
@@ -124,8 +124,8 @@ def test_a_null_larger_than_the_vocabulary_is_refused() -> None:
 
 
 def test_a_context_leaves_room_for_source_and_target() -> None:
-    with pytest.raises(UsageError, match="context: 126 genes; the model takes at most 125"):
-        pmi(load(), [GENES[130]], context=GENES[:126])
+    with pytest.raises(UsageError, match="context: 125 genes; the model takes at most 124"):
+        pmi(load(), [GENES[130]], context=GENES[:125])
     with pytest.raises(UsageError, match="sources: 1 gene is not in"):
         pmi(load(), ["nonsense1"])
     with pytest.raises(UsageError, match=r"sources: source ENSG00000100097=2 is given twice"):
@@ -148,6 +148,24 @@ def test_cells_are_prompts_in_the_order_of_the_data_path(cells: anndata.AnnData)
             names = checkpoint.gene_vocab.names()[prompt.tokens]
             assert list(zip(names, prompt.counts, strict=True)) == expected
         assert (group.aux_tokens == 1).all()
+
+
+def test_cells_longer_than_the_model_are_cut_to_what_it_predicts_behind(caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint, adata = load(), random_adata(3, density=1)
+    assert (np.diff(adata.X.tocsr().indptr) == 200).all()
+    rows = adata.X.toarray()
+    first = [[(GENES[j], min(float(row[j]), 30)) for j in range(125)] for row in rows]
+    with caplog.at_level("INFO", "transcriptformer"):
+        result = transcriptformer.next_genes_of_cells(checkpoint, adata)
+    assert any("3 cut to their first 125 genes" in message for message in caplog.messages)
+    p = np.exp(next_genes(checkpoint, first, assay="10x multiome").X.astype(float))
+    np.testing.assert_allclose(result.X[0], np.log(p.mean(0)), atol=2e-5)
+    source = GENES[150]
+    changed = pmi(checkpoint, [source], TARGETS, context=adata)
+    assert changed.obs["n_prompts"].tolist() == [3], "the source is behind the cut"
+    followed = [[*prompt[:124], (source, 1.0)] for prompt in first]
+    p = np.exp(next_genes(checkpoint, followed, assay="10x multiome")[:, changed.var_names].X.astype(float))
+    np.testing.assert_allclose(changed.X[0], np.log(p.mean(0)), atol=2e-5)
 
 
 def test_samples_are_seeded_and_without_empty_cells(cells: anndata.AnnData) -> None:

@@ -16,6 +16,7 @@ from transcriptformer.data.batches import BatchLimits
 from transcriptformer.errors import CheckpointError, UsageError
 from transcriptformer.generation.prompts import (
     aux_tokens,
+    longest_prompt,
     make_prompts,
     parse_gene_count,
     prompt_batches,
@@ -44,7 +45,7 @@ def test_genes_keep_their_order_and_counts_are_clipped(caplog: pytest.LogCapture
         ([(GENES[0], "3")], "count '3' of"),
         ("LGALS1", "--gene: each prompt must be a list of genes, not a text"),
         (["ENSG00000100097", ("LGALS1", 2)], "--gene: gene ENSG00000100097 occurs twice"),
-        (GENES[:127], "--gene: 127 genes; the model takes at most 126"),
+        (GENES[:126], "--gene: 126 genes; the model takes at most 125"),
     ],
 )
 def test_a_bad_prompt_is_refused(prompt: Any, message: str) -> None:
@@ -62,9 +63,12 @@ def test_counts_that_were_scaled_in_training_are_refused() -> None:
         make_prompts([[GENES[0]]], load(normalize_to_scale=10_000))
 
 
-def test_the_longest_prompt_leaves_a_position_for_the_next_gene() -> None:
-    assert len(make_prompts([GENES[:126]], load())[0].tokens) == 126
-    assert len(make_prompts([GENES[:127]], load(), max_genes=127)[0].tokens) == 127
+def test_the_longest_prompt_leaves_a_gene_to_predict() -> None:
+    """The model has 127 positions; at the last one, it has learned the end of the cell."""
+    checkpoint = load()
+    assert longest_prompt(checkpoint) == require_gene_head(checkpoint).max_genes - 1 == 125
+    assert len(make_prompts([GENES[:125]], checkpoint)[0].tokens) == 125
+    assert len(make_prompts([GENES[:127]], checkpoint, max_genes=127)[0].tokens) == 127
 
 
 @pytest.mark.parametrize(("text", "expected"), [("A=3", ("A", 3)), ("A", ("A", 1)), ("A=B=2", ("A=B", 2))])
@@ -107,7 +111,7 @@ def test_metadata_that_does_not_fit_is_refused() -> None:
 
 def test_batches_hold_every_prompt_once_within_the_limits() -> None:
     checkpoint, rng = load(), np.random.default_rng(0)
-    lengths = [0, 1, 126, 3, 1, 60, 125, *rng.integers(0, 127, 40)]
+    lengths = [0, 1, 125, 3, 1, 60, 124, *rng.integers(0, 126, 40)]
     prompts = make_prompts([[(gene, i % 7 + 1) for gene in GENES[:n]] for i, n in enumerate(lengths)], checkpoint)
     aux = aux_tokens(checkpoint, len(prompts), {"assay": ["Drop-seq", None] * 23 + ["MERFISH"]})
     rows = []

@@ -13,7 +13,7 @@ from transcriptformer.data.reader import CellReader
 from transcriptformer.data.source import open_source
 from transcriptformer.data.survey import survey_cells
 from transcriptformer.errors import DataError
-from transcriptformer.generation.prompts import Prompt
+from transcriptformer.generation.prompts import Prompt, longest_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def read_groups(
     seed
         Seed of the sample.
     max_genes
-        Maximum number of genes per cell; None: one less than the model's positions.
+        Maximum number of genes per cell; None: that of `longest_prompt`.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def read_groups(
         If the source cannot be used, lacks the column, or no cell of it has a value.
     """
     config = checkpoint.config.model
-    max_genes = config.model_config.seq_len - 1 if max_genes is None else max_genes
+    max_genes = longest_prompt(checkpoint) if max_genes is None else max_genes
     cells = open_source(source, config.data_config, checkpoint.gene_vocab, config.inference_config.oom_dataloader)
     try:
         codes, names = _groups(cells.obs.rows(0, len(cells), _columns(cells.obs.columns, groupby)), groupby, cells.name)

@@ -32,7 +32,7 @@ def next_genes_of_cells(
 ) -> anndata.AnnData:
     """Compute the probability of each gene to come next after the cells of a group, such as a cell type.
 
-    Each cell is a prompt, with its genes as for `embed`, at most one less than the model has positions.
+    Each cell is a prompt, with its genes as for `embed`, cut so that the model predicts one more.
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ from transcriptformer.generation.next_genes import (
     make_answers,
 )
 from transcriptformer.generation.null import adjusted, check_null, compare_with_null, draw_alike
-from transcriptformer.generation.prompts import AuxValue, GeneCount, Prompt, aux_tokens, make_prompts
+from transcriptformer.generation.prompts import AuxValue, GeneCount, Prompt, aux_tokens, longest_prompt, make_prompts
 
 CONTEXT_KEY, ERROR_KEY, Z_KEY, P_KEY, Q_KEY = "log_p_context", "standard_error", "z", "p", "q"
 
@@ -123,8 +123,8 @@ def pmi(
 
 
 def longest_context(checkpoint: Checkpoint) -> int:
-    """Return the maximum number of genes of a context, which leaves positions for the source and the target."""
-    return checkpoint.config.model.model_config.seq_len - 2
+    """Return the maximum number of genes of a context, behind which the source and the target follow."""
+    return longest_prompt(checkpoint) - 1
 
 
 def gene_context(

@@ -72,6 +72,17 @@ def require_gene_head(checkpoint: Checkpoint) -> TranscriptFormer:
     return checkpoint.model
 
 
+def longest_prompt(checkpoint: Checkpoint) -> int:
+    """Return the maximum number of genes of a prompt, behind which the model predicts one more.
+
+    Raises
+    ------
+    TranscriptFormerError
+        If the checkpoint predicts no genes.
+    """
+    return require_gene_head(checkpoint).max_genes - 1
+
+
 def parse_gene_count(text: str, option: str) -> tuple[str, float]:
     """Split `GENE=COUNT`, or `GENE` with count 1.
 
@@ -104,7 +115,7 @@ def make_prompts(
     option
         Option or argument that names them, for messages.
     max_genes
-        Maximum number of genes; None: one less than the model's positions, which leaves one for the next gene.
+        Maximum number of genes; None: that of `longest_prompt`.
 
     Raises
     ------
@@ -118,7 +129,7 @@ def make_prompts(
             f"{option}: the checkpoint was trained on counts scaled to a cell's total "
             "(model.data_config.normalize_to_scale), which a prompt does not have; use cells of a file"
         )
-    max_genes = config.model_config.seq_len - 1 if max_genes is None else max_genes
+    max_genes = longest_prompt(checkpoint) if max_genes is None else max_genes
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise UsageError(f"{option}: each prompt must be a list of genes, not a text")
     pairs = [[(item, 1) if isinstance(item, str) else item for item in prompt] for prompt in prompts]
