@@ -121,6 +121,37 @@ def test_pmi_in_groups_is_plotted(folder: Path) -> None:
     assert Path("pmi.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--gene", "LGALS1"],
+        ["--prompts", "single.txt"],
+        ["--data-file", "cells.h5ad"],
+        ["--sources", "one.txt"],
+        ["--sources", "one.txt", "--data-file", "cells.h5ad"],
+        ["--sources", "sources.txt", "--targets", "one.txt"],
+    ],
+)
+def test_a_picture_of_a_single_row_is_refused_before_anything_is_computed(options: list[str], folder: Path) -> None:
+    (folder / "one.txt").write_text(GENES[0])
+    (folder / "single.txt").write_text(f"genes\n{GENES[0]}\n")
+    result = invoke(*options, "--plot", "x.png", "--output-path", "x.h5ad", checkpoint=folder / "gone")
+    assert result.exit_code == 2, result.output
+    assert "ERROR: --plot: a heatmap needs at least two rows and two genes" in result.stderr
+
+
+def test_numbers_are_written_even_if_they_cannot_be_drawn(folder: Path) -> None:
+    cells = random_adata(4, n_genes=60)
+    cells.obs["cell_type"] = "B"
+    cells.write_h5ad(folder / "cells.h5ad")
+    options = ["--data-file", "cells.h5ad", "--groupby", "cell_type"]
+    result = invoke(*options, "--plot", "x.png", "--output-path", "x.h5ad")
+    assert result.exit_code == 2, result.output
+    assert "ERROR: --plot: a heatmap needs at least two rows" in result.stderr
+    assert anndata.read_h5ad("x.h5ad").obs["n_cells"].to_dict() == {"B": 4}
+    assert not Path("x.png").exists()
+
+
 def test_many_prompts_are_not_all_printed(folder: Path) -> None:
     (folder / "prompts.tsv").write_text("\n".join(["genes", *GENES[:15]]))
     result = invoke("--prompts", "prompts.tsv", "--top", 1)

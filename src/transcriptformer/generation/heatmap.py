@@ -22,6 +22,12 @@ def check_picture(path: Path) -> None:
         raise UsageError(f"--plot {path}: must end in {', '.join(SUFFIXES)}")
 
 
+def check_size(n_rows: float, n_genes: float) -> None:
+    """Raise UsageError if there are fewer than two rows or genes to cluster."""
+    if min(n_rows, n_genes) < 2:
+        raise UsageError("--plot: a heatmap needs at least two rows and two genes")
+
+
 def draw(result: anndata.AnnData, picture: Path, kind: str = "png") -> None:
     """Draw `layers['pmi']` with rows and genes in the order of average-linkage clustering.
 
@@ -32,8 +38,7 @@ def draw(result: anndata.AnnData, picture: Path, kind: str = "png") -> None:
     UsageError
         If there are fewer than two rows or genes.
     """
-    if PMI_KEY not in result.layers or min(result.shape) < 2:
-        raise UsageError("--plot: a heatmap needs at least two rows and two genes")
+    check_size(*result.shape)
     values = np.asarray(result.layers[PMI_KEY], np.float64)
     filled = np.nan_to_num(values)  # of a gene and itself: no information
     columns = _largest(np.abs(filled).mean(0), MAX_COLUMNS)

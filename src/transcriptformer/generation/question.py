@@ -1,5 +1,6 @@
 """What `transcriptformer prompt` is asked, and its answer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from transcriptformer.data.store import find_files
 from transcriptformer.errors import UsageError
 from transcriptformer.generation.cells import CELLS_PER_GROUP, CellGroup, read_groups
 from transcriptformer.generation.groups import ask_groups
-from transcriptformer.generation.heatmap import check_picture, draw
+from transcriptformer.generation.heatmap import check_picture, check_size, draw
 from transcriptformer.generation.lists import read_genes, read_prompts
 from transcriptformer.generation.next_genes import OnProgress, ask, make_answers
 from transcriptformer.generation.null import check_null
@@ -67,6 +68,20 @@ class Question:
         lists = [path for path in (self.prompts, self.candidates, self.sources, self.targets) if path is not None]
         return [*lists, *([] if self.data_file is None else find_files(self.data_file))]
 
+    def max_shape(self) -> tuple[float, float]:
+        """Return the maximum number of rows and genes of the answer, as far as known before the cells are read.
+
+        Raises
+        ------
+        UsageError
+            If a list or table cannot be read.
+        """
+        groups = 1 if self.groupby is None else math.inf
+        genes = math.inf if self.targets is None else len(read_genes(self.targets, "--targets"))
+        if self.sources is not None:
+            return len(read_genes(self.sources, "--sources")) * groups, genes
+        return groups if self.prompts is None else len(read_prompts(self.prompts, "--prompts").prompts), genes
+
     def _options(self) -> dict[str, object]:
         return {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
 
@@ -79,7 +94,7 @@ class Results:
     plot: Path | None = None
 
     def check(self, question: Question) -> None:
-        """Raise TranscriptFormerError if one cannot be written, or is a file that the question reads."""
+        """Raise TranscriptFormerError if one cannot be written, is also an input, or cannot hold the answer."""
         if self.output_path is not None:
             if self.output_path.suffix not in (".h5ad", ".zarr"):
                 raise UsageError(f"--output-path {self.output_path}: must end in .h5ad or .zarr")
@@ -87,20 +102,21 @@ class Results:
             check_writable(self.output_path)
         if self.plot is not None:
             check_picture(self.plot)
+            check_size(*question.max_shape())
             refuse_overwriting(self.plot, question.inputs, "--plot")
             check_writable(self.plot, "--plot")
 
     def write(self, answer: anndata.AnnData) -> list[str]:
         """Write the files; return a line about each."""
         lines = []
+        if self.output_path is not None:  # first: a picture may fail, and can be drawn from it later
+            write_anndata(answer, self.output_path)
+            layers = "".join(f", layers['{name}']" for name in answer.layers)
+            lines.append(f"{answer.n_obs} × {answer.n_vars}: X{layers} in {self.output_path}")
         if self.plot is not None:
             with atomic_write(self.plot) as temporary:
                 draw(answer, temporary, self.plot.suffix[1:].lower())
             lines.append(f"heatmap of PMI in {self.plot}")
-        if self.output_path is not None:
-            write_anndata(answer, self.output_path)
-            layers = "".join(f", layers['{name}']" for name in answer.layers)
-            lines.append(f"{answer.n_obs} × {answer.n_vars}: X{layers} in {self.output_path}")
         return lines
 
 
