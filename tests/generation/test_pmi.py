@@ -134,6 +134,10 @@ def test_a_context_leaves_room_for_source_and_target() -> None:
         pmi(load(), "LGALS1")
     with pytest.raises(UsageError, match="assay: cannot be combined with cells as context"):
         pmi(load(), SOURCES, context=CELLS, assay="MERFISH")
+    with pytest.raises(UsageError, match=r"^groupby: applies to cells as context, which here is genes$"):
+        pmi(load(), SOURCES, context=[GENES[5]], groupby="cell_type", cells_per_group=5)
+    with pytest.raises(UsageError, match=r"^cells_per_group: applies to cells as context"):
+        pmi(load(), SOURCES, cells_per_group=5)
     with pytest.raises(UsageError, match=r"targets: gene .* occurs twice"):
         pmi(load(), SOURCES, [GENES[0], GENES[0]])
 

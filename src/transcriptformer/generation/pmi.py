@@ -80,7 +80,7 @@ def pmi(
     context
         Genes before the source, with counts; or cells, as a file or AnnData, over which probabilities are averaged.
     groupby
-        Column of the cells' `obs`, each value of which is a context.
+        Column of the `obs` of cells as context, each value of which is a context of its own.
     cells_per_group, seed
         Maximum number of cells per context, sampled with this seed.
     null
@@ -111,10 +111,13 @@ def pmi(
     """
     values = {"assay": assay, **aux}
     if isinstance(context, str | Path | anndata.AnnData):
-        given = [column for column, value in values.items() if value is not None]
-        if given:
-            raise UsageError(f"{given[0]}: cannot be combined with cells as context, which have their own")
+        columns = [column for column, value in values.items() if value is not None]
+        if columns:
+            raise UsageError(f"{columns[0]}: cannot be combined with cells as context, which have their own")
         groups = read_groups(context, model, groupby, cells_per_group, seed, longest_context(model))
+    elif groupby is not None or cells_per_group != CELLS_PER_GROUP:
+        given = "groupby" if groupby is not None else "cells_per_group"
+        raise UsageError(f"{given}: applies to cells as context, which here is genes")
     else:
         groups = [gene_context(model, context, values)]
     check_null(null, "null")
