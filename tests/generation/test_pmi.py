@@ -94,6 +94,18 @@ def test_a_source_that_all_cells_express_has_no_pmi() -> None:
     assert np.isfinite(result.layers["pmi"][2]).all()
 
 
+def test_a_single_cell_is_a_group_of_cells(cells: anndata.AnnData) -> None:
+    expressed = [GENES[j] for j in np.flatnonzero(cells.X[0])]
+    source = next(gene for gene in GENES[:100] if gene not in expressed)
+    single = pmi(load(), [source], expressed[:3], context=cells[:1])
+    assert np.isfinite(single.layers["pmi"]).all(), "genes that a cell expresses are targets"
+    assert np.isnan(single.layers["standard_error"]).all()
+    assert single.obs["n_prompts"].tolist() == [1]
+    groups = pmi(load(), [source], expressed[:3], context=cells[:1], groupby="group", null=10)
+    assert groups.obs["context"].tolist() == ["a"]
+    assert np.isfinite(groups.layers["z"]).all(), "the null is of genes that the cell does not express either"
+
+
 def test_pieces_do_not_change_the_result(cells: anndata.AnnData, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pmi(load(), SOURCES, TARGETS, context=cells, groupby="group", null=10)
     monkeypatch.setattr("transcriptformer.generation.pmi.MAX_VALUES", 1)

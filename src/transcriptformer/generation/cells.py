@@ -25,21 +25,24 @@ CELLS_PER_GROUP = 100
 
 
 class CellGroup(NamedTuple):
-    """Cells of one group, as prompts.
+    """Cells of one group, or a list of genes, as prompts.
 
     Attributes
     ----------
     name
-        Value of the column that they share.
+        Value of the column that they share; of genes, these with their counts.
     prompts
-        Tokens of each cell, in the order of inference.
+        Tokens of each cell, in the order of inference; of genes, a single prompt.
     aux_tokens
         Auxiliary tokens (cells, columns), int64.
+    is_genes
+        Whether these are genes that a user lists, instead of cells, of which there may be one.
     """
 
     name: str
     prompts: list[Prompt]
     aux_tokens: np.ndarray
+    is_genes: bool = False
 
 
 def read_groups(

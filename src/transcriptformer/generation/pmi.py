@@ -135,7 +135,8 @@ def gene_context(
 ) -> CellGroup:
     """Return a context of genes, which may be none, with its metadata."""
     made = make_prompts([genes], checkpoint, option, longest_context(checkpoint))
-    return CellGroup(made[0].describe(checkpoint.gene_vocab.names()), made, aux_tokens(checkpoint, 1, aux))
+    name, tokens = made[0].describe(checkpoint.gene_vocab.names()), aux_tokens(checkpoint, 1, aux)
+    return CellGroup(name, made, tokens, is_genes=True)
 
 
 def pmi_in_groups(
@@ -162,7 +163,7 @@ def pmi_in_groups(
         *(np.concatenate([values[: len(sources)] for values in arrays]) for arrays in zip(*runs, strict=True))
     )
     layers = {CONTEXT_KEY: own.log_p_context, PMI_KEY: own.pmi}
-    if any(len(group.prompts) > 1 for group in groups):
+    if not all(group.is_genes for group in groups):
         layers[ERROR_KEY] = own.standard_error
     if null:
         compared = [
@@ -226,16 +227,16 @@ def _plan(checkpoint: Checkpoint, made: Sequence[Prompt], group: CellGroup, null
 
 
 def _shared(group: CellGroup) -> list[Prompt]:
-    """Return the context if it is a single prompt, whose genes come neither as sources nor as targets."""
-    return group.prompts if len(group.prompts) == 1 else []
+    """Return the context if it is a list of genes, which come neither as sources nor as targets."""
+    return group.prompts if group.is_genes else []
 
 
 def _expression(checkpoint: Checkpoint, group: CellGroup, genes: Answers) -> np.ndarray:
     """Return how much each gene of the vocabulary is expressed in a context (genes,).
 
-    It is log(1 + mean count) over cells; of a single prompt, which has no expression of other genes, log p(g | C).
+    It is log(1 + mean count) over cells; of genes, which tell nothing of the expression of others, log p(g | C).
     """
-    if len(group.prompts) == 1:
+    if group.is_genes:
         return all_log_probabilities(checkpoint, group.prompts, group.aux_tokens, genes)[0]
     tokens, counts = (np.concatenate(arrays) for arrays in zip(*group.prompts, strict=True))
     totals = np.bincount(tokens, weights=counts, minlength=len(checkpoint.gene_vocab))
