@@ -1,4 +1,4 @@
-"""The Python API, exported as `transcriptformer.load`, `.embed`, `.gene_embeddings`, `.score` and `.perturb`."""
+"""Part of the Python API: `transcriptformer.load`, `.embed`, `.gene_embeddings`, `.score` and `.perturb`."""
 
 import logging
 import os
@@ -68,7 +68,7 @@ def load(
 
     Returns
     -------
-    A model for `embed` and `gene_embeddings`.
+    The model, which the other functions take.
 
     Raises
     ------
@@ -339,9 +339,7 @@ def _check_settings(settings: Mapping[str, object], arguments: Mapping[str, obje
         key = _INFERENCE + name
         default = InferenceConfig.__dataclass_fields__[name].default
         if settings.get(key, default) not in (default, None):
-            raise UsageError(
-                f"settings: {key} has no effect in the Python API; use the arguments of embed or gene_embeddings"
-            )
+            raise UsageError(f"settings: {key} has no effect in the Python API; use arguments of the function you call")
     defaults = load.__kwdefaults__ or {}
     for key, value in arguments.items():
         name = key.removeprefix(_INFERENCE)

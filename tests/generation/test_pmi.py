@@ -46,6 +46,7 @@ def test_pmi_is_the_difference_of_two_prompts(n_context: int) -> None:
     np.testing.assert_allclose(result.X, prompts[:3], atol=2e-5)
     np.testing.assert_allclose(result.layers["log_p_context"], np.tile(prompts[3], (3, 1)), atol=2e-5)
     assert np.isnan(result.layers["pmi"][2, 1]), "a gene and itself"
+    assert np.isfinite(result.layers["log_p_context"]).all()
     expected[2, 1] = np.nan
     np.testing.assert_allclose(result.layers["pmi"], expected, atol=2e-5)
     assert result.obs["source"].tolist() == [GENES[7], "ENSG00000100097", GENES[3]]
@@ -91,6 +92,8 @@ def test_a_source_that_all_cells_express_has_no_pmi() -> None:
     result = pmi(load(), [GENES[3], GENES[0], GENES[1]], TARGETS, context=adata)
     assert result.obs["n_prompts"].tolist() == [0, 0, 1]
     assert np.isnan(result.layers["pmi"][:2]).all()
+    assert np.isnan(result.layers["log_p_context"][:2]).all()
+    assert np.isnan(np.asarray(result.X)[:2]).all()
     assert np.isfinite(result.layers["pmi"][2]).all()
 
 

@@ -42,7 +42,7 @@ class Measured(NamedTuple):
     log_p_context
         log p(t | C), over the same cells.
     pmi, standard_error
-        Their difference and its standard error over cells; NaN where the target is the source.
+        Their difference and its standard error over cells; NaN where the target is the source or a gene of the context.
     n_prompts
         Number of prompts of the context without the source (sources,).
     """
@@ -94,8 +94,9 @@ def pmi(
     `layers['log_p_context']` log p(t | C); `layers['pmi']` the difference. With cells, both are logs of mean
     probabilities, over the cells without the source (`obs['n_prompts']`), and `layers['standard_error']` is that of the
     PMI. With a null, `layers['z']` is the PMI in standard deviations from the mean of the random sources, `p` its
-    two-sided empirical p-value and `q` that adjusted by Benjamini-Hochberg over the whole table. Layers are NaN where a
-    gene is its own target or in the context.
+    two-sided empirical p-value and `q` that adjusted by Benjamini-Hochberg over the whole table. All are NaN for
+    a source that all cells express; layers other than `log_p_context` also where a target is the source or among the
+    genes given as context. The standard error is NaN for a single cell.
 
     Raises
     ------
