@@ -1,6 +1,6 @@
 """The order of the command `generate`: its arguments checked, and passed to `generate` or `impute`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from transcriptformer.generation.impute import impute
 from transcriptformer.generation.lists import read_genes
 from transcriptformer.generation.prompts import parse_gene_count
 from transcriptformer.generation.sample import Sampling
+from transcriptformer.runs.recording import OnProgress
 from transcriptformer.storage.atomic import check_writable, refuse_overwriting
 
 _WITH_IMPUTE = ("seed", "assay")
@@ -45,7 +46,7 @@ class Order(NamedTuple):
     plot: Path | None
     given: Mapping[str, Any]
 
-    def fill(self, checkpoint: Checkpoint, on_progress: Callable[[int, int], None]) -> anndata.AnnData:
+    def fill(self, checkpoint: Checkpoint, on_progress: OnProgress) -> anndata.AnnData:
         """Generate or impute cells.
 
         Raises

@@ -13,12 +13,12 @@ from transcriptformer.generation.means import log_mean
 from transcriptformer.generation.next_genes import (
     PMI_KEY,
     Answers,
-    OnProgress,
     all_log_probabilities,
     answer,
     make_answers,
 )
 from transcriptformer.generation.pmi import ERROR_KEY
+from transcriptformer.runs.recording import OnProgress
 
 
 def next_genes_of_cells(

@@ -1,6 +1,6 @@
 """Probabilities of the gene that follows a prompt."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import anndata
@@ -27,13 +27,11 @@ from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.runs.batch_size import batch_limits
 from transcriptformer.runs.module import prepare_encoder
 from transcriptformer.runs.output import PROVENANCE_KEY, provenance_of
+from transcriptformer.runs.recording import OnProgress
 from transcriptformer.runtime.memory import Halving
 
 PMI_KEY, RENORMALIZED_KEY = "pmi", "renormalized_over"
 SYMBOL_COLUMN = "symbol"
-
-OnProgress = Callable[[int, int], None]
-"""Called with the number of completed prompts and of all prompts."""
 
 
 class Answers(NamedTuple):

@@ -18,13 +18,13 @@ from transcriptformer.generation.next_genes import (
     PMI_KEY,
     SYMBOL_COLUMN,
     Answers,
-    OnProgress,
     all_log_probabilities,
     answer,
     make_answers,
 )
 from transcriptformer.generation.null import adjusted, check_null, compare_with_null, draw_alike
 from transcriptformer.generation.prompts import AuxValue, GeneCount, Prompt, aux_tokens, longest_prompt, make_prompts
+from transcriptformer.runs.recording import OnProgress
 
 CONTEXT_KEY, ERROR_KEY, Z_KEY, P_KEY, Q_KEY = "log_p_context", "standard_error", "z", "p", "q"
 

@@ -14,11 +14,12 @@ from transcriptformer.generation.cells import CELLS_PER_GROUP, CellGroup, read_g
 from transcriptformer.generation.groups import ask_groups
 from transcriptformer.generation.heatmap import check_picture, check_size, draw
 from transcriptformer.generation.lists import read_genes, read_prompts
-from transcriptformer.generation.next_genes import OnProgress, ask, make_answers
+from transcriptformer.generation.next_genes import ask, make_answers
 from transcriptformer.generation.null import check_null
 from transcriptformer.generation.pmi import gene_context, longest_context, make_sources, make_targets, pmi_in_groups
 from transcriptformer.generation.prompts import aux_tokens, make_prompts, parse_gene_count, require_gene_head
 from transcriptformer.runs.output import write_anndata
+from transcriptformer.runs.recording import OnProgress
 from transcriptformer.storage.atomic import atomic_write, check_writable, refuse_overwriting
 
 

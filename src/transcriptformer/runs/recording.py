@@ -19,7 +19,7 @@ from transcriptformer.storage.results import N_GENES, ROWS, Layout
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of completed cells and of all cells."""
+"""Called with the number of completed cells (or prompts, genes, …) and of all of them."""
 
 MAX_PENDING_BATCHES = 2
 """Batches that may wait to be recorded while the next one is computed."""
