@@ -23,7 +23,7 @@ from transcriptformer.cli.main import app
 from transcriptformer.errors import TranscriptFormerError, UsageError
 from transcriptformer.generation.effects import bootstrap_interval
 from transcriptformer.generation.perturb import Perturb, perturb
-from transcriptformer.generation.perturb import cosine_shift as cosine_shift_of
+from transcriptformer.generation.shift_module import cosine_shift as cosine_shift_of
 from transcriptformer.model.label_head import LabelHead
 from transcriptformer.runs.recording import MemoryRecorder, Recording
 from transcriptformer.storage.results import Field
@@ -304,6 +304,7 @@ def run(*options: object) -> subprocess.CompletedProcess[str]:
     return finish(start(command(*options)))
 
 
+@pytest.mark.slow
 def test_two_processes_perturb_like_one(tmp_path: Path) -> None:
     random_adata(30).write_h5ad(tmp_path / "cells.h5ad")
     for n in (1, 2):
@@ -316,7 +317,7 @@ def test_two_processes_perturb_like_one(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_perturbs_only_what_is_left_and_only_in_the_same_way(tmp_path: Path) -> None:
-    random_adata(200).write_h5ad(tmp_path / "cells.h5ad")
+    random_adata(100).write_h5ad(tmp_path / "cells.h5ad")
     (tmp_path / "genes.txt").write_text("\n".join(GENES[:100]))
     options = (tmp_path / "cells.h5ad", "--output-path", tmp_path / "out")
     each = ("--knock-out-each", tmp_path / "genes.txt")

@@ -9,8 +9,9 @@ import pandas as pd
 from transcriptformer.generation.null import adjusted, compare_with_null
 from transcriptformer.runs.task import Results
 
-SHIFT_KEY, ONLY_GENE, NULL_SHIFT = "cosine_shift", "only_gene", "null_shift"
-"""Fields: shift by each perturbation; token of the gene of a cell that has one only, else -1; shifts of the null."""
+SHIFT_KEY, NULL_SHIFT, LABEL_CHANGE, ONLY_GENE = "cosine_shift", "null_shift", "label_change", "only_gene"
+"""Fields of a cell: shift by each perturbation, and by those of the null; change of the probability of each label by
+each perturbation; and token of its gene, if it has only one, else -1."""
 
 ALL = "all"
 """Name of the group of all cells."""

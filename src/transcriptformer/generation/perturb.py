@@ -10,14 +10,11 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
-import torch
 import zarr
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.config import MAX_INT, Config, require_ranges
-from transcriptformer.data.batches import Batch, BatchLimits, CellDataset, group_by_length
+from transcriptformer.data.batches import BatchLimits, CellDataset
 from transcriptformer.data.row_stream import RowStream
 from transcriptformer.data.store import Location
 from transcriptformer.data.survey import Survey
@@ -25,6 +22,7 @@ from transcriptformer.errors import UsageError
 from transcriptformer.generation.dot_plot import draw
 from transcriptformer.generation.effects import (
     ALL,
+    LABEL_CHANGE,
     NULL_SHIFT,
     ONLY_GENE,
     SHIFT_KEY,
@@ -40,19 +38,16 @@ from transcriptformer.generation.lists import read_genes
 from transcriptformer.generation.matched import draw_matched, expression_in_groups
 from transcriptformer.generation.null import check_null
 from transcriptformer.generation.perturbations import ADDED_AT, make_perturbations
-from transcriptformer.generation.perturbed_cells import Cells, Changes, changed, plan
 from transcriptformer.generation.prompts import parse_gene_count
+from transcriptformer.generation.shift_module import ShiftModule
 from transcriptformer.model.transcriptformer import TranscriptFormer
-from transcriptformer.runs.batch_size import batch_limits
-from transcriptformer.runs.module import EncoderModule
 from transcriptformer.runs.output import open_result
 from transcriptformer.runs.pooling import NO_GROUP
 from transcriptformer.runs.recording import OnProgress
 from transcriptformer.runs.run import Source, run_in_memory, run_on_files
-from transcriptformer.runs.task import Prediction, Results, Task
-from transcriptformer.runtime.memory import Halving
+from transcriptformer.runs.task import Results, Task
 from transcriptformer.storage.atomic import atomic_write, check_writable
-from transcriptformer.storage.results import ROWS, Field
+from transcriptformer.storage.results import Field
 
 if TYPE_CHECKING:
     from transcriptformer.runs.inputs import Inputs
@@ -61,8 +56,6 @@ logger = logging.getLogger(__name__)
 
 NAMES_KEY, TABLE_KEY, LABELS_KEY = "perturbations", "perturbation_table", "perturbation_labels"
 """Keys of `uns`: names of the perturbations, their effects on groups of cells, and mean changes of probabilities."""
-
-_LABEL_CHANGE = "label_change"
 
 _MAX_CHANGES = 32
 """Perturbations per cell for which batches of cells need not be smaller, to be done within seconds."""
@@ -120,7 +113,7 @@ class Perturb(Task):
             layout[NULL_SHIFT] = Field("float32", self._n_nulls * len(made) * null, may_be_missing=True)
         if checkpoint.label_head is not None:
             width = len(made) * len(checkpoint.label_head.labels)
-            layout[_LABEL_CHANGE] = Field("float32", width, may_be_missing=True)
+            layout[LABEL_CHANGE] = Field("float32", width, may_be_missing=True)
         super().__init__(checkpoint, layout)
 
     @property
@@ -169,8 +162,8 @@ class Perturb(Task):
             counts = np.concatenate([counts, np.tile(np.repeat(counts, self.null), self._n_nulls)])
         return tokens, counts
 
-    def make_module(self) -> "PerturbModule":  # noqa: D102
-        return PerturbModule(self)
+    def make_module(self) -> ShiftModule:  # noqa: D102
+        return ShiftModule(self.checkpoint, self.requests, len(self.perturbations), self.at)
 
     def unstructured(self, results: Results) -> dict[str, Any]:
         """Return what is added to `uns`: names, the table of effects, and with a label head, that of its labels."""
@@ -192,7 +185,7 @@ class Perturb(Task):
         head = self.checkpoint.label_head
         assert head is not None
         groups, names = [ALL, *self.groups.names], [p.name for p in self.perturbations]
-        means = group_means(results, _LABEL_CHANGE, self.groups).reshape(len(groups), len(names), -1)
+        means = group_means(results, LABEL_CHANGE, self.groups).reshape(len(groups), len(names), -1)
         rows = pd.MultiIndex.from_product([names, groups, head.labels], names=["perturbation", "group", "label"])
         return rows.to_frame(index=False).assign(mean_change=means.swapaxes(0, 1).ravel())
 
@@ -215,92 +208,6 @@ class Perturb(Task):
 
     def pooled(self, table: pd.DataFrame, means: np.ndarray) -> anndata.AnnData:  # noqa: D102
         raise NotImplementedError("perturbations are not pooled")
-
-
-class PerturbModule(EncoderModule):
-    """Embeds cells, and their perturbed copies where the model's input changes."""
-
-    def __init__(self, task: Perturb) -> None:
-        model = task.checkpoint.model
-        assert isinstance(model, TranscriptFormer)
-        super().__init__(model, task.checkpoint.config.model.inference_config)
-        self.task, self.label_head = task, task.checkpoint.label_head
-        advice = "use another device or --precision 16-mixed"
-        self.embed_copies = Halving(self._embed, Batch.size, Batch.halves, _join, "perturbed cell", advice)
-
-    def prepare(self, lengths: np.ndarray, device: torch.device) -> None:  # noqa: D102
-        super().prepare(lengths, device)
-        self.limits = batch_limits(self.task.checkpoint)
-
-    def predict(self, batch: Batch) -> Prediction:  # noqa: D102
-        task, n = self.task, len(self.task.perturbations)
-        genes, counts = batch.gene_tokens.cpu().numpy(), batch.gene_counts.cpu().numpy()
-        cells = Cells(genes, counts, self.model.pad, self.model.config.seq_len)
-        known, changes, change_of = plan(cells, *task.requests(batch.rows.cpu().numpy()), task.at)
-        original = self._embed(batch)
-        shifts, labels = self._shifts(batch, cells, changes, original)
-        only = np.where(cells.n_genes == 1, genes[:, 0], -1)
-        prediction = {ROWS: batch.rows, ONLY_GENE: torch.from_numpy(only).to(batch.rows.device)}
-        prediction[SHIFT_KEY] = _of_cells(shifts, known[:, :n], change_of[:, :n])
-        if task.null:
-            prediction[NULL_SHIFT] = _of_cells(shifts, known[:, n:], change_of[:, n:])
-        if labels is not None:
-            prediction[_LABEL_CHANGE] = _of_cells(labels, known[:, :n], change_of[:, :n])
-        return prediction
-
-    def _shifts(self, batch: Batch, cells: Cells, changes: Changes, original: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the shift by each change (K,), and the change of each label's probability (K, labels), if any."""
-        n_genes = cells.n_genes[changes.cells] + changes.steps
-        min_positions, device = self.task.checkpoint.min_positions, batch.rows.device
-        shifts, labels = original.new_empty(len(n_genes)), None
-        if self.label_head is not None:
-            labels, probabilities = (
-                original.new_empty(len(n_genes), len(self.label_head.labels)),
-                self._labels(original),
-            )
-        for chosen in group_by_length(n_genes, self.limits, cells.seq_len, min_positions):
-            genes, counts = (
-                torch.from_numpy(v).to(device) for v in changed(cells, changes.take(chosen), min_positions)
-            )
-            indices, of_cell = (torch.from_numpy(v).to(device) for v in (chosen, changes.cells[chosen]))
-            perturbed = self.embed_copies(Batch(indices, genes, counts, batch.aux_tokens[of_cell]))
-            shifts[indices] = cosine_shift(original[of_cell], perturbed)
-            if labels is not None:
-                labels[indices] = self._labels(perturbed) - probabilities[of_cell]
-        return shifts, labels
-
-    def _embed(self, batch: Batch) -> Tensor:
-        """Return the embeddings of cells (B, D), float32, as of `inference`."""
-        layer = self.inference.embedding_layer_index
-        encoded = self.model(batch.gene_tokens, batch.gene_counts, batch.aux_tokens, layer=layer, bias_on_diagonal=True)
-        return self.model.cell_embedding(encoded).float()
-
-    def _labels(self, embeddings: Tensor) -> Tensor:
-        assert self.label_head is not None
-        return self.label_head(embeddings).softmax(1)
-
-
-def _of_cells(values: Tensor, known: np.ndarray, change_of: np.ndarray) -> Tensor:
-    """Return the values (K, …) of the changes of each cell (B, E · …), and `known` (B, E) where there is no change."""
-    indices = torch.from_numpy(change_of).to(values.device)
-    padded = torch.cat([values, values.new_zeros(1, *values.shape[1:])])  # which -1 points to
-    is_changed, unchanged = indices >= 0, torch.from_numpy(known).to(values)
-    for _ in values.shape[1:]:
-        is_changed, unchanged = is_changed[..., None], unchanged[..., None]
-    return torch.where(is_changed, padded[indices], unchanged).flatten(1)
-
-
-def _join(first: Tensor, second: Tensor) -> Tensor:
-    return torch.cat([first, second])
-
-
-def cosine_shift(original: Tensor, perturbed: Tensor) -> Tensor:
-    """Return 1 − cos of embeddings (B, D) and those after a perturbation (B,); infinite where one is NaN.
-
-    It is half the squared distance of the normalized vectors, because 1 − cos would cancel for small shifts.
-    """
-    shift = (normalize(original, dim=1) - normalize(perturbed, dim=1)).square().sum(1) / 2
-    return shift.nan_to_num(nan=torch.inf, posinf=torch.inf)  # NaN stands for missing
 
 
 def _log_missing(table: pd.DataFrame) -> None:
