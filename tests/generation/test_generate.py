@@ -11,7 +11,7 @@ import torch
 from tests.generation.checkpoints import load, without_gene_head
 from tests.golden_cases import CELLS, SYNTHETIC
 from transcriptformer.checkpoint.load import Checkpoint
-from transcriptformer.errors import CheckpointError, UsageError
+from transcriptformer.errors import CheckpointError, TranscriptFormerError, UsageError
 from transcriptformer.generation.generate import generate
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
@@ -141,6 +141,16 @@ def test_arguments_that_cannot_be_used(arguments: dict[str, Any], message: str, 
     with pytest.raises(UsageError) as error:
         generate(model, **arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("head", ["gene_id_head", "mu.mlp"])
+def test_predictions_that_overflow_are_refused(head: str) -> None:
+    model = load()
+    assert isinstance(model.model, TranscriptFormer)
+    with torch.no_grad():
+        next(model.model.get_submodule(head).parameters())[0] = torch.inf
+    with pytest.raises(TranscriptFormerError, match="are NaN or infinite"):
+        generate(model, 2, n_genes=3, total_counts=9)
 
 
 def test_models_that_predict_no_genes(checkpoint_copy: Path) -> None:

@@ -122,6 +122,16 @@ def test_the_same_cells_whatever_the_batch(rounds: int, checkpoint: Checkpoint) 
     assert not draw(checkpoint, cells, seed=6).genes.equal(together.genes)
 
 
+def test_random_numbers_are_not_those_that_shuffle_genes(checkpoint: Checkpoint) -> None:
+    """NumPy pads seeds with zeros: [seed, cell, 0] is the stream [seed, cell], by which data.tokenize shuffles."""
+    drawn = draw(checkpoint, new_cells([1] * 50), seed=5).genes[:, 0].numpy()
+    log_p, is_gene = torch.from_numpy(first_gene(checkpoint)).log(), torch.from_numpy(genes_of(checkpoint))
+    waits = np.stack([np.random.default_rng([5, row]).standard_exponential(len(log_p)) for row in range(50)])
+    allowed = is_gene.repeat(50, 1)
+    shuffling = choose_genes(log_p.repeat(50, 1), allowed, torch.from_numpy(waits), Sampling()).numpy()
+    assert (drawn == shuffling).mean() < 0.5
+
+
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_the_chain_rule_holds(rounds: int, checkpoint: Checkpoint) -> None:
     lengths = [40, 7, 25]

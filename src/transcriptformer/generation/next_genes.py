@@ -11,7 +11,8 @@ from torch import Tensor
 
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.batches import Batch
-from transcriptformer.errors import TranscriptFormerError, UsageError
+from transcriptformer.errors import UsageError
+from transcriptformer.generation.finite import gene_log_probabilities
 from transcriptformer.generation.gene_names import distinct_tokens, gene_symbols
 from transcriptformer.generation.prompts import (
     AuxValue,
@@ -50,8 +51,7 @@ class Answers(NamedTuple):
 
     def log_probabilities(self, model: TranscriptFormer, hidden: Tensor) -> Tensor:
         """Return log-probabilities (…, answers), float32, of the gene that each state (…, D) predicts."""
-        log_p = model.gene_logits(hidden).float().log_softmax(-1)
-        log_p = log_p[..., torch.from_numpy(self.tokens).to(log_p.device)]
+        log_p = gene_log_probabilities(model, hidden)[..., torch.from_numpy(self.tokens).to(hidden.device)]
         return log_p.log_softmax(-1) if self.is_renormalized else log_p
 
 
@@ -108,12 +108,7 @@ def log_probabilities(
     for batch in prompt_batches(prompts, aux, checkpoint, batch_limits(checkpoint)):
         hidden = last_states(batch.to(checkpoint.device))
         for rows, states in zip(torch.split(batch.rows, n_at_once), torch.split(hidden, n_at_once), strict=True):
-            values = answers.log_probabilities(model, states).cpu().numpy()
-            if np.isnan(values.min(initial=0)):
-                raise TranscriptFormerError(
-                    "probabilities are NaN: weights or counts are too large for this precision; use --precision 32"
-                )
-            yield rows.numpy(), values
+            yield rows.numpy(), answers.log_probabilities(model, states).cpu().numpy()
         n_done += len(batch.rows)
         if on_progress is not None:
             on_progress(n_done, len(prompts))

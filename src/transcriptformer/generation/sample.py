@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from transcriptformer.config import require_positive, require_ranges
+from transcriptformer.generation.finite import gene_log_probabilities, require_finite
 from transcriptformer.generation.prompts import Prompt
 from transcriptformer.model.cache import KeyValueCache
 from transcriptformer.model.layers import ELEMENTWISE_LINK
@@ -23,6 +24,9 @@ MIN_MU, MAX_MU = 1e-6, 1e9
 """Limits of expected counts, between which the quantiles of a Poisson distribution are accurate."""
 
 MAX_SEED = 2**63 - 1
+
+GROWTH = 2**31
+"""Number of the random numbers that draw genes; not 0, with which they would be those that shuffle a cell's genes."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +188,8 @@ class Sampler:
 
     def _grow(self, genes: Tensor, counts: Tensor, aux_tokens: Tensor, cells: NewCells) -> Tensor:
         """Draw genes and counts (B, L) in place, and return the log-likelihood of each cell (B,)."""
-        streams, n_steps = (
-            [self._stream(row) for row in cells.rows],
-            int((cells.n_genes - cells.n_given).max(initial=0)),
-        )
+        streams = [self._stream(row, GROWTH) for row in cells.rows]
+        n_steps = int((cells.n_genes - cells.n_given).max(initial=0))
         n_given, n_genes = (torch.from_numpy(x).to(self.device) for x in (cells.n_given, cells.n_genes))
         totals = torch.from_numpy(cells.totals).float().to(self.device)
         cache, hidden, log_sum, log_likelihood = self._read_prompts(genes, counts, aux_tokens, cells, n_steps)
@@ -198,12 +200,12 @@ class Sampler:
             gene, log_p = self._draw_genes(hidden, allowed, streams)
             u = self.model.mu.before_link(hidden, self.model.gene_embeddings(gene), gene)  # (B,)
             log_sum = torch.logaddexp(log_sum, u)
-            if self.model.mu.link == "softmax":  # j of the n genes that share the total are known: the others count as
-                mu = (
-                    totals * (u - log_sum).exp() * (place + 1) / n_genes.clamp(min=1)
-                )  # their mean, n / j times their sum
+            if self.model.mu.link == "softmax":
+                # j of the n genes that share the total are known; the others count as the mean of these.
+                mu = totals * (u - log_sum).exp() * (place + 1) / n_genes.clamp(min=1)
             else:
                 mu = ELEMENTWISE_LINK[self.model.mu.link](u)
+            require_finite("counts", mu)
             uniform = np.array([stream.random() for stream in streams])
             count = torch.from_numpy(zero_truncated_poisson(mu.cpu().numpy(), uniform, self.clip_counts))
 
@@ -224,7 +226,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Return a gene after each state (B, D), and its log-probability over all tokens (B,)."""
         waits = np.stack([stream.standard_exponential(allowed.shape[1]) for stream in streams])
-        log_p = torch.log_softmax(self.model.gene_logits(hidden), dim=1)  # (B, V)
+        log_p = gene_log_probabilities(self.model, hidden)  # (B, V)
         gene = choose_genes(log_p, allowed, torch.from_numpy(waits).float().to(self.device), self.sampling)
         return gene, log_p.gather(1, gene[:, None])[:, 0]
 
@@ -253,7 +255,9 @@ class Sampler:
 
     def _draw_counts(self, encoded: Encoded, cells: NewCells, number: int) -> Tensor:
         """Draw the counts of all genes (B, L) in a numbered round."""
-        mu = self.model.expected_counts(encoded).cpu().numpy()
+        expected = self.model.expected_counts(encoded)
+        require_finite("counts", expected)
+        mu = expected.cpu().numpy()
         if self.model.mu.link == "softmax":  # μ is a share of the present counts, not of the wanted total
             mu *= (cells.totals / np.maximum(encoded.gene_counts.sum(1).cpu().numpy(), 1))[:, None]
         uniform = np.zeros(mu.shape)
@@ -262,6 +266,6 @@ class Sampler:
         drawn = torch.from_numpy(zero_truncated_poisson(mu, uniform, self.clip_counts)).to(self.device)
         return drawn * encoded.is_gene
 
-    def _stream(self, row: int, number: int = 0) -> np.random.Generator:
-        """Return one of the random number streams of a cell."""
+    def _stream(self, row: int, number: int) -> np.random.Generator:
+        """Return one of the random number streams of a cell; no number is 0."""
         return np.random.default_rng([self.sampling.seed, int(row), number])
