@@ -20,7 +20,7 @@ from transcriptformer.checkpoint.published import load_config
 from transcriptformer.demo.cells import HELD_OUT, load_cells
 from transcriptformer.demo.run import CHECKPOINT
 from transcriptformer.generation.prompts import Prompt, require_gene_head
-from transcriptformer.generation.real_cells import Cells, open_cells, read_all_cells
+from transcriptformer.generation.real_cells import Cells, opened_cells
 from transcriptformer.generation.sample import NewCells, Sampler, Sampling
 
 NO_GENES = Prompt(np.zeros(0, np.int64), np.zeros(0, np.float32))
@@ -63,8 +63,9 @@ def load_demo() -> tuple[Checkpoint, Cells]:
     options = {"model.inference_config.device": "cpu", "model.inference_config.precision": "32"}
     checkpoint = load_checkpoint(CHECKPOINT, load_config(CHECKPOINT, options))
     cells = load_cells()
-    reader = open_cells(cells[cells.obs[HELD_OUT]].copy(), checkpoint, seed=0)
-    return checkpoint, read_all_cells(reader)
+    max_genes = require_gene_head(checkpoint).max_genes
+    with opened_cells(cells[cells.obs[HELD_OUT]].copy(), checkpoint, 0, max_genes) as real:
+        return checkpoint, next(real.blocks())
 
 
 def measure(checkpoint: Checkpoint, cells: Cells, count_rounds: int, n_seeds: int) -> pd.DataFrame:

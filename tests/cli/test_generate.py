@@ -59,7 +59,7 @@ def test_imputation(tmp_path: Path) -> None:
         ((*SIZE, "--top-p", 1.1), "--top-p"),
         ((*SIZE, "--count-rounds", -1), "--count-rounds"),
         ((*SIZE, "--seed", -1), "--seed"),
-        ((*SIZE, "--n-genes", 128, "--total-counts", 500), "128 genes; the model takes at most 127"),
+        ((*SIZE, "--n-genes", 128, "--total-counts", 500), "128 genes; the model takes at most 126"),
         ((*SIZE, "--candidates", "{genes}"), "9 genes; there are only 2 candidates"),
         ((*SIZE, "--candidates", "klingon"), "neither a file nor a species"),
         ((*SIZE, "--gene", "ENSG0000010029"), "not in the checkpoint's vocabulary"),

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import anndata
+import numpy as np
 import torch
+from scipy import sparse
 
 from tests.golden_cases import CHECKPOINT
 from transcriptformer.checkpoint.load import Checkpoint, load_checkpoint
@@ -30,3 +33,14 @@ def without_gene_head(path: Path) -> Path:
     kept = {name: value for name, value in weights.items() if not name.startswith("gene_id_head")}
     torch.save(kept, path / "model_weights.pt")
     return path
+
+
+def some_cells(model: Checkpoint, n_genes: list[int]) -> anndata.AnnData:
+    """Cells with random genes of the vocabulary, in its order."""
+    random, names = np.random.default_rng(0), list(model.gene_vocab.genes)
+    counts = np.zeros((len(n_genes), len(names)), np.float32)
+    for row, n in zip(counts, n_genes, strict=True):
+        row[random.choice(len(names), n, replace=False)] = random.integers(1, 40, n)
+    cells = anndata.AnnData(sparse.csr_matrix(counts))
+    cells.var_names = names
+    return cells

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.generation.checkpoints import load, without_gene_head
+from tests.generation.checkpoints import load, some_cells, without_gene_head
 from tests.golden_cases import CELLS, SYNTHETIC
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.errors import CheckpointError, TranscriptFormerError, UsageError
 from transcriptformer.generation.generate import generate
 from transcriptformer.model.transcriptformer import TranscriptFormer
 
-SEQ_LEN = 127
+MAX_GENES = 126
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,28 @@ def test_cells_like_others(model: Checkpoint) -> None:
     known = real[:, real.var["ensembl_id"].astype(str).str.split(".").str[0].isin(model.gene_vocab.genes)]
     n_genes = (known.X > 0).sum(1)
     n_genes = np.asarray(n_genes).ravel()
-    assert list(every.obs["n_genes"]) == list(np.minimum(n_genes[n_genes > 0], SEQ_LEN))
+    assert list(every.obs["n_genes"]) == list(np.minimum(n_genes[n_genes > 0], MAX_GENES))
     some = generate(model, 50, like=str(CELLS), seed=3)
     pairs = set(zip(every.obs["n_genes"], every.obs["total_counts_wanted"], every.obs["assay"], strict=True))
     drawn = list(zip(some.obs["n_genes"], some.obs["total_counts_wanted"], some.obs["assay"], strict=True))
     assert set(drawn) <= pairs
     assert len(set(drawn)) > 10
+
+
+def test_cells_longer_than_the_model(model: Checkpoint) -> None:
+    cells = some_cells(model, [200, 300])
+    assert list(generate(model, like=cells).obs["n_genes"]) == [MAX_GENES] * 2
+    parts = generate(model, data=cells, keep=0.9)
+    assert list(parts.obs["n_genes"]) == [MAX_GENES] * 2
+    assert list(parts.obs["n_prompt_genes"]) == [round(0.9 * MAX_GENES)] * 2
+    with pytest.raises(UsageError, match=r"data \(--data-file\), cell 0: 126 genes; there are only 64 candidates"):
+        generate(model, data=cells, candidates=list(model.gene_vocab.genes)[:1])
+
+
+def test_models_with_another_link_need_no_total() -> None:
+    cells = generate(load(**{"model.model_config.mu_link_fn": "exp"}), 2, n_genes=5)
+    assert (np.diff(cells.X.indptr) == 5).all()
+    assert cells.obs["total_counts_wanted"].isna().all()
 
 
 def test_a_part_of_each_cell_is_kept(model: Checkpoint) -> None:
@@ -105,7 +121,7 @@ def test_candidates_are_a_list_or_a_species(model: Checkpoint) -> None:
 
 def test_batches_do_not_matter(model: Checkpoint) -> None:
     together = generate(model, like=str(CELLS), seed=4)
-    apart = generate(load(**{"model.inference_config.batch_size": 3}), like=str(CELLS), seed=4)
+    apart = generate(load(block_size=3, **{"model.inference_config.batch_size": 3}), like=str(CELLS), seed=4)
     assert (together.X != apart.X).nnz == 0
     assert (together.layers["order"] != apart.layers["order"]).nnz == 0
 
@@ -123,8 +139,17 @@ def test_progress_ends_with_all_genes(model: Checkpoint) -> None:
         ({}, "n_cells (--n-cells), n_genes (--n-genes), total_counts (--total-counts): missing"),
         ({"n_cells": 1, "n_genes": 5}, "total_counts (--total-counts): missing"),
         ({"n_cells": 0, "n_genes": 5, "total_counts": 9}, "n_cells (--n-cells): must be at least 1"),
-        ({"n_cells": 1, "n_genes": 128, "total_counts": 999}, "the model takes at most 127"),
-        ({"n_cells": 1, "n_genes": 5, "total_counts": 3}, "3 for 5 genes"),
+        (
+            {"n_cells": 1, "n_genes": 128, "total_counts": 999},
+            "n_genes (--n-genes): 128 genes; the model takes at most 126",
+        ),
+        ({"n_cells": 1, "n_genes": 127, "total_counts": 999}, "the model takes at most 126"),
+        (
+            {"n_cells": 1, "n_genes": 5, "total_counts": 3},
+            "total_counts (--total-counts): 5 genes; the total count is 3",
+        ),
+        ({"n_cells": 1, "n_genes": 5, "total_counts": 9, "keep": 0.3}, "keep (--keep): applies to the cells of data"),
+        ({"like": "nowhere.h5ad"}, "--like nowhere.h5ad"),
         ({"n_cells": 1, "n_genes": 5, "total_counts": float("nan")}, "must be at least 1, not nan"),
         ({"n_cells": 1, "n_genes": 1, "total_counts": 9, "prompt": ["ENSG00000100291", "ENSG00000100196"]}, "already"),
         ({"n_cells": 1, "n_genes": 3, "total_counts": 9, "candidates": ["ENSG00000100291"]}, "only 1 candidates"),

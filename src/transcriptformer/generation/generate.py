@@ -1,6 +1,5 @@
 """New cells from the model: from nothing, from genes, or from a part of each cell of a file."""
 
-import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,19 +10,17 @@ import pandas as pd
 from scipy import sparse
 
 from transcriptformer.checkpoint.load import Checkpoint
-from transcriptformer.data.reader import CellReader
 from transcriptformer.data.species import species_of
 from transcriptformer.errors import DataError, UsageError
 from transcriptformer.generation.gene_names import gene_tokens
 from transcriptformer.generation.prompts import GeneCount, Prompt, aux_tokens, make_prompts, require_gene_head
-from transcriptformer.generation.real_cells import Cells, Source, open_cells, read_all_cells, require_counts
+from transcriptformer.generation.real_cells import Cells, RealCells, Source, opened_cells, require_counts
 from transcriptformer.generation.sample import NewCells, Sampler, Sampling
 from transcriptformer.model.transcriptformer import TranscriptFormer
 from transcriptformer.runs.batch_size import bytes_per_token
+from transcriptformer.runs.module import prepare_encoder
 from transcriptformer.runs.output import PROVENANCE_KEY, provenance_of
 from transcriptformer.runtime.memory import SHARE_OF_FREE_MEMORY, Halving, free_memory
-
-logger = logging.getLogger(__name__)
 
 GENERATION_KEY, ORDER_LAYER = "generation", "order"
 
@@ -48,7 +45,7 @@ def generate(
     *,
     prompt: Sequence[GeneCount] = (),
     data: Source | None = None,
-    keep: float = 0.5,
+    keep: float | None = None,
     like: Source | None = None,
     n_genes: int | None = None,
     total_counts: float | None = None,
@@ -74,11 +71,12 @@ def generate(
     data
         Cells, as a path or AnnData, of which a random part of the genes is kept, and the rest drawn.
     keep
-        Share of each cell's genes that is kept.
+        Share of the genes of each cell of `data` that is kept; None: a half.
     like
         Cells, as a path or AnnData, whose number of genes, total count and metadata the new ones take.
     n_genes, total_counts
-        Number of genes and total count of each cell; None: as in `data` or `like`.
+        Number of genes and total count of each cell; None: as in `data` or `like`. Models whose counts are no share of
+        the total (`mu_link_fn` other than softmax) need no total count, and ignore it.
     assay, metadata
         Assay, and values of other metadata columns, of all new cells; None: as in `data` or `like`, else unknown.
     candidates
@@ -104,18 +102,19 @@ def generate(
     wanted = Wanted(n_cells, prompt, data, keep, like, n_genes, total_counts, {"assay": assay, **(metadata or {})})
     wanted.check(model)
     mask = candidate_mask(candidates, model)
-    plan = make_plan(wanted, model, seed)
-    check_plan(plan.cells, mask, network.config.seq_len)
+    plan = make_plan(wanted, model, network.max_genes, seed)
+    check_plan(plan, wanted, mask, network.max_genes)
     drawn = draw_all(plan.cells, model, network, sampling, mask, on_progress)
     settings = {
         **{name: getattr(sampling, name) for name in ("temperature", "top_p", "count_rounds", "seed")},
-        **({"keep": keep} if data is not None else {}),
+        **({"keep": wanted.kept_share} if data is not None else {}),
         "renormalized_over": "genes of the vocabulary that the cell lacks" if candidates is None else "candidates",
     }
     if candidates is not None:
         settings["candidates"] = model.gene_vocab.names()[mask].astype(str)
     result = to_anndata(plan, drawn, model)
-    sources, inferred = ([], []) if plan.reader is None else ([plan.source], [plan.reader.source.describe()])
+    sources = [] if wanted.source is None else [wanted.source]
+    inferred = [] if plan.inferred is None else [plan.inferred]
     result.uns[PROVENANCE_KEY] = provenance_of(sources, model, model.weights_sha256(), inferred)
     result.uns[GENERATION_KEY] = settings
     return result
@@ -127,11 +126,26 @@ class Wanted(NamedTuple):
     n_cells: int | None
     prompt: Sequence[GeneCount]
     data: Source | None
-    keep: float
+    keep: float | None
     like: Source | None
     n_genes: int | None
     total_counts: float | None
     metadata: Mapping[str, str | None]
+
+    @property
+    def source(self) -> Source | None:
+        """Cells to begin with or to imitate."""
+        return self.like if self.data is None else self.data
+
+    @property
+    def option(self) -> str:
+        """Option that names the source."""
+        return "--like" if self.data is None else "--data-file"
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the genes of each cell of `data` that is kept."""
+        return 0.5 if self.keep is None else self.keep
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise UsageError for arguments that are out of range or do not go together."""
@@ -141,38 +155,43 @@ class Wanted(NamedTuple):
                 raise UsageError(f"{name}: must be at least 1, not {value}")
         if self.total_counts is not None and not 1 <= self.total_counts < np.inf:
             raise UsageError(f"total_counts (--total-counts): must be at least 1, not {self.total_counts}")
-        if not 0 < self.keep < 1:
+        if not 0 < self.kept_share < 1:
             raise UsageError(f"keep (--keep): must be between 0 and 1, not {self.keep}")
+        if self.keep is not None and self.data is None:
+            raise UsageError("keep (--keep): applies to the cells of data (--data-file)")
         if self.data is not None and (self.like is not None or self.prompt or self.n_cells is not None):
             raise UsageError(
                 "data (--data-file): gives one new cell per cell, which begins with a part of it; leave out n_cells "
                 "(--n-cells), prompt (--gene) and like (--like)"
             )
-        if self.data is None and self.like is None:
-            missing = [
-                option
-                for option, value in (
-                    ("n_cells (--n-cells)", self.n_cells),
-                    ("n_genes (--n-genes)", self.n_genes),
-                    ("total_counts (--total-counts)", self.total_counts),
-                )
-                if value is None
-            ]
+        if self.source is None:
+            needed: dict[str, float | None] = {
+                "n_cells (--n-cells)": self.n_cells,
+                "n_genes (--n-genes)": self.n_genes,
+            }
+            if checkpoint.config.model.model_config.mu_link_fn == "softmax":
+                needed["total_counts (--total-counts)"] = self.total_counts
+            missing = [option for option, value in needed.items() if value is None]
             if missing:
                 raise UsageError(f"{', '.join(missing)}: missing; give them, or cells to imitate with like (--like)")
 
 
 class Plan(NamedTuple):
-    """The cells to draw, with their names, the text of their prompts, and the source they imitate or begin with."""
+    """The cells to draw, with their names and the text of their prompts.
+
+    Attributes
+    ----------
+    inferred
+        What was inferred about the source of the cells that they imitate or begin with; None without one.
+    """
 
     cells: NewCells
     names: pd.Index
-    prompts: list[str]
-    source: Source | None
-    reader: CellReader | None
+    prompt: str
+    inferred: dict[str, str] | None = None
 
 
-def make_plan(wanted: Wanted, checkpoint: Checkpoint, seed: int) -> Plan:
+def make_plan(wanted: Wanted, checkpoint: Checkpoint, max_genes: int, seed: int) -> Plan:
     """Decide where each cell begins, its number of genes, total count and metadata.
 
     Raises
@@ -181,60 +200,62 @@ def make_plan(wanted: Wanted, checkpoint: Checkpoint, seed: int) -> Plan:
         If genes or a source cannot be used.
     """
     given = make_prompts([wanted.prompt], checkpoint, "prompt (--gene)")[0]
-    source = wanted.data if wanted.data is not None else wanted.like
-    reader, cells = None, None
-    if source is not None:
-        reader = open_cells(source, checkpoint, seed)
-        try:
-            cells = read_all_cells(reader)
-        finally:
-            reader.source.close()
-    names, prompts, text = None, None, _text_of(given, checkpoint)
-    if cells is not None and wanted.data is not None:
-        n, names, prompts = len(cells.names), cells.names, _parts_of(cells, wanted.keep)
-        chosen, text = np.arange(n), f"{wanted.keep:g} of the cell"
-    elif cells is not None:
-        chosen = _choose_like(cells, wanted.n_cells, seed)
-        n = len(chosen)
-    else:
+    text = given.describe(checkpoint.gene_vocab.names())
+    if wanted.source is None:
         n = wanted.n_cells or 0
-    lengths, totals, aux = np.zeros(n, np.int64), np.zeros(n), aux_tokens(checkpoint, n, wanted.metadata)
-    if cells is not None:
-        lengths, totals = cells.tokens.lengths[chosen].astype(np.int64), cells.tokens.totals()[chosen]
-        is_given = [wanted.metadata.get(column) is not None for column in checkpoint.aux_vocabs]
-        aux = np.where(is_given, aux, cells.aux_tokens[chosen])
+        aux, n_genes, totals = aux_tokens(checkpoint, n, wanted.metadata), np.zeros(n, np.int64), np.full(n, np.nan)
+        cells, names, inferred = NewCells(np.arange(n), [given] * n, aux, n_genes, totals), None, None
+    else:
+        arguments = wanted.source, checkpoint, seed, max_genes, wanted.metadata, wanted.option
+        with opened_cells(*arguments) as real:
+            inferred = real.reader.source.describe()
+            if wanted.data is not None:
+                cells, names = _imitate(real, np.flatnonzero(real.survey.kept), wanted.kept_share)
+                text = f"{wanted.kept_share:g} of the cell"
+            else:
+                cells, names = _imitate(real, _choose_like(real, wanted.n_cells, seed), 0)[0], None
+                cells = cells._replace(prompts=[given] * len(cells.rows))
+    n = len(cells.rows)
     if wanted.n_genes is not None:
-        lengths = np.full(n, wanted.n_genes)
+        cells = cells._replace(n_genes=np.full(n, wanted.n_genes))
     if wanted.total_counts is not None:
-        totals = np.full(n, float(wanted.total_counts))
-    new = NewCells(np.arange(n), prompts if prompts is not None else [given] * n, aux, lengths, totals)
-    names = names if names is not None else pd.Index([f"generated_{i}" for i in range(n)])
-    return Plan(new, names, [text] * n, source, reader)
+        cells = cells._replace(totals=np.full(n, float(wanted.total_counts)))
+    return Plan(cells, pd.Index([f"generated_{i}" for i in range(n)]) if names is None else names, text, inferred)
+
+
+def _imitate(real: RealCells, chosen: np.ndarray, keep: float) -> tuple[NewCells, pd.Index]:
+    """Return new cells that take numbers of genes, totals and metadata of chosen cells, and the names of these.
+
+    Each begins with the share `keep` of the genes, which is random if the genes are shuffled.
+    """
+    distinct, place = np.unique(chosen, return_inverse=True)
+    names, prompts, arrays = list[str](), list[Prompt](), list[tuple[np.ndarray, ...]]()
+    for cells in real.blocks(distinct):
+        names += cells.names.tolist()
+        prompts += _parts_of(cells, keep)
+        arrays.append((cells.aux_tokens, cells.tokens.lengths.astype(np.int64), cells.tokens.totals()))
+    joined = NewCells(np.arange(len(names)), prompts, *map(np.concatenate, zip(*arrays, strict=True)))
+    return joined.take(place)._replace(rows=np.arange(len(place))), pd.Index(names, dtype=object)[place]
 
 
 def _parts_of(cells: Cells, keep: float) -> list[Prompt]:
-    """Return a part of each cell, which is random if its genes are shuffled."""
+    """Return the first genes of each cell, a share of them."""
     genes, counts, offsets = cells.tokens
     n_kept = np.round(keep * cells.tokens.lengths).astype(int)
     return [
-        Prompt(genes[start : start + n].astype(np.int64), counts[start : start + n])
+        Prompt(genes[start : start + n].astype(np.int64), counts[start : start + n].copy())
         for start, n in zip(offsets[:-1], n_kept, strict=True)
     ]
 
 
-def _choose_like(cells: Cells, n_cells: int | None, seed: int) -> np.ndarray:
+def _choose_like(real: RealCells, n_cells: int | None, seed: int) -> np.ndarray:
     """Return the index of the cell that each new cell imitates: every one, or `n_cells` random ones."""
-    has_genes = np.flatnonzero(cells.tokens.lengths)
+    has_genes = np.flatnonzero(real.survey.kept & (real.survey.lengths > 0))
     if not len(has_genes):
         raise DataError("like (--like): none of its cells expresses a gene of the vocabulary")
     if n_cells is None:
         return has_genes
     return np.array([np.random.default_rng([seed, row, 2**32]).choice(has_genes) for row in range(n_cells)])
-
-
-def _text_of(prompt: Prompt, checkpoint: Checkpoint) -> str:
-    genes = checkpoint.gene_vocab.names()[prompt.tokens]
-    return " ".join(f"{gene}={count:g}" for gene, count in zip(genes, prompt.counts, strict=True))
 
 
 def candidate_mask(candidates: Sequence[str] | str | None, checkpoint: Checkpoint) -> np.ndarray:
@@ -263,19 +284,24 @@ def candidate_mask(candidates: Sequence[str] | str | None, checkpoint: Checkpoin
     return mask & np.isin(np.arange(len(vocab)), tokens)
 
 
-def check_plan(cells: NewCells, candidates: np.ndarray, seq_len: int) -> None:
+def check_plan(plan: Plan, wanted: Wanted, candidates: np.ndarray, max_genes: int) -> None:
     """Raise UsageError if a cell cannot have as many genes as it should."""
-    for row, prompt, n_genes, total in zip(cells.rows, cells.prompts, cells.n_genes, cells.totals, strict=True):
-        where = "n_genes (--n-genes)" if len(set(cells.n_genes)) == 1 else f"cell {row + 1}"
-        n_available = int(candidates.sum() - candidates[prompt.tokens].sum()) + len(prompt.tokens)
-        if n_genes > seq_len:
-            raise UsageError(f"{where}: {n_genes} genes; the model takes at most {seq_len}")
-        if n_genes > n_available:
-            raise UsageError(f"{where}: {n_genes} genes; there are only {n_available} candidates, with those given")
-        if n_genes < len(prompt.tokens):
-            raise UsageError(f"{where}: {n_genes} genes; its prompt already has {len(prompt.tokens)}")
-        if total < n_genes:
-            raise UsageError(f"total_counts (--total-counts): {total:g} for {n_genes} genes, each of at least one")
+    cells, n = plan.cells, len(plan.cells.rows)
+    given = np.concatenate([prompt.tokens for prompt in cells.prompts])
+    is_other = ~candidates[given]  # candidates or not, the genes of a prompt are there
+    n_available = candidates.sum() + np.bincount(np.repeat(np.arange(n), cells.n_given)[is_other], minlength=n)
+    source = f"{'data' if wanted.data is not None else 'like'} ({wanted.option}), cell"
+    for is_wrong, argument, limits, problem in (
+        (cells.n_genes > max_genes, "n_genes", np.full(n, max_genes), "the model takes at most {:g}"),
+        (cells.n_genes > n_available, "n_genes", n_available, "there are only {:g} candidates, with those given"),
+        (cells.n_genes < cells.n_given, "n_genes", cells.n_given, "its prompt already has {:g}"),
+        (cells.totals < cells.n_genes, "total_counts", cells.totals, "the total count is {:g}, less than one of each"),
+    ):
+        if is_wrong.any():
+            i = int(is_wrong.argmax())
+            option = f"{argument} (--{argument.replace('_', '-')})"
+            where = f"{source} {plan.names[i]}" if getattr(wanted, argument) is None else option
+            raise UsageError(f"{where}: {cells.n_genes[i]} genes; {problem.format(limits[i])}")
 
 
 def draw_all(
@@ -288,7 +314,7 @@ def draw_all(
 ) -> list[DrawnCell]:
     """Draw all cells, in batches of similar length; the result is in order."""
     network.to(checkpoint.device)
-    network.gene_embeddings.keep_embeddings()
+    prepare_encoder(network, checkpoint.config.model.inference_config, cells.n_genes, checkpoint.device)
     n_total, n_before, n_drawn = int((cells.n_genes - cells.n_given).sum()), 0, 0
 
     def report(n_genes: int) -> None:
@@ -349,7 +375,7 @@ def to_anndata(plan: Plan, drawn: Sequence[DrawnCell], checkpoint: Checkpoint) -
     order = np.concatenate([np.arange(1, n + 1, dtype=np.float32) for n in lengths])
     shape = len(drawn), len(genes)
     obs: dict[str, Any] = {
-        "prompt": plan.prompts,
+        "prompt": [plan.prompt] * len(drawn),
         "n_prompt_genes": plan.cells.n_given,
         "n_genes": lengths,
         "total_counts_wanted": plan.cells.totals,

@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from scipy import sparse
 
 from transcriptformer.checkpoint.load import Checkpoint
+from transcriptformer.data.tokenize import Tokens
 from transcriptformer.errors import UsageError
-from transcriptformer.generation.real_cells import Source, open_cells, read_all_cells
+from transcriptformer.generation.prompts import require_gene_head
+from transcriptformer.generation.real_cells import Source, opened_cells
 from transcriptformer.storage.atomic import writing
 
 MIN_CELLS, N_NEIGHBORS, N_COMPONENTS = 20, 15, 50
@@ -54,10 +56,7 @@ def draw_umap(generated: anndata.AnnData, real: Source, checkpoint: Checkpoint, 
 
 def real_counts(source: Source, checkpoint: Checkpoint, seed: int) -> sparse.csr_matrix:
     """Return the counts of real cells (cells, genes of the vocabulary), as the model sees them."""
-    reader = open_cells(source, checkpoint, seed)
-    try:
-        tokens = read_all_cells(reader).tokens
-    finally:
-        reader.source.close()
+    with opened_cells(source, checkpoint, seed, require_gene_head(checkpoint).max_genes) as real:
+        tokens = Tokens.join([cells.tokens for cells in real.blocks()])
     n_special, n_genes = len(checkpoint.gene_vocab.special_tokens), len(checkpoint.gene_vocab.genes)
     return sparse.csr_matrix((tokens.counts, tokens.genes - n_special, tokens.offsets), (len(tokens.lengths), n_genes))
