@@ -42,12 +42,37 @@ def test_parts_of_cells_with_a_umap(tmp_path: Path) -> None:
     assert cells.uns["generation"]["keep"] == 0.7
 
 
+def test_large_seeds_have_a_umap_too(tmp_path: Path) -> None:
+    result = run(tmp_path, "--like", CELLS, "--n-cells", 3, "--seed", 2**40, "--plot", tmp_path / "umap.svg")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "umap.svg").read_text().startswith("<?xml")
+
+
+def test_wildcards_that_match_one_file(tmp_path: Path) -> None:
+    (tmp_path / "some_cells.h5ad").symlink_to(CELLS.resolve())
+    result = run(tmp_path, "--like", tmp_path / "some*.h5ad", "--n-cells", 2)
+    assert result.exit_code == 0, result.output
+    (tmp_path / "some_others.h5ad").symlink_to(CELLS.resolve())
+    result = run(tmp_path, "--like", tmp_path / "some*.h5ad", "--n-cells", 2)
+    assert result.exit_code == 2
+    assert "ERROR: --like" in result.output
+    assert "matches 2 files; give one" in result.output
+
+
+def test_too_few_cells_for_a_umap(tmp_path: Path) -> None:
+    anndata.read_h5ad(CELLS)[:4].copy().write_h5ad(tmp_path / "few.h5ad")
+    result = run(tmp_path, "--like", tmp_path / "few.h5ad", "--n-cells", 3, "--plot", tmp_path / "umap.png")
+    assert result.exit_code == 2
+    assert "--plot: 7 real and generated cells; a UMAP needs at least 20" in result.output
+    assert not (tmp_path / "out" / "cells.h5ad").exists(), "refused before cells are drawn"
+
+
 def test_imputation(tmp_path: Path) -> None:
     result = run(tmp_path, "--data-file", CELLS, "--impute", f"{GENE}, {OTHER}")
     assert result.exit_code == 0, result.output
     cells = anndata.read_h5ad(tmp_path / "out" / "cells.h5ad")
     assert list(cells.var_names) == [GENE, OTHER]
-    assert "probability" in cells.layers
+    assert set(cells.layers) == {"probability", "rate"}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +92,9 @@ def test_imputation(tmp_path: Path) -> None:
         ((*SIZE, "--gene", f"{GENE}=x"), "is not a count"),
         ((*SIZE, "--gene", GENE, "--gene", GENE), "occurs twice"),
         ((*SIZE, "--plot", "{picture}"), "--plot: give real cells"),
+        (("--like", CELLS, "--plot", "{picture}.xyz"), "umap.png.xyz: must end in .png, .pdf, .svg"),
+        (("--like", "nowhere.h5ad"), "--like nowhere.h5ad"),
+        (("--like", "nowhere*.h5ad"), "--like nowhere*.h5ad: no file matches"),
         ((*SIZE, "--output-filename", "cells.txt"), "--output-filename"),
         ((*SIZE, "--config-override", "model.data_config.nothing=1"), "no such configuration key"),
         ((*SIZE, "--keep", 0.5), "--keep: applies to the cells of --data-file"),

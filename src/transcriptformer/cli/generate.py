@@ -89,12 +89,16 @@ def generate(
     with plain_errors(debug), resumable():
         from transcriptformer.checkpoint.load import load_checkpoint
         from transcriptformer.checkpoint.published import load_config
+        from transcriptformer.data.store import find_file
         from transcriptformer.generation.command import Order, check_order
         from transcriptformer.runs.output import write_anndata
         from transcriptformer.runtime.memory import keep_freed_memory
 
         given = {name: value for name, value in drawing.items() if value is not None}
         given |= {"temperature": temperature, "top_p": top_p, "seed": seed, "assay": assay}
+        data_file = None if data_file is None else find_file(data_file)
+        if like is not None:
+            given["like"] = find_file(like, "--like")
         order = Order(gene or [], data_file, impute, output_path / output_filename, plot, given)
         check_order(order)
         checkpoint = load_checkpoint(checkpoint_path, load_config(checkpoint_path, options, config_override or []))

@@ -38,8 +38,13 @@ def is_zarr(location: Location) -> bool:
     return is_named or is_url(location) or os.path.isdir(location)  # noqa: PTH112
 
 
-def find_files(name: Location) -> list[str]:
+def find_files(name: Location, option: str = "--data-file") -> list[str]:
     """Expand a path with wildcards into sorted paths; a path that exists, and a URL, stays as it is.
+
+    Parameters
+    ----------
+    option
+        Option that names the files, for messages.
 
     Raises
     ------
@@ -51,8 +56,16 @@ def find_files(name: Location) -> list[str]:
         return [path]
     found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
     if not found:
-        raise UsageError(f"--data-file {name}: no file matches")
+        raise UsageError(f"{option} {name}: no file matches")
     return found
+
+
+def find_file(name: Location, option: str = "--data-file") -> str:
+    """Return what `find_files` does, and raise UsageError unless it is one file."""
+    found = find_files(name, option)
+    if len(found) > 1:
+        raise UsageError(f"{option} {name}: matches {len(found)} files; give one")
+    return found[0]
 
 
 class Store:

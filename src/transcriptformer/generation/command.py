@@ -11,7 +11,9 @@ from transcriptformer.errors import UsageError
 from transcriptformer.generation.generate import generate
 from transcriptformer.generation.impute import impute
 from transcriptformer.generation.lists import read_genes
+from transcriptformer.generation.picture import check_picture
 from transcriptformer.generation.prompts import parse_gene_count
+from transcriptformer.generation.real_cells import count_cells
 from transcriptformer.generation.sample import Sampling
 from transcriptformer.runs.recording import OnProgress
 from transcriptformer.storage.atomic import check_writable, refuse_overwriting
@@ -59,6 +61,8 @@ class Order(NamedTuple):
             queried = self.impute if self.impute == "all" else _names(self.impute)
             common = {name: self.given[name] for name in _WITH_IMPUTE}
             return impute(self.data_file, checkpoint, queried, **common, on_progress=on_progress)
+        if self.plot is not None:
+            self._check_umap(checkpoint)
         arguments = dict(self.given)
         candidates = arguments.get("candidates")
         if candidates is not None and Path(candidates).is_file():
@@ -77,9 +81,17 @@ class Order(NamedTuple):
         """File with cells to compare generated ones with."""
         return self.given.get("like") or self.data_file
 
+    def _check_umap(self, checkpoint: Checkpoint) -> None:
+        """Raise UsageError if there will be too few cells, even if the filters keep all."""
+        from transcriptformer.generation.umap import check_number  # imports scanpy, which takes seconds
+
+        assert self.real_cells is not None
+        n_real = count_cells(self.real_cells, checkpoint, "--like" if "like" in self.given else "--data-file")
+        check_number(n_real + self.given.get("n_cells", n_real))
+
     def draw_umap(self, cells: anndata.AnnData, checkpoint: Checkpoint) -> None:
         """Plot generated cells with real ones."""
-        from transcriptformer.generation.umap import draw_umap  # imports scanpy, which takes seconds
+        from transcriptformer.generation.umap import draw_umap
 
         assert self.real_cells is not None
         assert self.plot is not None
@@ -111,7 +123,7 @@ def check_order(order: Order) -> None:
         if order.real_cells is None:
             raise UsageError("--plot: give real cells with --like or --data-file")
         refuse_overwriting(order.plot, order.inputs, "--plot")
-        check_writable(order.plot, "--plot")
+        check_picture(order.plot)
     refuse_overwriting(order.output, order.inputs, "--output-filename")
     check_writable(order.output)
 

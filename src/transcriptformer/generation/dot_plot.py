@@ -8,20 +8,21 @@ from matplotlib.figure import Figure
 
 from transcriptformer.errors import DataError
 from transcriptformer.generation.effects import ALL
+from transcriptformer.generation.picture import save
 
 MAX_ROWS, MAX_GROUPS = 40, 10
 """Maximum number of perturbations, those with the largest effects, and of groups, those with most cells."""
 
 
-def draw(table: pd.DataFrame, picture: Path, kind: str = "png") -> None:
+def draw(table: pd.DataFrame, picture: Path) -> None:
     """Draw the mean shift by each perturbation with its interval, the largest at the top, in a color per group.
 
     Perturbations are ranked by their largest mean in a group. With a null, its mean is a gray tick.
 
     Raises
     ------
-    DataError
-        If no perturbation has an effect in a cell.
+    TranscriptFormerError
+        If no perturbation has an effect in a cell, or the picture cannot be written.
     """
     shown = table[table["mean"].notna()]
     groups = [group for group in shown["group"].unique() if group != ALL]
@@ -45,4 +46,4 @@ def draw(table: pd.DataFrame, picture: Path, kind: str = "png") -> None:
     axes.grid(axis="y", linewidth=0.3)
     if groups:
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(picture, dpi=150, format=kind)
+    save(figure, picture)

@@ -9,17 +9,10 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 
 from transcriptformer.errors import UsageError
 from transcriptformer.generation.next_genes import PMI_KEY, SYMBOL_COLUMN
+from transcriptformer.generation.picture import save
 
 MAX_ROWS, MAX_COLUMNS = 60, 60
 """Maximum number of rows and genes shown, those with the largest values."""
-
-SUFFIXES = (".png", ".pdf", ".svg")
-
-
-def check_picture(path: Path) -> None:
-    """Raise UsageError unless `path` names a picture."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot {path}: must end in {', '.join(SUFFIXES)}")
 
 
 def check_size(n_rows: float, n_genes: float) -> None:
@@ -28,15 +21,15 @@ def check_size(n_rows: float, n_genes: float) -> None:
         raise UsageError("--plot: a heatmap needs at least two rows and two genes")
 
 
-def draw(result: anndata.AnnData, picture: Path, kind: str = "png") -> None:
-    """Draw `layers['pmi']` with rows and genes in the order of average-linkage clustering.
+def draw(result: anndata.AnnData, path: Path) -> None:
+    """Plot `layers['pmi']` with rows and genes in the order of average-linkage clustering.
 
     Of large results, the rows and genes with the largest mean absolute value are shown. Missing values are gray.
 
     Raises
     ------
-    UsageError
-        If there are fewer than two rows or genes.
+    TranscriptFormerError
+        If there are fewer than two rows or genes, or the picture cannot be written.
     """
     check_size(*result.shape)
     values = np.asarray(result.layers[PMI_KEY], np.float64)
@@ -55,7 +48,7 @@ def draw(result: anndata.AnnData, picture: Path, kind: str = "png") -> None:
     axes.set_yticks(range(n_rows), _row_labels(result)[rows], fontsize=7)
     axes.set(xlabel="next gene", ylabel="after")
     figure.colorbar(image, label="PMI (nats)", shrink=0.6)
-    figure.savefig(picture, dpi=150, format=kind)
+    save(figure, path)
 
 
 def gene_labels(result: anndata.AnnData) -> np.ndarray:

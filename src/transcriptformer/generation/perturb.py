@@ -33,11 +33,11 @@ from transcriptformer.generation.effects import (
     tabulate,
 )
 from transcriptformer.generation.gene_names import MAX_LISTED
-from transcriptformer.generation.heatmap import check_picture
 from transcriptformer.generation.lists import read_genes
 from transcriptformer.generation.matched import draw_matched, expression_in_groups
 from transcriptformer.generation.null import check_null
 from transcriptformer.generation.perturbations import ADDED_AT, make_perturbations
+from transcriptformer.generation.picture import check_picture
 from transcriptformer.generation.prompts import parse_gene_count
 from transcriptformer.generation.shift_module import ShiftModule
 from transcriptformer.model.transcriptformer import TranscriptFormer
@@ -46,7 +46,7 @@ from transcriptformer.runs.pooling import NO_GROUP
 from transcriptformer.runs.recording import OnProgress
 from transcriptformer.runs.run import Source, run_in_memory, run_on_files
 from transcriptformer.runs.task import Results, Task
-from transcriptformer.storage.atomic import atomic_write, check_writable
+from transcriptformer.storage.atomic import atomic_write
 from transcriptformer.storage.results import Field
 
 if TYPE_CHECKING:
@@ -287,15 +287,13 @@ def run(
     """
     if options.plot is not None:
         check_picture(options.plot)
-        check_writable(options.plot, "--plot")
     output = run_on_files(names, checkpoint_path, config, options.make_task, on_progress)
     if output is not None:
         table = read_table(output)
         with atomic_write(table_path(output)) as temporary:
             table.to_csv(temporary, index=False)
         if options.plot is not None:
-            with atomic_write(options.plot) as temporary:
-                draw(table, temporary, options.plot.suffix[1:].lower())
+            draw(table, options.plot)
     return output
 
 

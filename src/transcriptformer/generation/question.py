@@ -8,19 +8,20 @@ from pathlib import Path
 import anndata
 
 from transcriptformer.checkpoint.load import Checkpoint
-from transcriptformer.data.store import find_files
+from transcriptformer.data.store import find_file, find_files
 from transcriptformer.errors import UsageError
 from transcriptformer.generation.cells import CELLS_PER_GROUP, CellGroup, read_groups
 from transcriptformer.generation.groups import ask_groups
-from transcriptformer.generation.heatmap import check_picture, check_size, draw
+from transcriptformer.generation.heatmap import check_size, draw
 from transcriptformer.generation.lists import read_genes, read_prompts
 from transcriptformer.generation.next_genes import ask, make_answers
 from transcriptformer.generation.null import check_null
+from transcriptformer.generation.picture import check_picture
 from transcriptformer.generation.pmi import gene_context, longest_context, make_sources, make_targets, pmi_in_groups
 from transcriptformer.generation.prompts import aux_tokens, make_prompts, parse_gene_count, require_gene_head
 from transcriptformer.runs.output import write_anndata
 from transcriptformer.runs.recording import OnProgress
-from transcriptformer.storage.atomic import atomic_write, check_writable, refuse_overwriting
+from transcriptformer.storage.atomic import check_writable, refuse_overwriting
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,6 @@ class Results:
             check_picture(self.plot)
             check_size(*question.max_shape())
             refuse_overwriting(self.plot, question.inputs, "--plot")
-            check_writable(self.plot, "--plot")
 
     def write(self, answer: anndata.AnnData) -> list[str]:
         """Write the files; return a line about each."""
@@ -115,8 +115,7 @@ class Results:
             layers = "".join(f", layers['{name}']" for name in answer.layers)
             lines.append(f"{answer.n_obs} × {answer.n_vars}: X{layers} in {self.output_path}")
         if self.plot is not None:
-            with atomic_write(self.plot) as temporary:
-                draw(answer, temporary, self.plot.suffix[1:].lower())
+            draw(answer, self.plot)
             lines.append(f"heatmap of PMI in {self.plot}")
         return lines
 
@@ -166,8 +165,5 @@ def _pmi(question: Question, sources: Path, checkpoint: Checkpoint, on_progress:
 
 
 def _groups(question: Question, name: str, checkpoint: Checkpoint, max_genes: int | None = None) -> list[CellGroup]:
-    locations = find_files(name)
-    if len(locations) > 1:
-        raise UsageError(f"--data-file {name}: matches {len(locations)} files; give one")
     per_group = CELLS_PER_GROUP if question.cells_per_group is None else question.cells_per_group
-    return read_groups(locations[0], checkpoint, question.groupby, per_group, question.seed, max_genes)
+    return read_groups(find_file(name), checkpoint, question.groupby, per_group, question.seed, max_genes)

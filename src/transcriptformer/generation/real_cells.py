@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from transcriptformer.checkpoint.load import Checkpoint
+from transcriptformer.config import DataConfig
 from transcriptformer.data.reader import CellReader
-from transcriptformer.data.source import open_source
+from transcriptformer.data.source import CellSource, open_source
 from transcriptformer.data.survey import Survey, survey_cells
 from transcriptformer.data.tokenize import Tokens, tokenize
 from transcriptformer.errors import UsageError
@@ -123,10 +124,7 @@ def opened_cells(
     config = replace(
         model.data_config, filter_to_vocabs=True, randomize_genes=not model.data_config.sort_genes, seed=seed
     )
-    try:
-        opened = open_source(source, config, checkpoint.gene_vocab, model.inference_config.oom_dataloader)
-    except UsageError as error:  # which names the option of other commands
-        raise UsageError(str(error).replace("--data-file", option, 1)) from error
+    opened = _open(source, checkpoint, config, option)
     try:
         reader = CellReader(opened, checkpoint.gene_vocab, checkpoint.aux_vocabs, config, max_genes)
         survey = survey_cells([reader], config)
@@ -137,3 +135,20 @@ def opened_cells(
         yield RealCells(reader, survey, given_aux)
     finally:
         opened.close()
+
+
+def count_cells(source: Source, checkpoint: Checkpoint, option: str) -> int:
+    """Return the number of cells of a source, whether they pass the filters or not."""
+    opened = _open(source, checkpoint, checkpoint.config.model.data_config, option)
+    try:
+        return len(opened)
+    finally:
+        opened.close()
+
+
+def _open(source: Source, checkpoint: Checkpoint, config: DataConfig, option: str) -> CellSource:
+    in_memory = checkpoint.config.model.inference_config.oom_dataloader
+    try:
+        return open_source(source, config, checkpoint.gene_vocab, in_memory)
+    except UsageError as error:  # which names the option of other commands
+        raise UsageError(str(error).replace("--data-file", option, 1)) from error

@@ -12,9 +12,9 @@ from scipy import sparse
 from transcriptformer.checkpoint.load import Checkpoint
 from transcriptformer.data.tokenize import Tokens
 from transcriptformer.errors import UsageError
+from transcriptformer.generation.picture import save
 from transcriptformer.generation.prompts import require_gene_head
 from transcriptformer.generation.real_cells import Source, opened_cells
-from transcriptformer.storage.atomic import writing
 
 MIN_CELLS, N_NEIGHBORS, N_COMPONENTS = 20, 15, 50
 
@@ -29,8 +29,8 @@ def draw_umap(generated: anndata.AnnData, real: Source, checkpoint: Checkpoint, 
     """
     counts = sparse.vstack([real_counts(real, checkpoint, seed), generated.X]).tocsr()
     n_real = counts.shape[0] - generated.n_obs
-    if counts.shape[0] < MIN_CELLS:
-        raise UsageError(f"--plot: {counts.shape[0]} real and generated cells; a UMAP needs at least {MIN_CELLS}")
+    check_number(counts.shape[0])
+    seed %= 2**32  # scanpy takes no larger ones
     cells = anndata.AnnData(counts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # UMAP warns about its seed
@@ -50,8 +50,13 @@ def draw_umap(generated: anndata.AnnData, real: Source, checkpoint: Checkpoint, 
     axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     axes.set_title(f"{n_real} real and {generated.n_obs} generated cells", fontsize=10)
     axes.legend(frameon=False)
-    with writing(path):
-        figure.savefig(path, dpi=150)
+    save(figure, path)
+
+
+def check_number(n_cells: int) -> None:
+    """Raise UsageError if there are too few real and generated cells."""
+    if n_cells < MIN_CELLS:
+        raise UsageError(f"--plot: {n_cells} real and generated cells; a UMAP needs at least {MIN_CELLS}")
 
 
 def real_counts(source: Source, checkpoint: Checkpoint, seed: int) -> sparse.csr_matrix:
