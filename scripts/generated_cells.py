@@ -7,9 +7,10 @@
   genes and total counts from the held-out ones. The baseline draws as many genes, without repetition, by their
   frequency among the training cells, and the count of each from a random training cell that expresses it.
 - Imputation: a random half of the genes of each held-out cell is hidden. Per cell: area under the ROC curve of the
-  hidden genes among all genes that are not shown, ranked by the probability to be next; rank correlation (Spearman) and
-  mean absolute error of the expected counts of the hidden genes. The baseline ranks genes by their frequency, and
-  predicts their mean count where they are expressed, among the training cells.
+  hidden genes among all genes that are not shown, ranked by the probability to be next; rank correlation (Spearman),
+  mean absolute error and mean squared error of the expected counts of the hidden genes, and of their rates μ. The
+  baseline ranks genes by their frequency, and predicts their mean count where they are expressed, among the training
+  cells.
 """
 
 import anndata
@@ -79,13 +80,18 @@ def imputation(model: Checkpoint, real: anndata.AnnData, train: np.ndarray) -> p
     rows = []
     for i in range(len(counts)):
         asked, hidden = shown.X[[i]].toarray()[0] == 0, is_hidden[i]
-        seen, probability = counts[i, hidden], imputed.layers["probability"][i]
-        predictions = {"model": (probability, imputed.X[i]), "baseline": (frequency, mean)}
+        seen, probability, rate = counts[i, hidden], imputed.layers["probability"][i], imputed.layers["rate"][i]
+        predictions = {
+            "model": (probability, imputed.X[i]),
+            "rate": (probability, rate),
+            "baseline": (frequency, mean),
+        }
         row = {}
         for name, (rank, expected) in predictions.items():
             row[f"AUC, {name}"] = roc_auc_score(hidden[asked], rank[asked])
             row[f"Spearman of counts, {name}"] = stats.spearmanr(expected[hidden], seen).statistic
             row[f"absolute error of counts, {name}"] = np.abs(expected[hidden] - seen).mean()
+            row[f"squared error of counts, {name}"] = np.square(expected[hidden] - seen).mean()
         rows.append(row)
     return pd.DataFrame(rows)
 
