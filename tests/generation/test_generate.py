@@ -89,9 +89,11 @@ def test_cells_longer_than_the_model(model: Checkpoint) -> None:
 
 
 def test_models_with_another_link_need_no_total() -> None:
-    cells = generate(load(**{"model.model_config.mu_link_fn": "exp"}), 2, n_genes=5)
+    model = load(**{"model.model_config.mu_link_fn": "exp"})
+    cells = generate(model, 2, n_genes=5)
     assert (np.diff(cells.X.indptr) == 5).all()
     assert cells.obs["total_counts_wanted"].isna().all()
+    assert (generate(model, 2, n_genes=5, total_counts=1).X != cells.X).nnz == 0
 
 
 def test_a_part_of_each_cell_is_kept(model: Checkpoint) -> None:
@@ -176,6 +178,8 @@ def test_predictions_that_overflow_are_refused(head: str) -> None:
         next(model.model.get_submodule(head).parameters())[0] = torch.inf
     with pytest.raises(TranscriptFormerError, match="are NaN or infinite"):
         generate(model, 2, n_genes=3, total_counts=9)
+    with pytest.raises(TranscriptFormerError, match="are NaN or infinite"):
+        generate(model, 1, prompt=list(model.gene_vocab.genes)[:2], n_genes=2, total_counts=9)  # draws nothing
 
 
 def test_models_that_predict_no_genes(checkpoint_copy: Path) -> None:

@@ -169,11 +169,25 @@ class Wanted(NamedTuple):
                 "n_cells (--n-cells)": self.n_cells,
                 "n_genes (--n-genes)": self.n_genes,
             }
-            if checkpoint.config.model.model_config.mu_link_fn == "softmax":
+            if _has_totals(checkpoint):
                 needed["total_counts (--total-counts)"] = self.total_counts
             missing = [option for option, value in needed.items() if value is None]
             if missing:
                 raise UsageError(f"{', '.join(missing)}: missing; give them, or cells to imitate with like (--like)")
+
+    def resize(self, cells: NewCells, checkpoint: Checkpoint) -> NewCells:
+        """Return cells with the numbers of genes and total counts that are given; NaN for totals without effect."""
+        n = len(cells.rows)
+        if self.n_genes is not None:
+            cells = cells._replace(n_genes=np.full(n, self.n_genes))
+        if not _has_totals(checkpoint):
+            return cells._replace(totals=np.full(n, np.nan))
+        return cells if self.total_counts is None else cells._replace(totals=np.full(n, float(self.total_counts)))
+
+
+def _has_totals(checkpoint: Checkpoint) -> bool:
+    """Whether the model's counts are shares of a cell's total count."""
+    return checkpoint.config.model.model_config.mu_link_fn == "softmax"
 
 
 class Plan(NamedTuple):
@@ -215,12 +229,9 @@ def make_plan(wanted: Wanted, checkpoint: Checkpoint, max_genes: int, seed: int)
             else:
                 cells, names = _imitate(real, _choose_like(real, wanted.n_cells, seed), 0)[0], None
                 cells = cells._replace(prompts=[given] * len(cells.rows))
-    n = len(cells.rows)
-    if wanted.n_genes is not None:
-        cells = cells._replace(n_genes=np.full(n, wanted.n_genes))
-    if wanted.total_counts is not None:
-        cells = cells._replace(totals=np.full(n, float(wanted.total_counts)))
-    return Plan(cells, pd.Index([f"generated_{i}" for i in range(n)]) if names is None else names, text, inferred)
+    if names is None:
+        names = pd.Index([f"generated_{i}" for i in range(len(cells.rows))])
+    return Plan(wanted.resize(cells, checkpoint), names, text, inferred)
 
 
 def _imitate(real: RealCells, chosen: np.ndarray, keep: float) -> tuple[NewCells, pd.Index]:

@@ -251,7 +251,9 @@ class Sampler:
     def _log_likelihood(self, encoded: Encoded) -> Tensor:
         """Return the log-probability of each cell's genes, over all tokens (B,)."""
         parts = encoded.hidden, encoded.gene_tokens, encoded.is_gene, len(self.candidates)
-        return -gene_cross_entropy(self.model.gene_logits, *parts).sum(1)
+        losses = gene_cross_entropy(self.model.gene_logits, *parts)
+        require_finite("probabilities", losses)
+        return -losses.sum(1)
 
     def _draw_counts(self, encoded: Encoded, cells: NewCells, number: int) -> Tensor:
         """Draw the counts of all genes (B, L) in a numbered round."""
