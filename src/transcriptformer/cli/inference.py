@@ -26,10 +26,10 @@ from transcriptformer.cli.options import (
     RemoveDuplicateGenes,
     Resume,
     UseRawOption,
-    batch_size_setting,
     input_settings,
     option,
     paths_setting,
+    run_settings,
 )
 
 
@@ -110,23 +110,18 @@ def inference(
             *(gene_col_name, gene_map, layer, modality, use_raw, recover_counts),
             *(duplicate_genes, remove_duplicate_genes, allow_external_links),
         ),
+        **run_settings(
+            *(output_path, output_filename, batch_size, precision, device),
+            *(make_names_unique, num_gpus, num_nodes, resume),
+        ),
         "model.model_type": model_type,
         "model.data_config.clip_counts": clip_counts,
         "model.data_config.filter_to_vocabs": filter_to_vocabs,
         "model.data_config.n_data_workers": n_data_workers,
-        "model.inference_config.output_path": output_path and str(output_path),
-        "model.inference_config.output_filename": output_filename,
-        "model.inference_config.batch_size": batch_size_setting(batch_size),
-        "model.inference_config.precision": precision,
         "model.inference_config.pretrained_embedding": paths_setting(pretrained_embedding),
         "model.inference_config.embedding_layer_index": embedding_layer_index,
         "model.inference_config.emb_type": emb_type,
-        "model.inference_config.device": device,
         "model.inference_config.cge_pool": cge_pool,
-        "model.inference_config.make_names_unique": make_names_unique,
-        "model.inference_config.num_gpus": num_gpus,
-        "model.inference_config.num_nodes": num_nodes,
-        "model.inference_config.resume": resume or None,
         "model.inference_config.oom_dataloader": oom_dataloader,
     }
     from transcriptformer.cli.reporting import CountProgress, plain_errors, resumable, say

@@ -56,6 +56,32 @@ def input_settings(
     return {f"model.data_config.{name}": value for name, value in values.items()}
 
 
+def run_settings(
+    output_path: Path | None,
+    output_filename: str | None,
+    batch_size: str | None,
+    precision: str | None,
+    device: str | None,
+    make_names_unique: bool | None,
+    num_gpus: int | None,
+    num_nodes: int | None,
+    resume: bool,
+) -> dict[str, object]:
+    """Return the configuration values of the options of a run from files to a file."""
+    values = {
+        "output_path": output_path and str(output_path),
+        "output_filename": output_filename,
+        "batch_size": batch_size_setting(batch_size),
+        "precision": precision,
+        "device": device,
+        "make_names_unique": make_names_unique,
+        "num_gpus": num_gpus,
+        "num_nodes": num_nodes,
+        "resume": resume or None,
+    }
+    return {f"model.inference_config.{name}": value for name, value in values.items()}
+
+
 def batch_size_setting(value: str | None) -> int | str | None:
     """Convert `--batch-size` to its configuration value, which is validated there."""
     return int(value) if value is not None and value.isdigit() else value

@@ -26,10 +26,10 @@ from transcriptformer.cli.options import (
     RemoveDuplicateGenes,
     Resume,
     UseRawOption,
-    batch_size_setting,
     input_settings,
     option,
     paths_setting,
+    run_settings,
 )
 
 if TYPE_CHECKING:
@@ -87,17 +87,12 @@ def perturb(
             *(gene_col_name, gene_map, layer, modality, use_raw, recover_counts),
             *(duplicate_genes, remove_duplicate_genes, allow_external_links),
         ),
+        **run_settings(
+            *(output_path, output_filename, batch_size, precision, device),
+            *(make_names_unique, num_gpus, num_nodes, resume),
+        ),
         "model.data_config.n_data_workers": n_data_workers,
-        "model.inference_config.output_path": output_path and str(output_path),
-        "model.inference_config.output_filename": output_filename,
-        "model.inference_config.batch_size": batch_size_setting(batch_size),
-        "model.inference_config.precision": precision,
-        "model.inference_config.device": device,
         "model.inference_config.pretrained_embedding": paths_setting(pretrained_embedding),
-        "model.inference_config.make_names_unique": make_names_unique,
-        "model.inference_config.num_gpus": num_gpus,
-        "model.inference_config.num_nodes": num_nodes,
-        "model.inference_config.resume": resume or None,
     }
     from transcriptformer.cli.reporting import CountProgress, plain_errors, resumable, say
 
@@ -107,7 +102,7 @@ def perturb(
 
         options = Options(knock_out or [], knock_out_each, set_counts or [], at, groupby, null, seed, plot)
         config = load_config(checkpoint_path, settings, config_override or [])
-        with CountProgress("cells") as progress:
+        with CountProgress("cells", "perturbing") as progress:
             output = run(files, checkpoint_path, config, options, progress.update)
         if output is not None:
             _print_largest(read_table(output))
