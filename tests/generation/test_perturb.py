@@ -316,6 +316,7 @@ def test_two_processes_perturb_like_one(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(two.uns[TABLE], one.uns[TABLE], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_perturbs_only_what_is_left_and_only_in_the_same_way(tmp_path: Path) -> None:
     random_adata(100).write_h5ad(tmp_path / "cells.h5ad")
     (tmp_path / "genes.txt").write_text("\n".join(GENES[:100]))
