@@ -238,7 +238,7 @@ def test_pooled_runs_resume_too(cge_pool: str, tmp_path: Path, checkpoint_copy: 
     assert_same(*results)
 
 
-MANY_CELLS = 3000
+MANY_CELLS = 8000
 """In batches of one, they take long enough for several flushes."""
 
 

@@ -44,13 +44,13 @@ def transcriptformer(
 
 
 app.command()(inference)
-app.command()(train)
 app.command()(check)
 app.command()(score)
+app.command()(prompt)
 app.command()(perturb)
+app.command()(generate)
+app.command()(train)
 app.command()(download)
 app.command()(download_data)
-app.command()(prompt)
-app.command()(generate)
 app.command()(demo)
 app.command()(embed_proteins)
