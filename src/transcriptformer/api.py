@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import anndata
 import numpy as np
@@ -22,6 +22,7 @@ from transcriptformer.inference.embeddings import EMBEDDINGS_KEY, LLH_KEY, Embed
 from transcriptformer.inference.run import embed as embed_sources
 from transcriptformer.runs.recording import MemoryRecorder
 from transcriptformer.runs.run import Source, compute, run_in_memory, survey_sources
+from transcriptformer.runs.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ SCORE_KEY = "transcriptformer_score"
 PERTURB_KEY = "transcriptformer_perturb"
 """Key of `uns` for the provenance of perturbations."""
 
-_DATA, _INFERENCE = "model.data_config.", "model.inference_config."
+_INFERENCE = "model.inference_config."
 
 _UNSUPPORTED_SETTINGS = ("emb_type", "cge_pool", "output_path", "output_filename", "resume", "num_gpus", "num_nodes")
 """Command-line settings that have no effect on API calls."""
@@ -149,22 +150,13 @@ def embed(
         return result
     if model.config.model.inference_config.make_names_unique:
         logger.warning("the names of an AnnData stay as they are; make_names_unique only applies to files")
-    target = _output_adata(data, copy)
-    task = Embeddings(model)
-    cells = survey_sources(data, task)
-    computed = compute(cells, task)
-    assert isinstance(computed.results, MemoryRecorder)
-    kept, n_kept = cells.survey.kept, cells.survey.n_kept
-    embeddings = np.full((data.n_obs, model.width), np.nan, dtype=np.float32)
-    embeddings[kept] = computed.results.read("embeddings", 0, n_kept)
-    target.obsm[key_added] = embeddings
-    if "llh" in computed.results.layout:
-        llh = np.full(data.n_obs, np.nan, dtype=np.float32)
-        llh[kept] = computed.results.read("llh", 0, n_kept)
-        target.obs[f"{key_added}_llh"] = llh
-    _add_columns(target, task.values_of_columns(computed.results, 0, n_kept), kept)
-    target.uns[key_added] = computed.provenance
-    return target if copy else None
+    found = _compute_for(data, Embeddings(model), copy)
+    found.target.obsm[key_added] = found.all_rows(EMBEDDINGS_KEY)
+    if LLH_KEY in found.results.layout:
+        found.target.obs[f"{key_added}_llh"] = found.all_rows(LLH_KEY)
+    found.add_columns()
+    found.target.uns[key_added] = found.provenance
+    return found.target if copy else None
 
 
 def gene_embeddings(
@@ -245,14 +237,12 @@ def score(
     task = Score(_with_call_settings(model, "cell", layer, use_raw, gene_col_name), orders, per_gene, seed)
     if per_gene is not None or not isinstance(data, anndata.AnnData):
         return run_in_memory(_to_sources(data), task)
-    target = _output_adata(data, copy)
-    cells = survey_sources(data, task)
-    computed = compute(cells, task)
-    assert isinstance(computed.results, MemoryRecorder)
-    target.obs = target.obs.drop(columns=[name for name in task.columns if name in target.obs])
-    _add_columns(target, task.values_of_columns(computed.results, 0, cells.survey.n_kept), cells.survey.kept)
-    target.uns[SCORE_KEY] = computed.provenance
-    return target if copy else None
+    found = _compute_for(data, task, copy)
+    obs = found.target.obs
+    found.target.obs = obs.drop(columns=[name for name in task.columns if name in obs])
+    found.add_columns()
+    found.target.uns[SCORE_KEY] = found.provenance
+    return found.target if copy else None
 
 
 def perturb(
@@ -315,22 +305,42 @@ def perturb(
     task = Perturb(model, knock_out, set_counts or {}, at, groupby, null, seed)
     if not isinstance(data, anndata.AnnData):
         return run_in_memory(_to_sources(data), task)
+    found = _compute_for(data, task, copy)
+    found.target.obsm[SHIFT_KEY] = found.all_rows(SHIFT_KEY)
+    found.target.uns.update(task.unstructured(found.results))
+    found.target.uns[PERTURB_KEY] = found.provenance
+    return found.target if copy else None
+
+
+class _Found(NamedTuple):
+    """Results of a task on the kept cells of an AnnData, to be added to `target`."""
+
+    target: anndata.AnnData
+    task: Task
+    results: MemoryRecorder
+    kept: np.ndarray
+    provenance: dict[str, object]
+
+    def all_rows(self, name: str) -> np.ndarray:
+        """Return a field of all cells (cells, …), float32, NaN for cells removed by filters."""
+        rows = np.full((len(self.kept), *self.results.layout[name].shape), np.nan, np.float32)
+        rows[self.kept] = self.results.read(name, 0, int(self.kept.sum()))
+        return rows
+
+    def add_columns(self) -> None:
+        """Add the task's columns to `obs`; the values of cells removed by filters are missing."""
+        for name, values in self.task.values_of_columns(self.results, 0, int(self.kept.sum())).items():
+            of_all = pd.Series(values, index=np.flatnonzero(self.kept)).reindex(range(len(self.kept)))
+            self.target.obs[name] = of_all.array
+
+
+def _compute_for(data: anndata.AnnData, task: Task, copy: bool) -> _Found:
+    """Compute a task on the cells of an AnnData, for this or a copy of it."""
     target = _output_adata(data, copy)
     cells = survey_sources(data, task)
     computed = compute(cells, task)
     assert isinstance(computed.results, MemoryRecorder)
-    shifts = np.full((data.n_obs, len(task.perturbations)), np.nan, np.float32)
-    shifts[cells.survey.kept] = computed.results.read(SHIFT_KEY, 0, cells.survey.n_kept)
-    target.obsm[SHIFT_KEY] = shifts
-    target.uns.update(task.unstructured(computed.results))
-    target.uns[PERTURB_KEY] = computed.provenance
-    return target if copy else None
-
-
-def _add_columns(adata: anndata.AnnData, columns: Mapping[str, Any], kept: np.ndarray) -> None:
-    """Add columns of the kept cells to `obs`; the values of the others are missing."""
-    for name, values in columns.items():
-        adata.obs[name] = pd.Series(values, index=np.flatnonzero(kept)).reindex(range(adata.n_obs)).array
+    return _Found(target, task, computed.results, cells.survey.kept, computed.provenance)
 
 
 def _check_settings(settings: Mapping[str, object], arguments: Mapping[str, object]) -> None:
